@@ -1,0 +1,64 @@
+"""The prepared data set as later stages read it: memory-mapped pixels, labels, facts."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flows.errors import UserError
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Both splits of a prepared data set; images are uint8 [N, H, W, C], labels int64 [N] (-1: no label)."""
+
+    name: str
+    image_shape: tuple[int, int, int]  # [C, H, W], as the networks see it
+    num_classes: int  # 0: unlabelled
+    class_names: tuple[str, ...]
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    heldout_images: np.ndarray
+    heldout_labels: np.ndarray
+    sha256: dict[str, str]  # of the pixels, by split: "train", "heldout"
+
+
+def load_dataset(prepare_dir: Path) -> Dataset:
+    """Open what the stage `prepare` wrote; the images stay on disk until they are read.
+
+    Raises:
+        UserError: `prepare_dir` holds no prepared data, or an incomplete one.
+    """
+    facts = _read_facts(prepare_dir / "dataset.json")
+    arrays = {
+        f"{split}_{part}": _open_array(prepare_dir / f"{split}_{part}.npy")
+        for split in ("train", "heldout")
+        for part in ("images", "labels")
+    }
+    return Dataset(
+        name=facts["name"],
+        image_shape=tuple(facts["image_shape"]),
+        num_classes=facts["num_classes"],
+        class_names=tuple(facts["class_names"]),
+        sha256=facts["sha256"],
+        **arrays,
+    )
+
+
+def _read_facts(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no prepared data here; the stage prepare writes it") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); run the stage prepare again") from None
+
+
+def _open_array(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot read the prepared array ({error}); run the stage prepare again"
+        ) from None
