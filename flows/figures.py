@@ -1,0 +1,129 @@
+"""Image grids (PIL) and line plots (matplotlib), written as deterministic PNG bytes.
+
+Images are uint8 [N, H, W, C] with C = 1 or 3, as every artifact of the pipeline stores them.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+SEPARATOR = 255  # white between tiles
+GAP = 2  # pixels between tiles, after upscaling
+PALETTE = ("#2f5fb3", "#d1622b", "#2d8a57", "#8a4fa8", "#b3892f", "#4a4a4a")
+SERIES_STYLE = {"linewidth": 1.6, "markersize": 6}
+
+
+def save_grid(images: np.ndarray, path: Path, *, columns: int | None = None, min_side: int = 32) -> None:
+    """Write `images` [N, H, W, C] as one picture; small images are enlarged by a whole factor, pixels stay square.
+
+    Args:
+        columns: tiles in a row; None makes the grid as square as it gets.
+        min_side: the shorter side of a tile is at least this many pixels.
+
+    Raises:
+        ValueError: no images, or not uint8 [N, H, W, 1 or 3].
+    """
+    _check_images(images)
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    Image.fromarray(tile(enlarge(images, min_side), columns)).save(path, format="PNG")
+
+
+def save_rows(rows: Mapping[str, np.ndarray], path: Path, *, min_side: int = 32) -> None:
+    """Write one row of tiles for each entry, with its name to the left: e.g. the steps of a sampler.
+
+    Raises:
+        ValueError: no rows, or a row that is not uint8 [N, H, W, 1 or 3].
+    """
+    if not rows:
+        raise ValueError("rows is empty: at least one row of images is needed")
+    for images in rows.values():
+        _check_images(images)
+    strips = {name: tile(enlarge(images, min_side), len(images)) for name, images in rows.items()}
+    font = ImageFont.load_default(size=14)
+    margin = max(math.ceil(font.getlength(name)) for name in strips) + 12
+    width = margin + max(strip.shape[1] for strip in strips.values())
+    canvas = Image.new("RGB", (width, sum(strip.shape[0] for strip in strips.values())), "white")
+    pen, top = ImageDraw.Draw(canvas), 0
+    for name, strip in strips.items():
+        pen.text((6, top + strip.shape[0] // 2), name, font=font, fill="#222222", anchor="lm")
+        canvas.paste(Image.fromarray(strip), (margin, top))
+        top += strip.shape[0]
+    canvas.save(path, format="PNG")
+
+
+def enlarge(images: np.ndarray, min_side: int) -> np.ndarray:
+    """Repeat pixels by the smallest whole factor that makes the shorter side at least `min_side`."""
+    factor = max(1, math.ceil(min_side / min(images.shape[1:3])))
+    return images.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def tile(images: np.ndarray, columns: int) -> np.ndarray:
+    """Lay `images` [N, H, W, C] out in rows of `columns`; return RGB uint8 with thin separators."""
+    count, height, width, _ = images.shape
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    shape = (rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, 3)
+    canvas = np.full(shape, SEPARATOR, dtype=np.uint8)
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        top, left = GAP + row * (height + GAP), GAP + column * (width + GAP)
+        canvas[top : top + height, left : left + width] = image  # grey broadcasts to RGB
+    return canvas
+
+
+def save_lines(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    path: Path,
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    markers: bool = False,
+    log_x: bool = False,
+    log_y: bool = False,
+    levels: Mapping[str, float] | None = None,
+) -> None:
+    """Plot named series of (x, y) points, and `levels` as dashed horizontal lines, into one PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # No pyplot: its global state is not safe where two stages draw at once.
+    figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
+    for (name, (x, y)), colour in zip(series.items(), _colours(len(series)), strict=True):
+        axes.plot(x, y, label=name, color=colour, marker="o" if markers else None, **SERIES_STYLE)
+    for (name, value), dashes in zip((levels or {}).items(), _dash_patterns(len(levels or {})), strict=True):
+        axes.axhline(value, label=name, color="#777777", linewidth=1.2, linestyle=dashes)
+    if log_x:
+        _mark_integers(axes, [x for xs, _ in series.values() for x in xs])
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if series or levels:
+        axes.legend(frameon=False)
+    figure.savefig(path, format="png", metadata={"Software": None})  # a version string would change the bytes
+
+
+def _mark_integers(axes, values: Sequence[float]) -> None:
+    """Label exactly the values that occur: decades say little about 1, 2 and 35 network calls."""
+    ticks = sorted(set(values))
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+
+
+def _colours(count: int) -> list[str]:
+    return [PALETTE[index % len(PALETTE)] for index in range(count)]
+
+
+def _dash_patterns(count: int) -> list[tuple[int, tuple[int, int]]]:
+    """Return a growing dash for each level, so that levels of one colour stay apart."""
+    return [(0, (2 + 3 * index, 2)) for index in range(count)]
+
+
+def _check_images(images: np.ndarray) -> None:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
+        raise ValueError(f"images must be uint8 [N, H, W, 1 or 3] with N > 0, got {images.dtype} {list(images.shape)}")

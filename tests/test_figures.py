@@ -1,0 +1,73 @@
+"""Grids show every pixel where it belongs; files are the same bytes each time."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flows.figures import GAP, enlarge, save_grid, save_lines, save_rows, tile
+
+
+@pytest.fixture
+def images():
+    return np.random.default_rng(0).integers(0, 256, (7, 8, 8, 1), dtype=np.uint8)
+
+
+def test_grid_holds_each_image_enlarged_by_a_whole_factor(images, tmp_path):
+    save_grid(images, tmp_path / "grid.png", columns=3)
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape == (3 * 34 + 2, 3 * 34 + 2, 3)
+    top, left = GAP + 34, GAP + 34  # index 4: second row, second column
+    shown = grid[top : top + 32 : 4, left : left + 32 : 4]
+    np.testing.assert_array_equal(shown, images[4].repeat(3, axis=-1))
+
+
+def test_tiles_that_are_missing_in_the_last_row_stay_blank(images):
+    grid = tile(images, columns=3)
+    assert (grid[-8 - GAP :, 8 + 2 * GAP :] == 255).all()
+
+
+def test_large_images_are_not_enlarged():
+    assert enlarge(np.zeros((1, 64, 64, 3), np.uint8), 32).shape == (1, 64, 64, 3)
+
+
+def test_colour_survives(tmp_path):
+    red = np.zeros((1, 32, 32, 3), np.uint8)
+    red[..., 0] = 255
+    save_grid(red, tmp_path / "red.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "red.png"))[10, 10], [255, 0, 0])
+
+
+def test_rows_keep_their_order_beside_their_labels(images, tmp_path):
+    save_rows({"dark": np.zeros_like(images), "bright grey": np.full_like(images, 200)}, tmp_path / "rows.png")
+    picture = np.asarray(Image.open(tmp_path / "rows.png"))
+    right = picture[:, -(GAP + 16)]
+    assert (right[GAP : GAP + 32] == 0).all()
+    assert (right[-GAP - 32 : -GAP] == 200).all()
+    assert (picture[:, :60] < 100).any(), "no label is drawn"
+
+
+@pytest.mark.parametrize("bad", [np.zeros((2, 8, 8, 1)), np.zeros((0, 8, 8, 1), np.uint8), np.zeros((8, 8), np.uint8)])
+def test_anything_but_uint8_images_is_refused(bad, tmp_path):
+    with pytest.raises(ValueError, match=r"uint8 \[N, H, W, 1 or 3\]"):
+        save_grid(bad, tmp_path / "grid.png")
+
+
+def test_bytes_are_the_same_each_time(images, tmp_path):
+    def write(folder):
+        folder.mkdir()
+        save_grid(images, folder / "grid.png")
+        save_rows({"a": images, "b": images}, folder / "rows.png")
+        save_lines(
+            {"student": ([1, 2], [3.0, 2.0])},
+            folder / "lines.png",
+            xlabel="network calls",
+            ylabel="FID",
+            title="FID",
+            log_x=True,
+            levels={"real": 1.0},
+        )
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    first, second = write(tmp_path / "a"), write(tmp_path / "b")
+    assert first == second
+    assert not any(b"Software" in content or b"tIME" in content for content in first.values())
