@@ -1,0 +1,49 @@
+"""Import torchvision where its compiled operators cannot be loaded, as the CUDA wheel beside CPU PyTorch.
+
+lpips and torch-fidelity import torchvision but use only its Python parts. The import itself fails because it
+registers two operators without asking whether they exist; declaring their names is enough.
+"""
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+
+UNGUARDED_OPERATORS = ("nms", "qnms")
+_declarations: list[torch.library.Library] = []  # the declarations last as long as these objects
+
+
+def ensure_torchvision() -> bool:
+    """Import torchvision, and say whether its operators had to be declared without code.
+
+    Call it before the first import of torchvision, lpips or torch_fidelity.
+
+    Raises:
+        ModuleNotFoundError: torchvision is not installed.
+    """
+    if "torchvision" not in sys.modules:
+        if not _load_compiled_operators():
+            _declarations.append(_declare_operators())
+        importlib.import_module("torchvision")
+    return bool(_declarations)
+
+
+def _load_compiled_operators() -> bool:
+    spec = importlib.util.find_spec("torchvision")  # finds without importing
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError("torchvision is not installed; lpips and torch-fidelity need it")
+    for library in Path(spec.submodule_search_locations[0]).glob("_C*.so"):
+        try:
+            torch.ops.load_library(str(library))
+        except OSError:  # built for a CUDA that is not here, or another PyTorch
+            continue
+    return hasattr(torch.ops.torchvision, "nms")
+
+
+def _declare_operators() -> torch.library.Library:
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in UNGUARDED_OPERATORS:
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
