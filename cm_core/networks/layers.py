@@ -1,0 +1,312 @@
+"""What the U-Nets share: embeddings, resampling, attention, the residual block and the U itself.
+
+The design is that of EDM's re-implementations (arXiv:2206.00364, App. F.1) of DDPM++ and NCSN++
+(arXiv:2011.13456) and of ADM (arXiv:2105.05233): one block whose style says which network it serves.
+"""
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cm_core.tensors import expand_like
+
+Filter = Literal["box", "fir"]
+
+EMB_MULT = 4  # width of the embedding in base channels: all published configurations
+MAX_PERIOD = 10_000  # of the positional embedding (DDPM)
+
+
+def forward_mode_attention() -> AbstractContextManager[None]:
+    """Compute attention by matmul and softmax within this context: fused kernels have no forward-mode derivative.
+
+    >>> with forward_mode_attention():
+    ...     out, tangent = torch.func.jvp(net, primals, tangents)
+    """
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def check_image_shape(image_shape: Sequence[int], *, levels: int, kind: str) -> None:
+    """Raise ValueError unless an image [C, H, W] can be halved between each two of `levels` resolutions."""
+    if len(image_shape) != 3 or min(image_shape) < 1:
+        raise ValueError(f"{kind}: image_shape is {tuple(image_shape)}; allowed: (channels, height, width), all >= 1")
+    _, height, width = image_shape
+    factor = 2 ** (levels - 1)
+    if height % factor or width % factor:
+        raise ValueError(
+            f"{kind}: {levels} entries in channel_mult halve the image {levels - 1} times, but {height}x{width} "
+            f"is not divisible by {factor}; allowed: fewer entries, or images whose sides are multiples of {factor}"
+        )
+
+
+def positional_frequencies(num: int, *, endpoint: bool) -> Tensor:
+    """Return geometric angular frequencies [num] from 1 down to 1 / MAX_PERIOD, which `endpoint` includes."""
+    return MAX_PERIOD ** -(torch.arange(num) / (num - endpoint))
+
+
+def one_hot(class_labels: Tensor | None, num_classes: int, like: Tensor) -> Tensor:
+    """Return [B, num_classes] in the dtype of `like` [B]; no label, or label -1, gives zeros."""
+    if class_labels is None or num_classes == 0:
+        return like.new_zeros(len(like), num_classes)
+    return F.one_hot(class_labels + 1, num_classes + 1)[:, 1:].to(like.dtype)  # raises if a label is too large
+
+
+def add_augment(emb: Tensor, layer: nn.Linear | None, augment_labels: Tensor | None) -> Tensor:
+    """Add the projected augmentation labels to `emb`; none of them means that no transform was drawn."""
+    if augment_labels is None:
+        return emb
+    if layer is None:
+        raise ValueError("augment_labels given to a network built with augment_dim=0, which would let transforms leak")
+    return emb + layer(augment_labels)
+
+
+def group_norm(channels: int, *, eps: float) -> nn.GroupNorm:
+    """Normalise over min(32, channels / 4) groups, or the next smaller number that divides `channels`."""
+    groups = next(n for n in range(min(32, channels // 4), 0, -1) if channels % n == 0)
+    return nn.GroupNorm(groups, channels, eps=eps)
+
+
+class BoxDown(nn.Module):
+    """Halve the resolution by 2x2 averaging."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2)
+
+
+class BoxUp(nn.Module):
+    """Double the resolution by repeating each pixel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class FirDown(nn.Module):
+    """Halve the resolution with the filter [1, 3, 3, 1] (NCSN++)."""
+
+    def __init__(self, padding: int = 1) -> None:
+        super().__init__()
+        self.padding = padding
+        self.register_buffer("kernel", _fir_kernel(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, _depthwise(self.kernel, x), stride=2, padding=self.padding, groups=x.shape[1])
+
+
+class FirUp(nn.Module):
+    """Double the resolution with the filter [1, 3, 3, 1] (NCSN++)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kernel", 4 * _fir_kernel(), persistent=False)  # only a fourth of its inputs count
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv_transpose2d(x, _depthwise(self.kernel, x), stride=2, padding=1, groups=x.shape[1])
+
+
+def _fir_kernel() -> Tensor:
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    return torch.outer(taps, taps)
+
+
+def _depthwise(kernel: Tensor, x: Tensor) -> Tensor:
+    return kernel.to(x.dtype).expand(x.shape[1], 1, *kernel.shape)
+
+
+DOWN = {"box": BoxDown, "fir": FirDown}
+UP = {"box": BoxUp, "fir": FirUp}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockStyle:
+    """What all blocks of one network have in common."""
+
+    emb_channels: int
+    dropout: float
+    eps: float  # of the group norms
+    skip_scale: float  # factor after each residual sum; sqrt(1/2) keeps the variance
+    scale_shift: bool  # the embedding scales and shifts the second norm, rather than being added before it
+    channels_per_head: int | None  # None: one head
+    resample_filter: Filter
+    resample_proj: bool  # a resampling block has a 1x1 convolution on its skip path
+
+    def num_heads(self, channels: int) -> int:
+        """Return the heads of an attention over `channels`; raise ValueError if they do not come out even."""
+        if self.channels_per_head is None:
+            return 1
+        if channels % self.channels_per_head:
+            raise ValueError(
+                f"channels_per_head is {self.channels_per_head}, which does not divide the {channels} channels "
+                f"of a block with attention; allowed: a divisor of {channels}"
+            )
+        return channels // self.channels_per_head
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels, added to its input. Channels of `qkv` are ordered (3, heads, channels a head)."""
+
+    def __init__(self, channels: int, style: BlockStyle) -> None:
+        super().__init__()
+        self.num_heads, self.skip_scale = style.num_heads(channels), style.skip_scale
+        self.norm = group_norm(channels, eps=style.eps)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # x [B, C, H, W]
+        batch, channels, height, width = x.shape
+        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1)  # channels last, where each head is contiguous
+        qkv = qkv.reshape(batch, height * width, 3, self.num_heads, channels // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, H * W, C / heads]
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        out = out.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+        return (x + self.proj(out)) * self.skip_scale
+
+
+class Block(nn.Module):
+    """Residual block of two convolutions, told the noise level by an embedding; may resample first, attend last."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        style: BlockStyle,
+        *,
+        resample: Literal["down", "up"] | None = None,
+        attention: bool = False,
+    ) -> None:
+        super().__init__()
+        self.dropout, self.skip_scale, self.scale_shift = style.dropout, style.skip_scale, style.scale_shift
+        resamplers = {"down": DOWN[style.resample_filter], "up": UP[style.resample_filter], None: nn.Identity}
+        self.resample = resamplers[resample]()
+        self.norm0 = group_norm(in_channels, eps=style.eps)
+        self.conv0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.affine = nn.Linear(style.emb_channels, out_channels * (2 if style.scale_shift else 1))
+        self.norm1 = group_norm(out_channels, eps=style.eps)
+        self.conv1 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        project = in_channels != out_channels or (resample is not None and style.resample_proj)
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if project else nn.Identity()
+        self.attention = Attention(out_channels, style) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # x [B, C, H, W], emb [B, E]
+        h = self.conv0(self.resample(F.silu(self.norm0(x))))
+        h = F.dropout(F.silu(self.modulate(h, emb)), self.dropout, self.training)
+        return self.attention((self.skip(self.resample(x)) + self.conv1(h)) * self.skip_scale)
+
+    def modulate(self, h: Tensor, emb: Tensor) -> Tensor:
+        params = expand_like(self.affine(emb), h)
+        if not self.scale_shift:
+            return self.norm1(h + params)
+        scale, shift = params.chunk(2, dim=1)
+        return torch.addcmul(shift, self.norm1(h), 1 + scale)
+
+
+class PyramidInput(nn.Module):
+    """Bring the running image pyramid to the next lower resolution: convolution first, then the filter (NCSN++)."""
+
+    def __init__(self, in_channels: int, out_channels: int, resample_filter: Filter) -> None:
+        super().__init__()
+        fir = resample_filter == "fir"
+        # All padding comes before the convolution, so that the filter meets no border of its own.
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=2 if fir else 1)
+        self.down = FirDown(padding=0) if fir else BoxDown()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.conv(x))
+
+
+class UNet(nn.Module):
+    """The U: an encoder whose every output is a skip, two middle blocks, a decoder that takes the skips back.
+
+    `level` 0 is the full resolution. Names in the state dict: `encoder.level1_down`, `decoder.level0_block3` ...
+    """
+
+    def __init__(
+        self,
+        image_channels: int,
+        channels: int,
+        channel_mult: Sequence[int],
+        style: BlockStyle,
+        *,
+        num_blocks: int,
+        attn_levels: Collection[int],
+        decoder_attention: Literal["last", "every"],
+        pyramid: bool,
+    ) -> None:
+        super().__init__()
+        widths = [channels * mult for mult in channel_mult]
+        self.input = nn.Conv2d(image_channels, channels, 3, padding=1)
+        self.encoder, skips = _encoder(channels, widths, style, num_blocks, attn_levels)
+        self.middle = nn.ModuleList(Block(widths[-1], widths[-1], style, attention=on) for on in (True, False))
+        every = decoder_attention == "every"
+        self.decoder = _decoder(widths, skips, style, num_blocks, attn_levels, every)
+        self.pyramid = nn.ModuleDict()  # after a `down` block, what joins it; empty: no pyramid
+        for level, pair in enumerate(pairwise([image_channels, *widths[:-1]]), start=1):
+            if pyramid:
+                self.pyramid[f"level{level}_down"] = PyramidInput(*pair, style.resample_filter)
+        self.output_norm = group_norm(widths[0], eps=style.eps)
+        self.output = nn.Conv2d(widths[0], image_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # x [B, C, H, W], emb [B, E]
+        pyramid, x = x, self.input(x)
+        skips = [x]
+        for name, block in self.encoder.items():
+            x = block(x, emb)
+            if name in self.pyramid:
+                x = pyramid = (x + self.pyramid[name](pyramid)) * math.sqrt(0.5)
+            skips.append(x)
+        for block in self.middle:
+            x = block(x, emb)
+        for name, block in self.decoder.items():
+            x = block(x if name.endswith("_up") else torch.cat([x, skips.pop()], dim=1), emb)
+        return self.output(F.silu(self.output_norm(x)))
+
+    def residual_ends(self) -> Iterator[nn.Conv2d]:
+        """Yield the layers that start near zero: the last of every residual branch, and the last of all."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                yield module.conv1
+            elif isinstance(module, Attention):
+                yield module.proj
+        yield self.output
+
+
+def _encoder(
+    width: int, widths: Sequence[int], style: BlockStyle, num_blocks: int, attn_levels: Collection[int]
+) -> tuple[nn.ModuleDict, list[int]]:
+    """Return the encoder's blocks and the channels of every skip, that of the input convolution included."""
+    blocks, skips = nn.ModuleDict(), [width]
+    for level, out in enumerate(widths):
+        if level > 0:
+            blocks[f"level{level}_down"] = Block(width, width, style, resample="down")
+            skips.append(width)
+        for i in range(num_blocks):
+            blocks[f"level{level}_block{i}"] = Block(width, out, style, attention=level in attn_levels)
+            width = out
+            skips.append(width)
+    return blocks, skips
+
+
+def _decoder(
+    widths: Sequence[int],
+    skips: list[int],
+    style: BlockStyle,
+    num_blocks: int,
+    attn_levels: Collection[int],
+    every: bool,
+) -> nn.ModuleDict:
+    """Return the decoder's blocks; attention follows `every` block of its levels or only the last."""
+    blocks, width = nn.ModuleDict(), widths[-1]
+    for level, out in reversed(list(enumerate(widths))):
+        if level < len(widths) - 1:
+            blocks[f"level{level}_up"] = Block(width, width, style, resample="up")
+        for i in range(num_blocks + 1):
+            attention = level in attn_levels and (every or i == num_blocks)
+            blocks[f"level{level}_block{i}"] = Block(width + skips.pop(), out, style, attention=attention)
+            width = out
+    return blocks

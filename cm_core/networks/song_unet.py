@@ -1,0 +1,138 @@
+"""DDPM++ and NCSN++ (Song et al., arXiv:2011.13456) in the form of EDM (arXiv:2206.00364, App. F.1).
+
+The published networks are three choices apart: embedding, encoder and resampling filter.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from cm_core.networks.layers import (
+    EMB_MULT,
+    Attention,
+    BlockStyle,
+    Filter,
+    UNet,
+    add_augment,
+    check_image_shape,
+    one_hot,
+    positional_frequencies,
+)
+from cm_core.params import Params
+
+
+class SongUNetParams(Params):
+    """DDPM++ by default; NCSN++ is `fourier_scale: 16, encoder: residual, resample_filter: fir`."""
+
+    model_config = ConfigDict(title="Song U-Net (DDPM++, NCSN++)")
+
+    kind: Literal["song_unet"] = "song_unet"
+    """The U-Net of DDPM++ and NCSN++."""
+    channels: int = Field(128, ge=8, multiple_of=4)
+    """Base width, in channels (EDM: 128)."""
+    channel_mult: tuple[PositiveInt, ...] = Field((2, 2, 2), min_length=1)
+    """Width at each resolution in base channels; each entry after the first halves the image (EDM: 2,2,2 at 32 px)."""
+    num_blocks: int = Field(4, ge=1)
+    """Residual blocks a resolution in the encoder; the decoder has one more (EDM: 4)."""
+    attn_resolutions: tuple[PositiveInt, ...] = (16,)
+    """Image heights, in pixels, at which blocks attend; the lowest resolution always does, in the middle (EDM: 16)."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability of dropping an activation (EDM's CIFAR-10 teachers: 0.13; CD and CT students: 0)."""
+    fourier_scale: PositiveFloat | None = None
+    """Standard deviation of random Fourier frequencies of the noise level (NCSN++: 16; iCT: 0.02); null: positional."""
+    encoder: Literal["standard", "residual"] = "standard"
+    """residual: a pyramid of the input image joins the encoder at each resolution (NCSN++)."""
+    resample_filter: Filter = "box"
+    """box: 2x2 average and repetition (DDPM++); fir: [1, 3, 3, 1] (NCSN++)."""
+
+    def build(self, image_shape: Sequence[int], num_classes: int, augment_dim: int = 0) -> nn.Module:
+        """Return the network for images [C, H, W]; raise ValueError if they cannot be halved often enough."""
+        return SongUNet(self, image_shape, num_classes, augment_dim)
+
+
+class SongUNet(nn.Module):
+    """F(x, noise_labels, class_labels, augment_labels) -> [B, C, H, W]; class label -1 means no label."""
+
+    def __init__(self, params: SongUNetParams, image_shape: Sequence[int], num_classes: int, augment_dim: int) -> None:
+        super().__init__()
+        check_image_shape(image_shape, levels=len(params.channel_mult), kind=params.kind)
+        image_channels, height, _ = image_shape
+        self.embed = Embedding(params, num_classes, augment_dim)
+        self.unet = UNet(
+            image_channels,
+            params.channels,
+            params.channel_mult,
+            _block_style(params),
+            num_blocks=params.num_blocks,
+            attn_levels=[i for i in range(len(params.channel_mult)) if height >> i in params.attn_resolutions],
+            decoder_attention="last",
+            pyramid=params.encoder == "residual",
+        )
+        self._initialise()
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C, H, W]
+        noise_labels: Tensor,  # [B]
+        class_labels: Tensor | None = None,  # int64 [B]
+        augment_labels: Tensor | None = None,  # [B, augment_dim]
+    ) -> Tensor:
+        return self.unet(x, self.embed(noise_labels, class_labels, augment_labels))
+
+    def _initialise(self) -> None:
+        """Xavier-uniform weights, zero biases; residual branches start near zero, queries and keys small."""
+        gains = {layer: 1e-5 for layer in self.unet.residual_ends()}
+        gains |= {module.qkv: math.sqrt(0.2) for module in self.modules() if isinstance(module, Attention)}
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight, gains.get(module, 1.0))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+
+class Embedding(nn.Module):
+    """Noise level, class and augmentation, summed as features and passed through two layers, each with SiLU."""
+
+    def __init__(self, params: SongUNetParams, num_classes: int, augment_dim: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.register_buffer("frequencies", _frequencies(params))  # random ones belong to the checkpoint
+        features, width = 2 * len(self.frequencies), EMB_MULT * params.channels
+        self.label = nn.Linear(num_classes, features) if num_classes else None
+        self.augment = nn.Linear(augment_dim, features, bias=False) if augment_dim else None
+        self.layer0 = nn.Linear(features, width)
+        self.layer1 = nn.Linear(width, width)
+
+    def forward(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+        angles = noise_labels[:, None] * self.frequencies  # [B, features / 2]
+        emb = torch.cat([angles.sin(), angles.cos()], dim=1)  # sin first: the order of score_sde's weights
+        if self.label is not None:
+            # One-hot vectors are scaled to unit variance.
+            emb = emb + self.label(one_hot(class_labels, self.num_classes, noise_labels) * math.sqrt(self.num_classes))
+        emb = add_augment(emb, self.augment, augment_labels)
+        return F.silu(self.layer1(F.silu(self.layer0(emb))))
+
+
+def _frequencies(params: SongUNetParams) -> Tensor:
+    """Return the angular frequencies: a geometric series, or twice as many random ones."""
+    if params.fourier_scale is None:
+        return positional_frequencies(params.channels // 2, endpoint=True)
+    return 2 * math.pi * params.fourier_scale * torch.randn(params.channels)
+
+
+def _block_style(params: SongUNetParams) -> BlockStyle:
+    return BlockStyle(
+        emb_channels=EMB_MULT * params.channels,
+        dropout=params.dropout,
+        eps=1e-6,
+        skip_scale=math.sqrt(0.5),
+        scale_shift=False,
+        channels_per_head=None,
+        resample_filter=params.resample_filter,
+        resample_proj=True,
+    )
