@@ -1,1 +1,1 @@
-"""The pipeline around `cm_core`: recipes, stages, Prefect flows, MLflow tracking, DVC workspaces and the command `cm`."""
+"""The pipeline around `cm_core`: recipes, stages, Prefect flows, MLflow tracking, DVC workspaces, the command `cm`."""

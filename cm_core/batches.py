@@ -1,0 +1,76 @@
+"""Training batches from uint8 images: on the device whole where they fit, else gathered ahead by a thread.
+
+The order is a pure function of (seed, epoch), a batch of (seed, step): a resumed run sees what it would have seen.
+"""
+
+import functools
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cm_core.methods.base import Batch
+from cm_core.randomness import derive_seed, make_generator
+from cm_core.tensors import from_pixels
+
+ON_DEVICE_BYTES = 4 << 30  # CIFAR-10 needs 154 MB; beyond this the set is streamed
+
+
+class Batches:
+    """Batches of a data set; `at(step)` returns the one of an optimiser step."""
+
+    def __init__(
+        self,
+        images: np.ndarray,  # uint8 [N, H, W, C], memory-mapped or not
+        labels: np.ndarray | None,  # int64 [N], None for unconditional training
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        flip: bool = False,
+    ) -> None:
+        if len(images) < batch_size:
+            raise ValueError(f"batch_size={batch_size} needs at least as many images, the data set has {len(images)}")
+        self.batch_size, self.seed, self.device, self.flip = batch_size, seed, device, flip
+        self.images, self.labels = images, labels
+        self.resident = torch.tensor(np.asarray(images), device=device) if images.nbytes <= ON_DEVICE_BYTES else None
+        self._ahead: tuple[int, Future[Tensor]] | None = None
+        self._thread = None if self.resident is not None else ThreadPoolExecutor(1)
+        self._order = functools.lru_cache(maxsize=2)(self._epoch_order)
+
+    def at(self, step: int) -> Batch:
+        """Return batch `step`, flipped at random where asked, as float32 in -1..1 on the device."""
+        indices = self.indices(step)
+        pixels = self._resident(indices) if self.resident is not None else self._streamed(step)
+        x0 = from_pixels(pixels)
+        if self.flip:
+            generator = make_generator(self.device, self.seed, "flip", step)
+            flipped = torch.rand(len(x0), generator=generator, device=self.device) < 0.5
+            x0 = torch.where(flipped[:, None, None, None], x0.flip(3), x0)
+        labels = None if self.labels is None else torch.from_numpy(self.labels[indices]).to(self.device)
+        return Batch(x0, labels)
+
+    def indices(self, step: int) -> np.ndarray:
+        """Return which images batch `step` holds, [B]; each epoch visits every image once."""
+        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, offsets = np.divmod(positions, len(self.images))
+        return np.array([self._order(int(e))[o] for e, o in zip(epochs, offsets, strict=True)])
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng(derive_seed(self.seed, "order", epoch)).permutation(len(self.images))
+
+    def _resident(self, indices: np.ndarray) -> Tensor:
+        assert self.resident is not None
+        return self.resident[torch.from_numpy(indices).to(self.device)]
+
+    def _streamed(self, step: int) -> Tensor:
+        assert self._thread is not None
+        ready = self._ahead[1] if self._ahead and self._ahead[0] == step else self._thread.submit(self._gather, step)
+        pixels = ready.result()
+        self._ahead = (step + 1, self._thread.submit(self._gather, step + 1))
+        return pixels.to(self.device, non_blocking=True)
+
+    def _gather(self, step: int) -> Tensor:
+        pixels = torch.from_numpy(self.images[self.indices(step)])
+        return pixels.pin_memory() if self.device.type == "cuda" else pixels

@@ -1,0 +1,59 @@
+"""Files of tensors, written so that a reader sees a whole file or none. safetensors and JSON: nothing runs on load."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+TENSORS_FILE, STATE_FILE = "tensors.safetensors", "state.json"
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors to `path` atomically: a temporary file beside it, flushed, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    _flush(temporary)
+    os.replace(temporary, path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read tensors onto the CPU."""
+    return load_file(path)
+
+
+def save_state(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any], *, keep: int = 2) -> Path:
+    """Write a training state as `folder/step-<step>` and drop all but the newest `keep`.
+
+    The state is built under a temporary name and renamed whole, so a torn state is never seen.
+    """
+    final = folder / f"step-{step:09d}"
+    temporary = folder / f".partial-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    save_tensors(temporary / TENSORS_FILE, tensors)
+    (temporary / STATE_FILE).write_text(json.dumps({"step": step, **values}))
+    _flush(temporary / STATE_FILE)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    for old in list_states(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def list_states(folder: Path) -> list[Path]:
+    """Return the complete training states in `folder`, oldest first."""
+    return sorted(folder.glob("step-*")) if folder.is_dir() else []
+
+
+def load_state(state: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_state` wrote: tensors and plain values."""
+    return load_tensors(state / TENSORS_FILE), json.loads((state / STATE_FILE).read_text())
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

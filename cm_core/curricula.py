@@ -1,0 +1,41 @@
+"""Curricula: pure functions of the optimiser step, so that a resumed run needs no hidden state."""
+
+import math
+
+
+def ct_num_scales(step: int, *, num_steps: int, s0: int, s1: int) -> int:
+    """Grid points N(k) of consistency training, from s0 to s1 + 1 (CM, App. C).
+
+    The released code's form, with at least one interval; `step` beyond `num_steps` counts as `num_steps`.
+    """
+    progress = min(step / num_steps, 1.0)
+    intervals = math.ceil(math.sqrt(progress * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1)
+    return max(intervals, 1) + 1
+
+
+def ct_target_decay(num_scales: int, *, s0: int, mu0: float, per_interval: bool) -> float:
+    """Target decay mu(k) = mu0 ** (s0 / N) (CM, App. C).
+
+    `per_interval` divides by N - 1, as the released code that produced the paper's numbers; otherwise by N, as printed.
+    """
+    return math.exp(s0 * math.log(mu0) / (num_scales - 1 if per_interval else num_scales))
+
+
+def ict_num_scales(step: int, *, num_steps: int, s0: int, s1: int) -> int:
+    """Grid points N(k): s0 intervals, doubled at equal pace up to s1, plus one (iCT, section 3.4).
+
+    Integer arithmetic replaces the paper's floor(K / levels), which is zero for a run shorter than its levels.
+    """
+    levels = int(math.log2(s1 // s0)) + 1
+    doublings = min(step * levels // num_steps, levels - 1)
+    return min(s0 * 2**doublings, s1) + 1
+
+
+def ect_stage(step: int, *, num_steps: int, num_stages: int) -> int:
+    """Stage of ECT's t -> r mapping: `num_stages` stages of equal length, 0-based (ECT, 2406.14548)."""
+    return min(step * num_stages // num_steps, num_stages - 1)
+
+
+def linear_ramp(step: int, *, ramp_steps: int) -> float:
+    """Factor that grows from 1 / ramp_steps to 1 over the first `ramp_steps` steps; 1 when there is no ramp."""
+    return 1.0 if ramp_steps == 0 else min((step + 1) / ramp_steps, 1.0)

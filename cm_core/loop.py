@@ -1,0 +1,232 @@
+"""Training: a state, one step, and `fit`, a generator that yields metrics; the caller logs, saves and stops."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ConfigDict, Field, model_validator
+from torch import Tensor
+
+from cm_core.batches import Batches
+from cm_core.checkpoint import load_state, save_state
+from cm_core.curricula import linear_ramp
+from cm_core.ema import AnyEma, ConstantEma, Ema, update_target
+from cm_core.methods.base import Loss, Method, Models, StepContext
+from cm_core.noise import Noise
+from cm_core.params import Params
+from cm_core.precond import Precond
+from cm_core.randomness import derive_seed, make_generator
+
+
+class Adam(Params):
+    """Adam without weight decay (EDM, Table 7)."""
+
+    model_config = ConfigDict(title="adam")
+
+    kind: Literal["adam"] = "adam"
+    """Name of the optimiser."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Step size (EDM, Table 7: 1e-3 on CIFAR-10)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decays of the gradient's first and second moment."""
+    epsilon: float = Field(1e-8, gt=0)
+    """Added to the denominator."""
+
+    def build(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        """Return the optimiser; one fused kernel on a GPU."""
+        fused = parameters[0].is_cuda
+        return torch.optim.Adam(parameters, lr=self.learning_rate, betas=self.betas, eps=self.epsilon, fused=fused)
+
+
+class RAdam(Params):
+    """Rectified Adam without weight decay (CM, Table 3)."""
+
+    model_config = ConfigDict(title="radam")
+
+    kind: Literal["radam"] = "radam"
+    """Name of the optimiser."""
+    learning_rate: float = Field(4e-4, gt=0)
+    """Step size (CM, Table 3: 4e-4 on CIFAR-10)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decays of the gradient's first and second moment."""
+    epsilon: float = Field(1e-8, gt=0)
+    """Added to the denominator."""
+
+    def build(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        """Return the optimiser."""
+        return torch.optim.RAdam(parameters, lr=self.learning_rate, betas=self.betas, eps=self.epsilon, foreach=True)
+
+
+class Train(Params):
+    """How long, how fast and in which precision a network is trained."""
+
+    num_steps: int = Field(400_000, ge=1)
+    """Optimiser steps."""
+    batch_size: int = Field(512, ge=1)
+    """Images a step."""
+    optimizer: Adam | RAdam = RAdam()
+    """The optimiser and its step size."""
+    ramp_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate grows linearly from zero; 0: none."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Largest norm of the gradient; empty: no clipping."""
+    emas: tuple[AnyEma, ...] = Field((ConstantEma(),), min_length=1)
+    """Averages of the weights kept during training; the first is the one that is sampled."""
+    flip: bool = False
+    """Flip images left to right at random (CM and EDM on natural images)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the network's body; weights, preconditioning and loss stay fp32."""
+    compile: bool = False
+    """Compile the network with torch.compile: slower to start, faster afterwards."""
+    log_every: int = Field(100, ge=1)
+    """Steps between two logged metrics; the host waits for the device only then."""
+    save_every: int = Field(2_000, ge=1)
+    """Steps between two saved training states; a multiple of log_every."""
+    grid_every: int = Field(2_000, ge=1)
+    """Steps between two sample grids; a multiple of log_every."""
+
+    @model_validator(mode="after")
+    def _multiples(self) -> "Train":
+        for name in ("save_every", "grid_every"):
+            if getattr(self, name) % self.log_every:
+                raise ValueError(f"{name}={getattr(self, name)} must be a multiple of log_every={self.log_every}")
+        return self
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The dtype of the network's body, None for fp32."""
+        return torch.bfloat16 if self.precision == "bf16" else None
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A loss was not finite; the message names the step and the noise level."""
+
+
+@dataclasses.dataclass
+class TrainState:
+    """Everything that training changes. Steps are counted from 0; `step` is the next one to take."""
+
+    model: Precond
+    target: Precond | None
+    optimizer: torch.optim.Optimizer
+    emas: list[Ema]
+    step: int = 0
+
+    @classmethod
+    def start(cls, model: Precond, target: Precond | None, train: Train) -> "TrainState":
+        """Begin training `model`; `target` is its averaged copy, for methods that keep one."""
+        if target is not None:
+            target.load_state_dict(model.state_dict())
+            target.requires_grad_(False)
+        emas = [Ema(rule, model) for rule in train.emas]
+        return cls(model, target, train.optimizer.build(list(model.parameters())), emas)
+
+    def save(self, folder: Path) -> Path:
+        """Write the state to `folder/step-<step>` atomically and return that path."""
+        return save_state(folder, self.step, self._tensors(), {})
+
+    def restore(self, state: Path) -> None:
+        """Continue from a saved state, bitwise; the models and optimiser must be built from the same recipe."""
+        tensors, values = load_state(state)
+        self._load_optimizer(tensors)
+        own = self._tensors()
+        if own.keys() != tensors.keys():
+            odd = min(own.keys() ^ tensors.keys())
+            raise ValueError(f"{state} is the state of another training (only one of the two has {odd})")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
+        self.step = values["step"]
+
+    def averaged(self, index: int = 0) -> dict[str, Tensor]:
+        """Return the state dict of the model with the weights of average `index`."""
+        return {**self.model.state_dict(), **self.emas[index].weights}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model/{name}": t for name, t in self.model.state_dict().items()}
+        if self.target is not None:
+            tensors |= {f"target/{name}": t for name, t in self.target.state_dict().items()}
+        for index, ema in enumerate(self.emas):
+            tensors |= {f"ema{index}/{name}": t for name, t in ema.weights.items()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{name}": t for name, t in values.items()}
+        return tensors
+
+    def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        state: dict[int, dict[str, Any]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer/"):
+                _, index, key = name.split("/")
+                state.setdefault(int(index), {})[key] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def train_step(
+    state: TrainState, method: Method, models: Models, batches: Batches, context: StepContext, train: Train
+) -> tuple[Loss, Tensor]:
+    """Take one optimiser step, move the averages and the target; return the losses and the gradient's norm."""
+    loss = method.loss(models, batches.at(context.step), context)
+    loss.per_sample.mean().backward()
+    grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), train.clip_norm or math.inf)
+    learning_rate = train.optimizer.learning_rate * linear_ramp(context.step, ramp_steps=train.ramp_steps)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    for ema in state.emas:
+        ema.update(state.model, step=context.step, batch_size=train.batch_size)
+    if state.target is not None:
+        update_target(state.target, state.model, decay=method.target_decay_at(context.step, context.num_steps))
+    state.step = context.step + 1
+    return loss, grad_norm
+
+
+def fit(
+    state: TrainState,
+    method: Method,
+    models: Models,
+    batches: Batches,
+    train: Train,
+    *,
+    noise: Noise,
+    seed: int,
+) -> Iterator[dict[str, float]]:
+    """Train from `state.step` to `train.num_steps`, yielding metrics every `log_every` steps and at the end.
+
+    Between two yields nothing waits for the device. Raises NonFiniteLossError, naming step and sigma, before
+    the caller could save the spoiled state.
+    """
+    state.model.train()
+    models.target.train()  # the target's dropout must draw the student's mask
+    window: list[tuple[int, Loss, Tensor]] = []
+    while state.step < train.num_steps:
+        step = state.step
+        generator = make_generator(batches.device, seed, "step", step)
+        context = StepContext(step, train.num_steps, noise, generator, derive_seed(seed, "dropout", step))
+        loss, grad_norm = train_step(state, method, models, batches, context, train)
+        window.append((step, Loss(loss.per_sample.detach(), loss.sigma, loss.scalars), grad_norm))
+        if state.step % train.log_every == 0 or state.step == train.num_steps:
+            yield _summarise(window)
+            window.clear()
+
+
+def _summarise(window: list[tuple[int, Loss, Tensor]]) -> dict[str, float]:
+    losses = torch.stack([loss.per_sample for _, loss, _ in window]).cpu()  # [steps, B]; here the host waits
+    if not losses.isfinite().all():
+        row, column = (~losses.isfinite()).nonzero()[0].tolist()
+        step, loss, _ = window[row]
+        raise NonFiniteLossError(
+            f"the loss became {losses[row, column]} at step {step}, sigma {loss.sigma[column].item():.4g}"
+        )
+    last = window[-1][1]
+    norms = torch.stack([norm for _, _, norm in window])
+    return {
+        "step": window[-1][0] + 1,
+        "loss": losses.mean().item(),
+        "grad_norm": norms.mean().item(),
+        **{name: float(value) for name, value in last.scalars.items()},
+    }

@@ -1,0 +1,94 @@
+"""What the papers share: the interface of a method and the consistency loss between two points of a trajectory."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cm_core.distances import AnyDistance, Distance
+from cm_core.noise import Noise
+from cm_core.params import Params
+from cm_core.randomness import dropout_seed
+
+
+class Batch(NamedTuple):
+    """A training batch on the device."""
+
+    x0: Tensor  # [B, C, H, W] float32 in -1..1
+    labels: Tensor | None  # [B] int64, -1 for none; None for unconditional networks
+
+
+@dataclass(frozen=True)
+class Models:
+    """The networks of one training step. Gradients reach the student alone."""
+
+    student: nn.Module
+    target: nn.Module  # the student itself where the method keeps no averaged copy
+    teacher: nn.Module | None = None
+    distance: Distance | None = None
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Where in the training a step is, and its randomness."""
+
+    step: int
+    num_steps: int
+    noise: Noise
+    generator: torch.Generator  # on the batch's device; draws times and noise
+    dropout_seed: int  # entered by the student's pass and by the target's, so both see one mask
+
+
+class Loss(NamedTuple):
+    """Weighted losses and what the method wants logged."""
+
+    per_sample: Tensor  # [B]
+    sigma: Tensor  # [B], the (larger) noise level of each sample
+    scalars: Mapping[str, float] = {}
+
+
+class Method(Params):
+    """A training method: its fields are its hyperparameters, `loss` is the paper's algorithm."""
+
+    needs_teacher: ClassVar[bool] = False
+    distance: ClassVar[AnyDistance | None] = None  # methods that compare images have a field of this name
+    form: ClassVar[str] = "skip"  # how the raw network becomes the model: see ModelSpec
+
+    def loss(self, models: Models, batch: Batch, context: StepContext) -> Loss:
+        """Return the losses of one batch."""
+        raise TypeError(f"{type(self).__name__} defines no loss")
+
+    def target_decay_at(self, step: int, num_steps: int) -> float:
+        """Return mu of the target's average after `step`; 0 means that the target is the student itself."""
+        return 0.0
+
+    @property
+    def keeps_target(self) -> bool:
+        """Whether an averaged copy of the student is kept as regression target."""
+        return False
+
+
+@functools.lru_cache(maxsize=8)
+def grid_on(noise: Noise, num_scales: int, device: torch.device) -> Tensor:
+    """Return the Karras grid on `device`, float32 [N]; computed in float64 and moved once."""
+    return noise.grid(num_scales).to(device, torch.float32)
+
+
+def draw_eps(x0: Tensor, generator: torch.Generator) -> Tensor:
+    """Return unit Gaussian noise of x0's shape, [B, ...]."""
+    return torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+
+
+def consistency_distance(
+    models: Models, batch: Batch, context: StepContext, *, x_t: Tensor, t: Tensor, x_r: Tensor, r: Tensor
+) -> Tensor:
+    """Return d(f(x_t, t), stopgrad f_target(x_r, r)) under one dropout mask, [B] (CM, eq. 7)."""
+    with dropout_seed(context.dropout_seed, t.device):
+        x0_hat = models.student(x_t, t, batch.labels)
+    with torch.no_grad(), dropout_seed(context.dropout_seed, t.device):
+        target = models.target(x_r, r, batch.labels)
+    assert models.distance is not None, "the caller builds method.distance"
+    return models.distance(x0_hat, target)

@@ -1,0 +1,87 @@
+"""What a trained model is: everything needed to build it again, and its weights."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from cm_core.checkpoint import load_tensors, save_tensors
+from cm_core.networks import Network
+from cm_core.noise import Noise
+from cm_core.params import Params
+from cm_core.precond import Precond
+
+SPEC_FILE, WEIGHTS_FILE = "model.json", "ema.safetensors"
+
+
+class ModelSpec(Params):
+    """A network, how it is wrapped, and the images it makes; stored beside the weights as model.json."""
+
+    form: Literal["denoiser", "skip", "piecewise"]
+    """denoiser: EDM's scalings; skip, piecewise: a consistency function, its boundary at sigma_min (CM, eq. 5, 4)."""
+    network: Network
+    """The raw network's hyperparameters."""
+    noise: Noise
+    """Range of noise levels and sigma_data."""
+    image_shape: tuple[int, int, int]
+    """Channels, height, width."""
+    num_classes: int = Field(0, ge=0)
+    """Classes the network is conditioned on; 0: unconditional."""
+    augment_dim: int = Field(0, ge=0)
+    """Length of the augmentation vector the network is told; 0: none."""
+    noise_scale: float = Field(1.0, gt=0)
+    """Factor on ln(sigma) / 4 before the noise embedding; 1000 for networks in OpenAI's convention."""
+
+    def build(self, *, autocast: torch.dtype | None = None) -> Precond:
+        """Return the model with fresh weights from the global generator."""
+        net = self.network.build(self.image_shape, self.num_classes, augment_dim=self.augment_dim)
+        return Precond(
+            net,
+            sigma_min=0.0 if self.form == "denoiser" else self.noise.sigma_min,
+            sigma_data=self.noise.sigma_data,
+            noise_scale=self.noise_scale,
+            piecewise=self.form == "piecewise",
+            autocast=autocast,
+        )
+
+
+def build_seeded(spec: ModelSpec, seed: int, *, autocast: torch.dtype | None = None) -> Precond:
+    """Build the model on the CPU with weights that depend on `seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return spec.build(autocast=autocast)
+
+
+def save_model(folder: Path, spec: ModelSpec, weights: dict[str, torch.Tensor]) -> None:
+    """Write the weights (and buffers), then model.json, so that a folder with model.json is complete."""
+    save_tensors(folder / WEIGHTS_FILE, weights)
+    (folder / SPEC_FILE).write_text(spec.model_dump_json(indent=2) + "\n")
+
+
+def load_model(
+    folder: Path, *, device: torch.device | str = "cpu", autocast: torch.dtype | None = None
+) -> tuple[ModelSpec, Precond]:
+    """Load a model that `save_model` wrote, in evaluation mode and without gradients.
+
+    Raises FileNotFoundError when the folder holds none.
+    """
+    if not (folder / SPEC_FILE).is_file():
+        raise FileNotFoundError(f"{folder} holds no model: {SPEC_FILE} is missing")
+    spec = ModelSpec.model_validate_json((folder / SPEC_FILE).read_text())
+    model = spec.build(autocast=autocast)
+    load_weights(model, folder / WEIGHTS_FILE)
+    return spec, model.to(device).eval().requires_grad_(False)
+
+
+def load_weights(model: torch.nn.Module, path: Path) -> None:
+    """Copy the weights and buffers in `path` into `model`; raises ValueError unless names and shapes agree."""
+    weights, own = load_tensors(path), model.state_dict()
+    if weights.keys() != own.keys():
+        odd = min(weights.keys() ^ own.keys())
+        raise ValueError(f"{path}: the weights are of another network (only one of the two has {odd})")
+    for name, tensor in own.items():
+        if tensor.shape != weights[name].shape:
+            shapes = f"{tuple(weights[name].shape)} in the file, {tuple(tensor.shape)} in the network"
+            raise ValueError(f"{path}: the weights are of another network ({name}: {shapes})")
+    model.load_state_dict(weights)

@@ -1,0 +1,133 @@
+"""Sampling: the teacher's ODE and SDE samplers, one-step and multistep consistency sampling (CM, Algorithm 1).
+
+Every image has a generator of its own, seeded by (seed, index): image i does not depend on the batch size.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from cm_core.noise import Noise
+from cm_core.params import Params
+from cm_core.randomness import make_generator
+from cm_core.solvers import Denoiser, euler_step, heun_step, slope
+from cm_core.tensors import expand_like
+
+
+class ImageNoise:
+    """Unit Gaussian noise for a batch of images, each drawn from the image's own generator."""
+
+    def __init__(self, seed: int, indices: Sequence[int], image_shape: tuple[int, ...], device: torch.device) -> None:
+        self.image_shape, self.device = image_shape, device
+        # On the CPU, so that a seed names the same image on every device.
+        self.generators = [make_generator("cpu", seed, "image", index) for index in indices]
+
+    def draw(self) -> Tensor:
+        """Return fresh noise, [B, C, H, W]."""
+        draws = [torch.randn(self.image_shape, generator=generator) for generator in self.generators]
+        return torch.stack(draws).to(self.device)
+
+
+def multistep(f: Denoiser, noise: ImageNoise, sigmas: Sequence[float], *, sigma_min: float) -> Tensor:
+    """Sample a consistency model at decreasing `sigmas`, one network call each, [B, C, H, W] in -1..1 (CM, Alg. 1).
+
+    One level is one-step sampling. Raises ValueError unless the levels decrease and stay above sigma_min.
+    """
+    check_levels(sigmas, sigma_min=sigma_min)
+    x = torch.zeros(len(noise.generators), *noise.image_shape, device=noise.device)
+    for position, sigma in enumerate(sigmas):
+        # An estimate is already a sample at level sigma_min, so only the rest of the variance is added.
+        std = sigma if position == 0 else math.sqrt(sigma**2 - sigma_min**2)
+        level = torch.full((len(x),), sigma, device=x.device)
+        x = f(x + std * noise.draw(), level).clamp(-1, 1)
+    return x
+
+
+def check_levels(sigmas: Sequence[float], *, sigma_min: float) -> None:
+    """Raise ValueError unless noise levels decrease and stay above sigma_min."""
+    ordered = all(a > b for a, b in zip(sigmas, sigmas[1:], strict=False))
+    if not sigmas or not ordered or sigmas[-1] <= sigma_min:
+        raise ValueError(f"noise levels must decrease and stay above sigma_min={sigma_min}, got {list(sigmas)}")
+
+
+class TeacherSampler(Params):
+    """Sampling a denoiser along its ODE, or with churn along its SDE (EDM, Algorithms 1 and 2)."""
+
+    solver: Literal["euler", "heun", "dpm2", "ancestral"] = "heun"
+    """One step: Euler, Heun (EDM, Alg. 1), DPM-Solver-2-like midpoint, Euler with ancestral noise."""
+    num_steps: int = Field(18, ge=2)
+    """Noise levels n before the final 0; Heun calls the network 2n - 1 times (EDM: 18 on CIFAR-10)."""
+    s_churn: float = Field(0.0, ge=0)
+    """Noise added before each step, 0 for the ODE (EDM, Alg. 2: 40 on ImageNet-64)."""
+    s_min: float = Field(0.0, ge=0)
+    """Smallest level at which noise is added (EDM, Alg. 2)."""
+    s_max: float = Field(1e9, gt=0)
+    """Largest level at which noise is added (EDM, Alg. 2)."""
+    s_noise: float = Field(1.0, gt=0)
+    """Standard deviation of the added noise relative to what the level asks for (EDM, Alg. 2)."""
+
+    @property
+    def nfe(self) -> int:
+        """Network calls an image."""
+        return {"heun": 2 * self.num_steps - 1, "dpm2": 2 * self.num_steps}.get(self.solver, self.num_steps)
+
+    def sample(self, denoiser: Denoiser, noise: ImageNoise, levels: Noise) -> Tensor:
+        """Return images, [B, C, H, W], from noise at sigma_max; the state is float64 (EDM, generate)."""
+        sigmas = [*levels.grid(self.num_steps).tolist(), 0.0]
+        x = noise.draw().double() * sigmas[0]
+        for t, r in zip(sigmas[:-1], sigmas[1:], strict=True):
+            x, t = self._churn(x, t, noise)
+            x = _SAMPLER_STEPS[self.solver](_in_float32(denoiser), x, t, r, noise)
+        return x.float()
+
+    def _churn(self, x: Tensor, sigma: float, noise: ImageNoise) -> tuple[Tensor, float]:
+        if self.s_churn == 0 or not self.s_min <= sigma <= self.s_max:
+            return x, sigma
+        raised = sigma * (1 + min(self.s_churn / self.num_steps, math.sqrt(2) - 1))
+        return x + math.sqrt(raised**2 - sigma**2) * self.s_noise * noise.draw().double(), raised
+
+
+def _in_float32(denoiser: Denoiser) -> Denoiser:
+    """The state of a sampler is float64, the network sees float32."""
+    return lambda x, sigma: denoiser(x.float(), sigma.float()).double()
+
+
+def _levels(x: Tensor, *sigmas: float) -> list[Tensor]:
+    return [torch.full((len(x),), sigma, dtype=x.dtype, device=x.device) for sigma in sigmas]
+
+
+def _euler(denoiser: Denoiser, x: Tensor, t: float, r: float, noise: ImageNoise) -> Tensor:
+    return euler_step(denoiser, x, *_levels(x, t, r))
+
+
+def _heun(denoiser: Denoiser, x: Tensor, t: float, r: float, noise: ImageNoise) -> Tensor:
+    step = heun_step if r > 0 else euler_step  # the slope has no value at 0
+    return step(denoiser, x, *_levels(x, t, r))
+
+
+def _dpm2(denoiser: Denoiser, x: Tensor, t: float, r: float, noise: ImageNoise) -> Tensor:
+    """Full step with the slope at the midpoint of the cube roots (algorithm "dpm" of the CM code)."""
+    middle = ((t ** (1 / 3) + r ** (1 / 3)) / 2) ** 3
+    t_, middle_, r_ = _levels(x, t, middle, r)
+    x_middle = euler_step(denoiser, x, t_, middle_)
+    return x + expand_like(r_ - t_, x) * slope(denoiser, x_middle, middle_)
+
+
+def _ancestral(denoiser: Denoiser, x: Tensor, t: float, r: float, noise: ImageNoise) -> Tensor:
+    """Euler to a lower level than asked for, the rest of the variance as fresh noise."""
+    up = math.sqrt(r**2 * (t**2 - r**2) / t**2)
+    down = math.sqrt(r**2 - up**2)
+    x = euler_step(denoiser, x, *_levels(x, t, down))
+    return x + up * noise.draw().double() if up > 0 else x
+
+
+_SAMPLER_STEPS: dict[str, Callable[[Denoiser, Tensor, float, float, ImageNoise], Tensor]] = {
+    "euler": _euler,
+    "heun": _heun,
+    "dpm2": _dpm2,
+    "ancestral": _ancestral,
+}

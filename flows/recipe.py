@@ -1,0 +1,284 @@
+"""The recipe: one frozen model of every choice of a run, read from a YAML page, checked before anything is computed.
+
+`params/recipes/NAME.yaml` says what differs from the papers' defaults; `params/active.yaml` is the resolved
+recipe in force, every value spelled out, and the one params file that dvc.yaml reads.
+"""
+
+import copy
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import torch
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from cm_core.distances import Lpips, check_lpips_shape
+from cm_core.networks import Network, SongUNetParams
+from cm_core.noise import Noise
+from cm_core.params import Params
+from cm_core.sampling import check_levels
+from flows.errors import UserError
+from flows.stages.evaluate import Evaluate
+from flows.stages.features import ClassifierFeatures, Features
+from flows.stages.prepare import Data
+from flows.stages.sample import Sample
+from flows.stages.student import Student
+from flows.stages.teacher import Teacher
+
+RECIPES_DIR, ACTIVE_FILE = Path("params/recipes"), Path("params/active.yaml")
+
+
+class Recipe(Params):
+    """Everything that decides a run. Its sections are the stages' own."""
+
+    seed: int = Field(0, ge=0)
+    """Seed of weights, order, noise and dropout."""
+    conditional: bool = False
+    """Condition networks on the class labels."""
+    data: Data = Data()
+    """The images."""
+    noise: Noise = Noise()
+    """Range of noise levels and spread of the data, shared by teacher, student and samplers."""
+    network: Network = SongUNetParams()
+    """The network, shared by teacher and student."""
+    features: Features = ClassifierFeatures()
+    """The feature network of the metrics."""
+    teacher: Teacher | None = Teacher()
+    """Training of the diffusion model; null: none is trained."""
+    student: Student = Student()
+    """Training of the consistency model."""
+    sample: Sample = Sample()
+    """Images drawn for the evaluation."""
+    evaluate: Evaluate = Evaluate()
+    """Metrics and report."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Recipe":
+        kind = self.student.method.kind
+        if self.teacher is None and self.student.method.needs_teacher:
+            raise ValueError(f"student.method.kind={kind} distils a teacher, and teacher is null; train one or use ct")
+        if self.teacher is None and self.student.initial_weights == "teacher":
+            raise ValueError("student.init_from=teacher, and teacher is null; train one or use random")
+        shape = self.data.image_shape()
+        if shape is not None:
+            self._fits(shape)
+        for mid in self.sample.mid_sigmas:
+            check_levels([self.noise.sigma_max, *mid], sigma_min=self.noise.sigma_min)
+        return self
+
+    def _fits(self, shape: tuple[int, int, int]) -> None:
+        """Refuse networks and distances that cannot work on images of this shape."""
+        if isinstance(self.student.method.distance, Lpips):
+            check_lpips_shape(shape)
+        with torch.device("meta"):  # builds the shapes without the weights
+            self.network.build(shape, 0)
+
+
+def recipe_names(root: Path) -> list[str]:
+    """Return the names of the recipes under `root`, sorted."""
+    return sorted(path.stem for path in (root / RECIPES_DIR).glob("*.yaml"))
+
+
+def load_recipe(name: str, overrides: Sequence[str] = (), *, root: Path) -> Recipe:
+    """Read a recipe by name or path and lay `key=value` overrides over it.
+
+    Raises UserError: one line with the file, the key, the value and what is allowed.
+    """
+    path = _recipe_path(name, root)
+    tree = read_yaml(path)
+    for override in overrides:
+        tree = merge(tree, parse_override(override))
+    return validate(tree, source=path, origins=[override.split("=", 1)[0] for override in overrides])
+
+
+def load_active(root: Path) -> Recipe:
+    """Read `params/active.yaml`, the resolved recipe in force. Raises UserError as `load_recipe` does."""
+    return validate(read_yaml(root / ACTIVE_FILE), source=root / ACTIVE_FILE)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML, every value spelled out, in the order of the model."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100)
+
+
+def write_active(recipe: Recipe, root: Path) -> Path:
+    """Put a recipe in force: write `params/active.yaml` (only when its text changes) and return its path."""
+    path = root / ACTIVE_FILE
+    text = "# The resolved recipe in force; dvc.yaml reads it. Written by `cm use`, may be edited by hand.\n"
+    text += dump_recipe(recipe)
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return path
+
+
+def explain(name: str, overrides: Sequence[str] = (), *, root: Path) -> list[tuple[str, Any, str]]:
+    """Return every resolved value as (key, value, where it comes from: the page, --set, or the default)."""
+    recipe = load_recipe(name, overrides, root=root)
+    path = _recipe_path(name, root)
+    page, chosen = flatten(read_yaml(path)), {override.split("=", 1)[0] for override in overrides}
+    return [
+        (key, value, "--set" if _within(key, chosen) else str(path) if _within(key, page) else "default")
+        for key, value in flatten(recipe.model_dump(mode="json")).items()
+    ]
+
+
+def _within(key: str, keys: Iterable[str]) -> bool:
+    """Whether `key`, or a section it lies in, is one of `keys`; a bare word for a section stands for its kind."""
+    return any(key in (other, f"{other}.kind") for other in keys)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings under dotted keys; lists are leaves."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a mapping from a YAML file. Raises UserError where there is none."""
+    try:
+        tree = yaml.load(path.read_text(), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected sections such as data:, student:; got {type(tree).__name__}")
+    return tree
+
+
+def parse_override(override: str) -> dict[str, Any]:
+    """Turn `a.b=value` into {"a": {"b": value}}, the value read as YAML. Raises UserError for other forms."""
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"--set {override}: expected key=value, such as student.method.solver=euler")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: {text!r} is not a YAML value") from None
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def merge(base: Any, layer: Any) -> Any:
+    """Lay `layer` over `base`, mappings key by key; where the layer names another `kind`, it starts afresh.
+
+    A bare word stands for {kind: word} where it meets a mapping with a kind.
+    """
+    if isinstance(base, dict) and "kind" in base and isinstance(layer, str):
+        layer = {"kind": layer}
+    if isinstance(base, str) and isinstance(layer, dict) and layer and "kind" not in layer:
+        base = {"kind": base}
+    if not isinstance(base, dict) or not isinstance(layer, dict):
+        return copy.deepcopy(layer)
+    if "kind" in layer and "kind" in base and layer["kind"] != base["kind"]:
+        return copy.deepcopy(layer)
+    return {**base, **{key: merge(base[key], value) if key in base else value for key, value in layer.items()}}
+
+
+def validate(tree: Mapping[str, Any], *, source: Path, origins: Sequence[str] = ()) -> Recipe:
+    """Build the recipe from nested plain values; `origins` are the keys that came from --set.
+
+    Raises UserError: one line naming file, key, value and what is allowed.
+    """
+    try:
+        return _build(Recipe, tree, "")
+    except _Refused as refused:
+        place = f"--set {refused.key}" if refused.key in origins else f"{source}: {refused.key or 'recipe'}"
+        raise UserError(f"{place}{refused.value}: {refused.reason}") from None
+
+
+class _Refused(Exception):
+    """A value that a section does not take."""
+
+    def __init__(self, key: str, reason: str, *value: Any) -> None:
+        self.key, self.reason = key, reason
+        self.value = f"={yaml.safe_dump(value[0], default_flow_style=True).splitlines()[0]}" if value else ""
+
+
+def _build(model: type[Params], tree: Mapping[str, Any], prefix: str) -> Any:
+    """Validate a section after its subsections, so that an error speaks of the class that its `kind` chose."""
+    values = {}
+    for key, value in tree.items():
+        field = model.model_fields.get(key)
+        if field is None:
+            raise _Refused(
+                f"{prefix}{key}", f"unknown key{_nearest(key, model)}; allowed: {', '.join(model.model_fields)}"
+            )
+        values[key] = _build_value(
+            field.annotation, value, f"{prefix}{key}", field.get_default(call_default_factory=True)
+        )
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = prefix + ".".join(map(str, first["loc"]))
+        reason = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        own = () if first["type"] in ("value_error", "missing") else (first["input"],)
+        raise _Refused(key.rstrip("."), reason, *own) from None
+
+
+def _build_value(annotation: Any, value: Any, key: str, default: Any = None) -> Any:
+    if isinstance(value, list) and get_origin(annotation) is tuple:
+        return [_build_value(get_args(annotation)[0], item, f"{key}.{i}") for i, item in enumerate(value)]
+    members = _sections(annotation)
+    if not members or value is None or isinstance(value, BaseModel):
+        return value
+    if len(members) == 1 and "kind" not in members[0].model_fields:
+        if not isinstance(value, Mapping):
+            raise _Refused(key, f"must be a section with keys {', '.join(members[0].model_fields)}", value)
+        return _build(members[0], value, f"{key}.")
+    return _build_kind(members, value, key, default)
+
+
+def _build_kind(members: list[type[Params]], value: Any, key: str, default: Any) -> Any:
+    kinds = {get_args(member.model_fields["kind"].annotation)[0]: member for member in members}
+    if isinstance(value, str):
+        value = {"kind": value}
+    if not isinstance(value, Mapping):
+        raise _Refused(key, f"must be one of {', '.join(kinds)}, or a section with such a kind", value)
+    kind = value.get("kind", getattr(default, "kind", next(iter(kinds))))
+    if kind not in kinds:
+        raise _Refused(f"{key}.kind", f"must be one of {', '.join(kinds)}", kind)
+    return _build(kinds[kind], {"kind": kind, **value}, f"{key}.")
+
+
+def _sections(annotation: Any) -> list[type[Params]]:
+    """Return the Params classes of an annotation such as `A | B | None`."""
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return [option for option in options if isinstance(option, type) and issubclass(option, Params)]
+
+
+def _nearest(key: str, model: type[Params]) -> str:
+    close = difflib.get_close_matches(key, model.model_fields, 1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number, as in YAML 1.2 and in every paper."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _recipe_path(name: str, root: Path) -> Path:
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    path = root / RECIPES_DIR / f"{name}.yaml"
+    if not path.exists():
+        raise UserError(
+            f"no recipe {name!r}; there are {', '.join(recipe_names(root))}, or give a path to a .yaml file"
+        )
+    return path

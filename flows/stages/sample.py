@@ -1,0 +1,187 @@
+"""Stage `sample`: images from the student at one and more steps, from the untrained student and from the teacher."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from cm_core.model import ModelSpec, load_model
+from cm_core.params import Params
+from cm_core.precond import Precond
+from cm_core.sampling import ImageNoise, TeacherSampler, check_levels, multistep
+from cm_core.tensors import from_pixels, to_pixels
+from flows.dataset import Dataset, load_dataset
+from flows.errors import UserError
+from flows.figures import save_grid, save_rows
+from flows.monitor import Monitor
+from flows.stages.training import ABSENT_FILE, fixed_labels, initial_student, pick_device
+
+GRID_IMAGES = 100
+STRIP_SIGMAS = (0.2, 0.5, 1.0, 2.0, 5.0, 20.0, 80.0)  # from hardly visible noise to nothing but noise
+STRIP_IMAGES = 8
+ROUNDING = "uint8, x * 127.5 + 128, clipped"
+
+
+class Sample(Params):
+    """Which images are drawn for the evaluation."""
+
+    num_images: int = Field(50_000, ge=1)
+    """Images a row."""
+    batch_size: int = Field(500, ge=1)
+    """Images at a time; has no influence on the images."""
+    seed: int = Field(0, ge=0)
+    """Image i is drawn from (seed, i), whatever the batch size."""
+    mid_sigmas: tuple[tuple[float, ...], ...] = ((), (0.821,))
+    """One row an entry: the noise levels after sigma_max; none is one-step sampling (iCT: 0.821 on CIFAR-10)."""
+    teacher_sampler: TeacherSampler = TeacherSampler()
+    """How the teacher's row is drawn, where the recipe has a teacher."""
+    teacher_images: int | None = Field(None, ge=0)
+    """Images of the teacher's row; empty: as many as the others, 0: no such row."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the network's body."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One set of images and how it was made; `draw` takes noise and labels to images."""
+
+    name: str
+    model: str
+    nfe: int
+    sigmas: list[float]
+    num_images: int
+    draw: Callable[[ImageNoise, Tensor | None], Tensor] = field(repr=False)
+
+
+def sample(
+    sample: Sample, prepare_dir: Path, teacher_dir: Path, student_dir: Path, out_dir: Path, monitor: Monitor
+) -> None:
+    """Draw every row of images and write arrays, grids and denoising strips; samples.json comes last."""
+    device = pick_device()
+    autocast = torch.bfloat16 if sample.precision == "bf16" else None
+    spec, f = load_model(student_dir, device=device, autocast=autocast)
+    _check_levels(sample, spec)
+    rows = [*_student_rows(sample, spec, f), _untrained_row(sample, spec, student_dir, teacher_dir, device, autocast)]
+    if not (teacher_dir / ABSENT_FILE).exists() and sample.teacher_images != 0:
+        rows.append(_teacher_row(sample, teacher_dir, device, autocast))
+    out_dir.mkdir(parents=True, exist_ok=True)
+    total, done = sum(row.num_images for row in rows), 0
+    for row in rows:
+        _draw_row(
+            row, sample, spec, device, out_dir, lambda n, before=done: monitor.progress(before + n, total, "images")
+        )
+        done += row.num_images
+        save_grid(np.load(out_dir / f"{row.name}.npy", mmap_mode="r")[:GRID_IMAGES], out_dir / f"{row.name}_grid.png")
+        monitor.image(f"grid/{row.name}", out_dir / f"{row.name}_grid.png", 0)
+    _save_strips(spec, f, load_dataset(prepare_dir), device, out_dir / "strips.png")
+    _write_index(sample, spec, rows, out_dir)
+
+
+def _check_levels(sample: Sample, spec: ModelSpec) -> None:
+    for mid in sample.mid_sigmas:
+        try:
+            check_levels([spec.noise.sigma_max, *mid], sigma_min=spec.noise.sigma_min)
+        except ValueError as error:
+            raise UserError(f"sample.mid_sigmas: {error}") from error
+
+
+def _student_rows(sample: Sample, spec: ModelSpec, f: Precond) -> list[Row]:
+    rows: list[Row] = []
+    for mid in sample.mid_sigmas:
+        name = f"nfe_{len(mid) + 1}"
+        if any(row.name == name for row in rows):
+            name += "_at_" + "_".join(f"{sigma:g}" for sigma in mid)
+        rows.append(_consistency_row(name, "student", sample, spec, f, [spec.noise.sigma_max, *mid]))
+    return rows
+
+
+def _consistency_row(name: str, model: str, sample: Sample, spec: ModelSpec, f: Precond, sigmas: list[float]) -> Row:
+    def draw(noise: ImageNoise, labels: Tensor | None) -> Tensor:
+        return multistep(partial(f, labels=labels), noise, sigmas, sigma_min=spec.noise.sigma_min)
+
+    return Row(name, model, len(sigmas), sigmas, sample.num_images, draw)
+
+
+def _untrained_row(
+    sample: Sample,
+    spec: ModelSpec,
+    student_dir: Path,
+    teacher_dir: Path,
+    device: torch.device,
+    autocast: torch.dtype | None,
+) -> Row:
+    origin = json.loads((student_dir / "origin.json").read_text())
+    f = initial_student(spec, **origin, teacher_dir=teacher_dir).to(device).eval().requires_grad_(False)
+    f.autocast = autocast
+    return _consistency_row("untrained", "untrained", sample, spec, f, [spec.noise.sigma_max])
+
+
+def _teacher_row(sample: Sample, teacher_dir: Path, device: torch.device, autocast: torch.dtype | None) -> Row:
+    spec, denoiser = load_model(teacher_dir, device=device, autocast=autocast)
+    sampler = sample.teacher_sampler
+    num_images = sample.num_images if sample.teacher_images is None else sample.teacher_images
+
+    def draw(noise: ImageNoise, labels: Tensor | None) -> Tensor:
+        return sampler.sample(partial(denoiser, labels=labels), noise, spec.noise)
+
+    sigmas = [*spec.noise.grid(sampler.num_steps).tolist(), 0.0]
+    return Row(f"teacher_nfe_{sampler.nfe}", "teacher", sampler.nfe, sigmas, num_images, draw)
+
+
+@torch.no_grad()
+def _draw_row(
+    row: Row, sample: Sample, spec: ModelSpec, device: torch.device, out_dir: Path, progress: Callable[[int], None]
+) -> None:
+    channels, height, width = spec.image_shape
+    images = np.lib.format.open_memmap(
+        out_dir / f"{row.name}.npy", mode="w+", dtype=np.uint8, shape=(row.num_images, height, width, channels)
+    )
+    for start in range(0, row.num_images, sample.batch_size):
+        indices = range(start, min(start + sample.batch_size, row.num_images))
+        noise = ImageNoise(sample.seed, indices, spec.image_shape, device)
+        drawn = row.draw(noise, fixed_labels(spec, indices, device))
+        images[indices.start : indices.stop] = to_pixels(drawn).cpu().numpy()
+        progress(indices.stop)
+    images.flush()
+
+
+@torch.no_grad()
+def _save_strips(spec: ModelSpec, f: Precond, dataset: Dataset, device: torch.device, path: Path) -> None:
+    """Held-out images at growing noise and what one network call makes of them."""
+    pixels = torch.from_numpy(np.array(dataset.heldout_images[:STRIP_IMAGES])).to(device)
+    x0 = from_pixels(pixels)
+    eps = ImageNoise(0, range(len(x0)), spec.image_shape, device).draw()
+    labels = None
+    if spec.num_classes:
+        labels = torch.from_numpy(np.array(dataset.heldout_labels[:STRIP_IMAGES])).to(device)
+    rows = {"held-out": pixels.cpu().numpy()}
+    for sigma in STRIP_SIGMAS:
+        x_t = x0 + sigma * eps
+        rows[f"noised to {sigma:g}"] = to_pixels(x_t / max(1.0, sigma)).cpu().numpy()
+        rows[f"f at {sigma:g}"] = to_pixels(f(x_t, torch.full((len(x0),), sigma, device=device), labels)).cpu().numpy()
+    save_rows(rows, path)
+
+
+def _write_index(sample: Sample, spec: ModelSpec, rows: list[Row], out_dir: Path) -> None:
+    def describe(row: Row) -> dict:
+        facts = asdict(row)
+        del facts["draw"]
+        return facts | {"file": f"{row.name}.npy"}
+
+    index = {
+        "rows": [describe(row) for row in rows],
+        "seed": sample.seed,
+        "rounding": ROUNDING,
+        "precision": sample.precision,
+        "labels": "every class equally often" if spec.num_classes else "none",
+        "grids": {row.name: f"{row.name}_grid.png" for row in rows},
+        "strips": "strips.png",
+    }
+    (out_dir / "samples.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,147 @@
+"""Stage `student`: train the consistency model, distilled from the teacher or in isolation."""
+
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from cm_core.distances import Distance, Lpips
+from cm_core.loop import Train, TrainState
+from cm_core.methods import StudentMethod
+from cm_core.methods.base import Models
+from cm_core.methods.cd import CD
+from cm_core.model import ModelSpec, load_model
+from cm_core.networks import Network
+from cm_core.noise import Noise
+from cm_core.params import Params
+from cm_core.precond import Precond
+from cm_core.randomness import derive_seed
+from cm_core.sampling import ImageNoise, multistep
+from cm_core.tensors import to_pixels
+from flows.dataset import Dataset, load_dataset
+from flows.errors import UserError
+from flows.fetch import fetch
+from flows.monitor import Monitor
+from flows.stages.training import (
+    ABSENT_FILE,
+    GRID_IMAGES,
+    fixed_labels,
+    initial_student,
+    make_batches,
+    pick_device,
+    run_training,
+    write_origin,
+)
+
+
+class Student(Params):
+    """How the consistency model is trained."""
+
+    method: StudentMethod = CD()
+    """The training method, with its paper's hyperparameters."""
+    init_from: Literal["teacher", "random"] | None = None
+    """First weights; empty: as the method's paper does (cd: the teacher's, ct and ict: random)."""
+    train: Train = Train()
+    """Length, optimiser, averages, precision."""
+
+    @property
+    def initial_weights(self) -> str:
+        """Where the first weights come from, the method's habit resolved."""
+        return self.init_from or ("teacher" if self.method.needs_teacher else "random")
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether training needs a trained teacher."""
+        return self.method.needs_teacher or self.initial_weights == "teacher"
+
+
+def student(
+    seed: int,
+    conditional: bool,
+    noise: Noise,
+    network: Network,
+    student: Student,
+    prepare_dir: Path,
+    teacher_dir: Path,
+    out_dir: Path,
+    state_dir: Path,
+    monitor: Monitor,
+) -> None:
+    """Train the student and write its averaged weights. Raises UserError where a needed teacher is absent."""
+    dataset, device, seed = load_dataset(prepare_dir), pick_device(), derive_seed(seed, "student")
+    batches = make_batches(dataset, student.train, conditional=conditional, seed=seed, device=device)
+    teacher_spec, teacher = _load_teacher(student, teacher_dir, device)
+    spec = ModelSpec(
+        form=student.method.form,
+        network=network,
+        noise=noise,
+        image_shape=dataset.image_shape,
+        num_classes=dataset.num_classes if conditional else 0,
+        augment_dim=teacher_spec.augment_dim if teacher_spec else 0,
+    )
+    origin = {"init_from": student.initial_weights, "seed": derive_seed(seed, "init")}
+    monitor.remark(f"first weights: {origin['init_from']}")
+    model, target = (_first_weights(spec, student.train, origin, teacher_dir, device) for _ in range(2))
+    keeps_target = student.method.keeps_target
+    models = Models(
+        student=model,
+        target=target if keeps_target else model,
+        teacher=teacher,
+        distance=_build_distance(student, dataset, state_dir, device, monitor),
+    )
+    out_dir.mkdir(parents=True, exist_ok=True)
+    run_training(
+        TrainState.start(model, target if keeps_target else None, student.train),
+        student.method,
+        models,
+        batches,
+        student.train,
+        spec=spec,
+        seed=seed,
+        draw=partial(draw_samples, spec=spec, device=device),
+        out_dir=out_dir,
+        state_dir=state_dir,
+        monitor=monitor,
+    )
+    write_origin(out_dir, **origin)
+
+
+def _load_teacher(student: Student, teacher_dir: Path, device: torch.device) -> tuple[ModelSpec | None, Precond | None]:
+    if not student.uses_teacher:
+        return None, None
+    if (teacher_dir / ABSENT_FILE).exists():
+        raise UserError(f"student.method.kind={student.method.kind} needs a teacher, and the recipe has teacher: null")
+    spec, teacher = load_model(teacher_dir, device=device, autocast=student.train.autocast)
+    return spec, teacher.to(memory_format=torch.channels_last) if device.type == "cuda" else teacher
+
+
+def _first_weights(spec: ModelSpec, train: Train, origin: dict, teacher_dir: Path, device: torch.device) -> Precond:
+    model = initial_student(spec, **origin, teacher_dir=teacher_dir).to(device)
+    model.autocast = train.autocast
+    return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model
+
+
+def _build_distance(
+    student: Student, dataset: Dataset, state_dir: Path, device: torch.device, monitor: Monitor
+) -> Distance:
+    distance = student.method.distance
+    if not isinstance(distance, Lpips):
+        return distance.build(dataset.image_shape)
+    vgg16 = None
+    if distance.weights is not None:
+        vgg16 = fetch(distance.weights, state_dir / "weights", sha256=distance.sha256, monitor=monitor)
+    try:
+        return distance.build(dataset.image_shape, vgg16).to(device)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"student.method.distance: {error}") from error
+
+
+@torch.no_grad()
+def draw_samples(model: Precond, *, spec: ModelSpec, device: torch.device) -> np.ndarray:
+    """Return one-step samples for a training grid, the same noise every time, uint8 [N, H, W, C]."""
+    indices = range(GRID_IMAGES)
+    f = partial(model, labels=fixed_labels(spec, indices, device))
+    noise = ImageNoise(0, indices, spec.image_shape, device)
+    return to_pixels(multistep(f, noise, [spec.noise.sigma_max], sigma_min=spec.noise.sigma_min)).cpu().numpy()

@@ -1,0 +1,95 @@
+"""Stage `teacher`: train the diffusion model that consistency distillation starts from."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cm_core.augment import LABEL_DIM
+from cm_core.loop import Adam, Train, TrainState
+from cm_core.methods.base import Models
+from cm_core.methods.edm import EDM
+from cm_core.model import ModelSpec
+from cm_core.networks import Network
+from cm_core.noise import Noise
+from cm_core.params import Params
+from cm_core.precond import Precond
+from cm_core.randomness import derive_seed
+from cm_core.sampling import ImageNoise, TeacherSampler
+from cm_core.tensors import to_pixels
+from flows.dataset import load_dataset
+from flows.monitor import Monitor
+from flows.stages.training import (
+    ABSENT_FILE,
+    GRID_IMAGES,
+    build_model,
+    fixed_labels,
+    make_batches,
+    pick_device,
+    run_training,
+)
+
+
+class Teacher(Params):
+    """How the diffusion model is trained."""
+
+    method: EDM = EDM()
+    """The training method."""
+    train: Train = Train(optimizer=Adam())
+    """Length, optimiser, averages, precision."""
+    grid_sampler: TeacherSampler = TeacherSampler(num_steps=8)
+    """Sampler of the grids drawn during training; few steps, because it interrupts the training."""
+
+
+def teacher(
+    seed: int,
+    conditional: bool,
+    noise: Noise,
+    network: Network,
+    teacher: Teacher | None,
+    prepare_dir: Path,
+    out_dir: Path,
+    state_dir: Path,
+    monitor: Monitor,
+) -> None:
+    """Train the teacher and write its averaged weights; a recipe without one gets a marker file."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if teacher is None:
+        (out_dir / ABSENT_FILE).write_text(json.dumps({"teacher": None}) + "\n")
+        monitor.remark("this recipe has no teacher")
+        return
+    dataset, device, seed = load_dataset(prepare_dir), pick_device(), derive_seed(seed, "teacher")
+    spec = ModelSpec(
+        form=teacher.method.form,
+        network=network,
+        noise=noise,
+        image_shape=dataset.image_shape,
+        num_classes=dataset.num_classes if conditional else 0,
+        augment_dim=LABEL_DIM if teacher.method.augment else 0,
+    )
+    batches = make_batches(dataset, teacher.train, conditional=conditional, seed=seed, device=device)
+    model = build_model(spec, teacher.train, derive_seed(seed, "init"), device)
+    run_training(
+        TrainState.start(model, None, teacher.train),
+        teacher.method,
+        Models(student=model, target=model),
+        batches,
+        teacher.train,
+        spec=spec,
+        seed=seed,
+        draw=partial(draw_samples, spec=spec, sampler=teacher.grid_sampler, device=device),
+        out_dir=out_dir,
+        state_dir=state_dir,
+        monitor=monitor,
+    )
+
+
+@torch.no_grad()
+def draw_samples(model: Precond, *, spec: ModelSpec, sampler: TeacherSampler, device: torch.device) -> np.ndarray:
+    """Return the images of a training grid, the same noise every time, uint8 [N, H, W, C]."""
+    indices = range(GRID_IMAGES)
+    denoiser = partial(model, labels=fixed_labels(spec, indices, device))
+    noise = ImageNoise(0, indices, spec.image_shape, device)
+    return to_pixels(sampler.sample(denoiser, noise, spec.noise)).cpu().numpy()

@@ -1,0 +1,52 @@
+"""The exact solution everything is tested against: data N(0, sigma_data^2 I), whose denoiser and flow are known."""
+
+import torch
+from torch import Tensor, nn
+
+from cm_core.noise import Noise
+from cm_core.tensors import expand_like
+
+
+class GaussianDenoiser(nn.Module):
+    """D(x, sigma) = x sigma_data^2 / (sigma^2 + sigma_data^2), exact for Gaussian data."""
+
+    def __init__(self, sigma_data: float = 0.5) -> None:
+        super().__init__()
+        self.sigma_data = sigma_data
+
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        return x * expand_like(self.sigma_data**2 / (sigma**2 + self.sigma_data**2), x)
+
+
+class GaussianConsistency(nn.Module):
+    """f(x, t) = x sqrt((sigma_min^2 + sigma_data^2) / (t^2 + sigma_data^2)), the exact consistency function."""
+
+    def __init__(self, noise: Noise) -> None:
+        super().__init__()
+        self.noise = noise
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        variance = self.noise.sigma_data**2
+        return x * expand_like(((self.noise.sigma_min**2 + variance) / (t**2 + variance)).sqrt(), x)
+
+
+class ConstantNet(nn.Module):
+    """A raw network that returns a fixed multiple of its input plus a constant; any shape."""
+
+    def __init__(self, gain: float = 0.3, bias: float = 0.7) -> None:
+        super().__init__()
+        self.gain, self.bias = nn.Parameter(torch.tensor(gain)), nn.Parameter(torch.tensor(bias))
+
+    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+        return self.gain * x + self.bias
+
+
+class DropoutNet(nn.Module):
+    """A raw network whose output shows its dropout mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.dropout = nn.Parameter(torch.tensor(1.0)), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+        return self.scale * self.dropout(torch.ones_like(x))

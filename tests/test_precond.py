@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from cm_core.precond import Precond
+from oracles import ConstantNet
+
+VECTORS = [  # sigma, EDM c_skip, EDM c_out, c_in, ln(sigma)/4, CM c_skip, CM c_out
+    (0.002, 0.999984, 0.001999984, 1.999984, -1.553652, 1, 0),
+    (0.1, 0.96153846, 0.098058068, 1.9611614, -0.57564627, 0.96300519, 0.096096906),
+    (0.5, 0.5, 0.35355339, 1.4142136, -0.1732868, 0.502004, 0.35213918),
+    (1, 0.2, 0.4472136, 0.89442719, 0, 0.20064141, 0.44631917),
+    (80, 3.9060974e-05, 0.49999023, 0.012499756, 1.0955067, 3.9062927e-05, 0.49997773),
+]
+
+
+@pytest.mark.parametrize("vector", VECTORS)
+def test_scalings_match_the_printed_vectors(vector):
+    sigma, edm_skip, edm_out, c_in, c_noise, cm_skip, cm_out = vector
+    at = torch.tensor([sigma], dtype=torch.float64)
+    edm = Precond(ConstantNet(), sigma_min=0.0, sigma_data=0.5).scalings(at)
+    cm = Precond(ConstantNet(), sigma_min=0.002, sigma_data=0.5).scalings(at)
+    for found, expected in zip((*edm, *cm[:2]), (edm_skip, edm_out, c_in, c_noise, cm_skip, cm_out), strict=True):
+        assert found.item() == pytest.approx(expected, rel=5e-7, abs=1e-12)
+
+
+@pytest.mark.parametrize("piecewise", [False, True])
+def test_boundary_is_exact_to_the_bit(piecewise):
+    f = Precond(ConstantNet(), sigma_min=0.002, sigma_data=0.5, piecewise=piecewise)
+    x = torch.randn(64, 3, 8, 8) * 10
+    assert torch.equal(f(x, torch.full((64,), 0.002)), x)
+    assert not torch.equal(f(x, torch.full((64,), 0.003)), x)
+
+
+def test_piecewise_form_is_the_bare_network_away_from_the_boundary():
+    net = ConstantNet()
+    f = Precond(net, sigma_min=0.002, sigma_data=0.5, piecewise=True)
+    x, t = torch.randn(4, 1, 2, 2), torch.full((4,), 2.0)
+    c_in = 1 / (t**2 + 0.25).sqrt()
+    torch.testing.assert_close(f(x, t), net(c_in[:, None, None, None] * x, t.log() / 4, None, None))
+
+
+def test_network_sees_unit_variance():
+    seen = []
+    net = ConstantNet()
+    net.register_forward_pre_hook(lambda module, args: seen.append(args[0].std().item()))
+    f = Precond(net, sigma_min=0.0, sigma_data=0.5)
+    generator = torch.Generator().manual_seed(0)
+    x0 = 0.5 * torch.randn(2000, 3, 4, 4, generator=generator)
+    eps = torch.randn(x0.shape, generator=generator)
+    for sigma in (0.01, 0.5, 20.0):
+        f(x0 + sigma * eps, torch.full((2000,), sigma))
+    assert seen == pytest.approx([1, 1, 1], abs=0.01)
+
+
+def test_half_precision_stays_inside_the_network():
+    f = Precond(torch.nn.Identity(), sigma_min=0.002, sigma_data=0.5, autocast=torch.bfloat16)
+    f.net = ConstantNet()
+    x = torch.randn(4, 1, 2, 2)
+    out = f(x, torch.full((4,), 0.002))
+    assert out.dtype == torch.float32 and torch.equal(out, x)
