@@ -40,7 +40,7 @@ class SongUNetParams(Params):
     num_blocks: int = Field(4, ge=1)
     """Residual blocks a resolution in the encoder; the decoder has one more (EDM: 4)."""
     attn_resolutions: tuple[PositiveInt, ...] = (16,)
-    """Image heights, in pixels, at which blocks attend; the lowest resolution always does, in the middle (EDM: 16)."""
+    """Image heights, in pixels, at which blocks attend; the middle of the network always does (EDM: 16)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability of dropping an activation (EDM's CIFAR-10 teachers: 0.13; CD and CT students: 0)."""
     fourier_scale: PositiveFloat | None = None
