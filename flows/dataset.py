@@ -59,6 +59,4 @@ def _open_array(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot read the prepared array ({error}); run the stage prepare again"
-        ) from None
+        raise UserError(f"{path}: cannot read the prepared array ({error}); run the stage prepare again") from None

@@ -1,0 +1,272 @@
+"""Bring files here: local paths, file://, http(s):// and s3://, verified and written atomically."""
+
+import hashlib
+import http.client
+import os
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from flows.errors import UserError
+from flows.monitor import Monitor
+
+CHUNK = 1 << 20  # bytes between two reports of progress
+TIMEOUT = 30  # seconds without an answer
+S3_WORKERS = 16  # objects of a prefix that are downloaded at once
+
+
+def fetch(
+    uri: str, into: Path, *, sha256: str | None = None, md5: str | None = None, monitor: Monitor | None = None
+) -> Path:
+    """Return a local file with the contents of `uri`, its checksums verified.
+
+    A local path or file:// URL is used where it lies. Anything else is downloaded into the folder `into`
+    under its own name; a file already there is reused if a checksum is given and fits.
+
+    Raises:
+        UserError: nothing there, access denied, no network, a broken download, a wrong checksum.
+    """
+    checksums = {name: value.lower() for name, value in (("sha256", sha256), ("md5", md5)) if value}
+    if is_local(uri):
+        return _verified(uri, _existing_file(uri), checksums)
+    path = into / _file_name(uri)
+    if checksums and path.is_file() and _digests(path, checksums) == checksums:
+        return path
+    with _temporary_file(into) as partial:
+        _download(uri, partial, monitor or Monitor())
+        return _verified(uri, partial, checksums).replace(path)
+
+
+def fetch_first(
+    uris: Sequence[str],
+    into: Path,
+    *,
+    sha256: str | None = None,
+    md5: str | None = None,
+    monitor: Monitor | None = None,
+) -> Path:
+    """Return `fetch` of the first of `uris` that works.
+
+    Raises:
+        UserError: none works; the line lists the cause of each.
+    """
+    causes = []
+    for uri in uris:
+        try:
+            return fetch(uri, into, sha256=sha256, md5=md5, monitor=monitor)
+        except UserError as error:
+            causes.append(str(error))
+    raise UserError("; ".join(causes) or "no address to fetch from")
+
+
+def fetch_prefix(uri: str, into: Path, *, monitor: Monitor | None = None) -> Path:
+    """Download every object under `s3://bucket/prefix/` into the folder `into`, keeping the tree below the prefix.
+
+    Raises:
+        UserError: no object there, access denied, no network, or a key that points outside `into`.
+    """
+    bucket, prefix = _s3_address(uri)
+    prefix = prefix and prefix.rstrip("/") + "/"
+    with _s3_errors(uri):
+        client = _s3_client()
+        keys = [key for key in _list_keys(client, bucket, prefix) if not key.endswith("/")]
+        if not keys:
+            raise UserError(f"{public_uri(uri)}: no object under this prefix")
+        paths = [into / _relative(uri, key.removeprefix(prefix)) for key in keys]
+        for folder in {path.parent for path in paths}:
+            folder.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(S3_WORKERS) as pool:
+            copies = pool.map(lambda key, path: _copy_object(client, bucket, key, path, Monitor()), keys, paths)
+            for done, _ in enumerate(copies, 1):
+                (monitor or Monitor()).progress(done, len(keys), "objects")
+    return into
+
+
+def download_dir(checksum: str) -> Path:
+    """Return the folder of the user's cache that keeps what has this checksum from run to run."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "consistency-pipeline" / checksum[:16].lower()
+
+
+def is_local(uri: str) -> bool:
+    """Whether `uri` is a path or a file:// URL."""
+    return "://" not in uri or uri.startswith("file://")
+
+
+def local_path(uri: str) -> Path:
+    """Return the path that a local `uri` names, `~` expanded."""
+    if not uri.startswith("file://"):
+        return Path(uri).expanduser()
+    parts = urlsplit(uri)
+    if parts.netloc not in ("", "localhost"):
+        raise UserError(f"{uri}: a file:// URL names a file of this machine: file:///absolute/path")
+    return Path(unquote(parts.path))
+
+
+def public_uri(uri: str) -> str:
+    """Return `uri` without user, password and query, which may hold a secret."""
+    if not uri.startswith(("http://", "https://")):
+        return uri
+    parts = urlsplit(uri)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _existing_file(uri: str) -> Path:
+    path = local_path(uri)
+    if path.is_file():
+        return path
+    raise UserError(f"{uri}: {'a folder, where a file is expected' if path.is_dir() else 'no such file'}")
+
+
+def _file_name(uri: str) -> str:
+    name = PurePosixPath(unquote(urlsplit(uri).path)).name
+    if not name:
+        raise UserError(f"{public_uri(uri)}: names no file")
+    return name
+
+
+@contextmanager
+def _temporary_file(folder: Path) -> Iterator[Path]:
+    """Yield an empty file of `folder`, gone afterwards unless it was renamed."""
+    path = folder / f"{uuid.uuid4().hex}.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write downloads here ({error.strerror})") from error
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _verified(uri: str, path: Path, checksums: dict[str, str]) -> Path:
+    for name, found in _digests(path, checksums).items():
+        if found != checksums[name]:
+            raise UserError(f"{public_uri(uri)}: {name} is {found}, expected {checksums[name]}")
+    return path
+
+
+def _digests(path: Path, names: Iterable[str]) -> dict[str, str]:
+    digests = {}
+    for name in names:
+        with path.open("rb") as stream:
+            digests[name] = hashlib.file_digest(stream, name).hexdigest()
+    return digests
+
+
+def _download(uri: str, path: Path, monitor: Monitor) -> None:
+    scheme = urlsplit(uri).scheme
+    if scheme in ("http", "https"):
+        with _http_errors(uri), urllib.request.urlopen(_request(uri), timeout=TIMEOUT) as response:
+            size = response.headers.get("Content-Length")
+            _copy(response, int(size) if size else None, path, monitor)
+    elif scheme == "s3":
+        with _s3_errors(uri):
+            _copy_object(_s3_client(), *_s3_address(uri), path, monitor)
+    else:
+        raise UserError(f"{public_uri(uri)}: unknown scheme; allowed: a path, file://, http://, https://, s3://")
+
+
+def _request(uri: str) -> urllib.request.Request:
+    # Some hosts turn the library's own agent name away; without "identity" a proxy may compress, and sizes differ.
+    headers = {"User-Agent": "consistency-pipeline", "Accept-Encoding": "identity"}
+    return urllib.request.Request(uri, headers=headers)
+
+
+def _copy(stream: BinaryIO, size: int | None, path: Path, monitor: Monitor) -> None:
+    """Write `stream` to `path`; a stream that ends before `size` bytes is an error, not a short file."""
+    done = 0
+    with path.open("wb") as target:
+        while chunk := stream.read(CHUNK):
+            target.write(chunk)
+            done += len(chunk)
+            if size:
+                monitor.progress(done, size, "bytes")
+    if size is not None and done != size:
+        raise ConnectionError(f"the connection ended after {done} of {size} bytes")
+
+
+@contextmanager
+def _http_errors(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except urllib.error.HTTPError as error:
+        raise UserError(f"{public_uri(uri)}: HTTP {error.code} {error.reason}") from error
+    except urllib.error.URLError as error:
+        raise UserError(f"{public_uri(uri)}: cannot be reached ({error.reason})") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise UserError(f"{public_uri(uri)}: {str(error) or type(error).__name__}") from error
+
+
+S3_CAUSES = {
+    "NoSuchKey": "no such object",
+    "404": "no such object",
+    "NoSuchBucket": "no such bucket",
+    "AccessDenied": "access denied with these credentials",
+    "403": "access denied with these credentials",
+}
+
+
+@contextmanager
+def _s3_errors(uri: str) -> Iterator[None]:
+    try:
+        import botocore.exceptions as boto
+    except ImportError as error:
+        raise UserError(f"{public_uri(uri)}: s3:// needs the package boto3") from error
+    try:
+        yield
+    except boto.ClientError as error:
+        code, message = error.response["Error"]["Code"], error.response["Error"].get("Message", "")
+        raise UserError(f"{public_uri(uri)}: {S3_CAUSES.get(code) or f'{code} {message}'.strip()}") from error
+    except (boto.BotoCoreError, OSError, ValueError) as error:
+        raise UserError(f"{public_uri(uri)}: {error}") from error
+
+
+def _s3_address(uri: str) -> tuple[str, str]:
+    """Split s3://bucket/key, the key taken literally (a `?` or `#` belongs to it)."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not uri.startswith("s3://") or not bucket:
+        raise UserError(f"{public_uri(uri)}: not an S3 address; write s3://bucket/key")
+    return bucket, key
+
+
+def _s3_client() -> Any:
+    """Return a client for AWS_ENDPOINT_URL, or AWS; without credentials it reads public buckets."""
+    import boto3
+    from botocore import UNSIGNED
+    from botocore.config import Config
+
+    session = boto3.session.Session()
+    config = Config(
+        connect_timeout=10,
+        read_timeout=TIMEOUT,
+        retries={"mode": "standard", "total_max_attempts": 3},
+        max_pool_connections=S3_WORKERS,
+        signature_version=None if session.get_credentials() else UNSIGNED,
+    )
+    return session.client("s3", config=config)
+
+
+def _list_keys(client: Any, bucket: str, prefix: str) -> Iterator[str]:
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        yield from (entry["Key"] for entry in page.get("Contents", ()))
+
+
+def _copy_object(client: Any, bucket: str, key: str, path: Path, monitor: Monitor) -> None:
+    answer = client.get_object(Bucket=bucket, Key=key)
+    with answer["Body"] as stream:
+        _copy(stream, answer["ContentLength"], path, monitor)
+
+
+def _relative(uri: str, key: str) -> Path:
+    path = PurePosixPath(key)
+    if path.is_absolute() or ".." in path.parts:
+        raise UserError(f"{public_uri(uri)}: the key {key!r} points outside the prefix")
+    return Path(path)
