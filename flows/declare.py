@@ -1,0 +1,108 @@
+"""What dvc.yaml must say of a stage, read from the stage's source: `python -m flows.declare` brings it up to date.
+
+The signature gives params and input artifacts, the static import closure gives the code files; outputs are written
+by hand. Nothing is imported, so that the code in a folder is judged, not the code that happens to be installed.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from flows.dvcfiles import PARAMS_FILE, STAGES_FILE
+
+PACKAGES = ("cm_core", "flows")
+NOT_DECLARED = ("out_dir", "state_dir", "monitor")  # given to a stage, but no reason to run it again
+
+
+def declare(root: Path, stage: str) -> dict[str, object]:
+    """Return the `cmd`, `deps` and `params` of a stage as dvc.yaml writes them."""
+    names = [name for name in read_signature(root, stage) if name not in NOT_DECLARED]
+    artifacts = [f"out/{name.removesuffix('_dir')}" for name in names if name.endswith("_dir")]
+    sections = [name for name in names if not name.endswith("_dir")]
+    return {
+        "cmd": f"cm stage {stage}",
+        "deps": artifacts + import_closure(root, f"flows.stages.{stage}"),
+        "params": [{PARAMS_FILE: sections}],
+    }
+
+
+def read_signature(root: Path, stage: str) -> list[str]:
+    """Return the parameter names of the function STAGE in flows/stages/STAGE.py."""
+    tree = ast.parse((root / "flows" / "stages" / f"{stage}.py").read_text())
+    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == stage)
+    return [argument.arg for argument in function.args.args + function.args.kwonlyargs]
+
+
+def import_closure(root: Path, module: str) -> list[str]:
+    """Return the files under `root` that importing `module` may run, itself and its packages included, sorted."""
+    found: dict[str, Path] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        file = _find(root, name)
+        if name in found or file is None:
+            continue
+        found[name] = file
+        waiting += [*_parents(name), *_imports(ast.parse(file.read_text()), _package(name, file))]
+    return sorted(file.relative_to(root).as_posix() for file in found.values())
+
+
+def _find(root: Path, module: str) -> Path | None:
+    """Return the file of one of our modules; None for other people's, and for names that are no modules."""
+    if module.split(".")[0] not in PACKAGES:
+        return None
+    path = root.joinpath(*module.split("."))
+    return next((file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()), None)
+
+
+def _package(module: str, file: Path) -> str:
+    return module if file.name == "__init__.py" else module.rpartition(".")[0]
+
+
+def _parents(module: str) -> list[str]:
+    parts = module.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
+def _imports(tree: ast.AST, package: str) -> Iterator[str]:
+    """Yield what the code imports, functions included; `from a import b` may mean the module a.b, so both."""
+    for node in _run_time_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = _absolute(node, package)
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def _run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """Walk the tree, leaving out what stands under `if TYPE_CHECKING:`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            node = ast.Module(node.orelse, [])
+        yield node
+        yield from _run_time_nodes(node)
+
+
+def _absolute(node: ast.ImportFrom, package: str) -> str:
+    if not node.level:
+        return node.module or ""
+    parts = package.split(".")
+    return ".".join([*parts[: len(parts) - node.level + 1], *([node.module] if node.module else [])])
+
+
+def write_declarations(root: Path) -> bool:
+    """Rewrite cmd, deps and params of every stage in dvc.yaml, keeping all else; return whether it changed."""
+    from dvc.utils.serialize import modify_yaml
+
+    path = root / STAGES_FILE
+    before = path.read_text()
+    with modify_yaml(str(path)) as tree:
+        for stage, entry in tree["stages"].items():
+            entry.update(declare(root, stage))
+    return path.read_text() != before
+
+
+if __name__ == "__main__":
+    changed = write_declarations(Path.cwd())
+    print(f"{STAGES_FILE}: {'rewritten' if changed else 'up to date'}")

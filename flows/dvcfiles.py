@@ -1,0 +1,146 @@
+"""DVC's files, read without starting DVC: declared stages, locked versions, hashes, cached objects."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.errors import UserError
+
+STAGES_FILE, LOCK_FILE, PARAMS_FILE = "dvc.yaml", "dvc.lock", "params/active.yaml"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage as dvc.yaml declares it; paths are relative to the workspace."""
+
+    name: str
+    cmd: str
+    deps: tuple[str, ...]
+    """Input artifacts and code files."""
+    params: tuple[str, ...]
+    """Sections of params/active.yaml."""
+    outs: tuple[str, ...]
+    """Outputs, metrics and plots."""
+
+
+def read_stages(root: Path) -> dict[str, Stage]:
+    """Return the stages of `root`/dvc.yaml, each after the stages it reads from."""
+    stages = {name: _stage(name, entry) for name, entry in load_yaml(root / STAGES_FILE)["stages"].items()}
+    ordered: dict[str, Stage] = {}
+    for stage in stages.values():
+        _place(stage, stages, ordered)
+    return ordered
+
+
+def upstream(stage: Stage, stages: Mapping[str, Stage]) -> list[Stage]:
+    """Return the stages whose outputs `stage` depends on."""
+    return [other for other in stages.values() if set(other.outs) & set(stage.deps)]
+
+
+def _place(stage: Stage, stages: Mapping[str, Stage], ordered: dict[str, Stage]) -> None:
+    for earlier in upstream(stage, stages):
+        _place(earlier, stages, ordered)
+    ordered.setdefault(stage.name, stage)
+
+
+def _stage(name: str, entry: Mapping[str, Any]) -> Stage:
+    outs = [path for kind in ("outs", "metrics", "plots") for path in _names(entry.get(kind, ()))]
+    sections = [section for file in entry.get("params", ()) for section in file[PARAMS_FILE]]
+    return Stage(name, entry["cmd"], tuple(_names(entry.get("deps", ()))), tuple(sections), tuple(outs))
+
+
+def _names(entries: Iterable[str | Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the paths of a DVC list, whose items are a path or {path: options}."""
+    for entry in entries:
+        yield from [entry] if isinstance(entry, str) else entry
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read YAML as DVC does (1.2: 1e-05 is a number), so that what is read can be written back unchanged."""
+    from dvc.utils.serialize import load_yaml
+
+    return load_yaml(str(path))
+
+
+def read_lock(root: Path) -> dict[str, dict[str, Any]]:
+    """Return the entries of `root`/dvc.lock by stage: what each was last computed from, and what it made."""
+    path = root / LOCK_FILE
+    return load_yaml(path).get("stages", {}) if path.exists() else {}
+
+
+def update_lock(root: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put stage entries into `root`/dvc.lock, in DVC's own notation."""
+    from dvc.utils.serialize import dump_yaml
+
+    stages = {**read_lock(root), **entries}
+    dump_yaml(str(root / LOCK_FILE), {"schema": "2.0", "stages": stages})
+
+
+def locked_outs(entry: Mapping[str, Any]) -> dict[str, str]:
+    """Return {path: DVC hash} of the outputs in an entry of dvc.lock."""
+    return {out["path"]: out["md5"] for out in entry.get("outs", ())}
+
+
+def version(outs: Mapping[str, str]) -> str:
+    """Name what a stage made by one hash: that of its only output, or a digest of all of them."""
+    return next(iter(outs.values())) if len(outs) == 1 else _digest(dict(outs))
+
+
+def stage_key(root: Path, stage: Stage, known: Mapping[str, str]) -> str:
+    """Return a digest of all that decides what a stage makes: command, dependencies, params, names of outputs.
+
+    `known` gives hashes of input artifacts that are not, or need not be, read from the workspace.
+    """
+    params = load_yaml(root / PARAMS_FILE)
+    deps = {path: known.get(path) or dvc_md5(root / path) for path in stage.deps}
+    return _digest([stage.cmd, deps, {section: params[section] for section in stage.params}, stage.outs])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def dvc_md5(path: Path) -> str:
+    """Return DVC's hash of a file, or of a folder: the MD5 of its sorted listing, with the suffix .dir."""
+    if path.is_file():
+        return _file_md5(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: missing; bring its stage up to date with `dvc repro`")
+    files = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
+    listing = [{"md5": _file_md5(file), "relpath": name} for name, file in files]
+    return hashlib.md5(json.dumps(listing, sort_keys=True).encode(), usedforsecurity=False).hexdigest() + ".dir"
+
+
+def _file_md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+class Cache:
+    """The objects in DVC's cache folder, by their hash."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def files(self, md5: str) -> dict[str, Path]:
+        """Return {path below the output: cached object}; the path of an output that is a file is empty.
+
+        Raises FileNotFoundError when the listing of a folder is not in the cache.
+        """
+        if not md5.endswith(".dir"):
+            return {"": self._object(md5)}
+        listing = json.loads(self._object(md5).read_text())
+        return {entry["relpath"]: self._object(entry["md5"]) for entry in listing}
+
+    def holds(self, outs: Mapping[str, str]) -> bool:
+        """Whether every object of these outputs {path: hash} is there."""
+        try:
+            return all(file.exists() for md5 in outs.values() for file in self.files(md5).values())
+        except FileNotFoundError:
+            return False
+
+    def _object(self, md5: str) -> Path:
+        return self.folder / "files" / "md5" / md5[:2] / md5[2:]

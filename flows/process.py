@@ -1,0 +1,92 @@
+"""A command in a process group of its own: followed line by line, and ended so that nothing of it is left behind."""
+
+import os
+import queue
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+GRACE = 10.0  # seconds between SIGTERM and SIGKILL: time to save a training state
+TICK = 1.0  # seconds between two calls of `on_tick`
+
+
+class Process:
+    """A running command. Its output lasts until the last process of its group has closed it."""
+
+    def __init__(self, command: Sequence[str], *, cwd: Path, env: Mapping[str, str]) -> None:
+        self._popen = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self._output: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self._ending = threading.Lock()
+
+    def lines(self, on_tick: Callable[[], None] = lambda: None) -> Iterator[str]:
+        """Yield the output line by line until the command has ended; about once a second call `on_tick`."""
+        ticked = time.monotonic()
+        while not self._leader_ended() or self._reader_ends_within(GRACE):
+            with suppress(queue.Empty):
+                line = self._output.get(timeout=TICK)
+                if line is None:
+                    break
+                yield line
+            if time.monotonic() - ticked >= TICK:
+                ticked = time.monotonic()
+                on_tick()
+        self._leader_ends_within(GRACE)
+
+    def end(self) -> int:
+        """End what still runs of the group, with SIGTERM, then SIGKILL after a grace; return the exit code."""
+        with self._ending:
+            if self._popen.returncode is None:
+                if self._reader.is_alive() or not self._leader_ended():
+                    self._signal(signal.SIGTERM)
+                    self._reader_ends_within(GRACE)
+                self._signal(signal.SIGKILL)
+        return self._popen.wait()
+
+    def terminate(self) -> None:
+        """Ask the whole group to end, without waiting for it."""
+        with self._ending:
+            if self._popen.returncode is None:
+                self._signal(signal.SIGTERM)
+
+    def _read(self) -> None:
+        for line in self._popen.stdout:
+            self._output.put(line.rstrip("\n"))
+        self._output.put(None)
+
+    def _signal(self, number: int) -> None:
+        # The leader is not reaped before the end, so its group's number cannot have passed to somebody else.
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._popen.pid, number)
+
+    def _leader_ended(self) -> bool:
+        """Whether the command itself has ended, asked without reaping it."""
+        try:
+            return os.waitid(os.P_PID, self._popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:  # another thread has ended and reaped it
+            return True
+
+    def _leader_ends_within(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while not (ended := self._leader_ended()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return ended
+
+    def _reader_ends_within(self, seconds: float) -> bool:
+        self._reader.join(seconds)
+        return not self._reader.is_alive()
