@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cm_core.distances import AnyDistance, Distance
+from cm_core.distances import Distance
 from cm_core.noise import Noise
 from cm_core.params import Params
 from cm_core.randomness import dropout_seed
@@ -51,11 +51,13 @@ class Loss(NamedTuple):
 
 
 class Method(Params):
-    """A training method: its fields are its hyperparameters, `loss` is the paper's algorithm."""
+    """A training method: its fields are its hyperparameters, `loss` is the paper's algorithm.
+
+    Every method has a `kind` and a `form` (how the raw network becomes the model, see ModelSpec), fixed or a field;
+    one that compares images has a field `distance`.
+    """
 
     needs_teacher: ClassVar[bool] = False
-    distance: ClassVar[AnyDistance | None] = None  # methods that compare images have a field of this name
-    form: ClassVar[str] = "skip"  # how the raw network becomes the model: see ModelSpec
 
     def loss(self, models: Models, batch: Batch, context: StepContext) -> Loss:
         """Return the losses of one batch."""
