@@ -1,14 +1,13 @@
 """What the papers share: the interface of a method and the consistency loss between two points of a trajectory."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cm_core.distances import Distance
 from cm_core.noise import Noise
 from cm_core.params import Params
 from cm_core.randomness import dropout_seed
@@ -28,7 +27,7 @@ class Models:
     student: nn.Module
     target: nn.Module  # the student itself where the method keeps no averaged copy
     teacher: nn.Module | None = None
-    distance: Distance | None = None
+    distance: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from flows.dataset import Dataset, load_dataset
 from flows.errors import UserError
 from flows.figures import save_grid, save_rows
 from flows.monitor import Monitor
-from flows.stages.training import ABSENT_FILE, fixed_labels, initial_student, pick_device
+from flows.stages.models import ABSENT_FILE, fixed_labels, initial_student, pick_device, to_device
 
 GRID_IMAGES = 100
 STRIP_SIGMAS = (0.2, 0.5, 1.0, 2.0, 5.0, 20.0, 80.0)  # from hardly visible noise to nothing but noise
@@ -118,7 +118,7 @@ def _untrained_row(
     autocast: torch.dtype | None,
 ) -> Row:
     origin = json.loads((student_dir / "origin.json").read_text())
-    f = initial_student(spec, **origin, teacher_dir=teacher_dir).to(device).eval().requires_grad_(False)
+    f = to_device(initial_student(spec, **origin, teacher_dir=teacher_dir), device).eval().requires_grad_(False)
     f.autocast = autocast
     return _consistency_row("untrained", "untrained", sample, spec, f, [spec.noise.sigma_max])
 

@@ -9,9 +9,10 @@ import torch
 
 from cm_core.distances import Distance, Lpips
 from cm_core.loop import Train, TrainState
-from cm_core.methods import StudentMethod
 from cm_core.methods.base import Models
 from cm_core.methods.cd import CD
+from cm_core.methods.ct import CT
+from cm_core.methods.ict import ICT
 from cm_core.model import ModelSpec, load_model
 from cm_core.networks import Network
 from cm_core.noise import Noise
@@ -24,16 +25,18 @@ from flows.dataset import Dataset, load_dataset
 from flows.errors import UserError
 from flows.fetch import fetch
 from flows.monitor import Monitor
-from flows.stages.training import (
+from flows.stages.models import (
     ABSENT_FILE,
     GRID_IMAGES,
     fixed_labels,
     initial_student,
-    make_batches,
     pick_device,
-    run_training,
+    to_device,
     write_origin,
 )
+from flows.stages.training import make_batches, run_training
+
+StudentMethod = CD | CT | ICT  # what a recipe may name under student.method
 
 
 class Student(Params):
@@ -113,14 +116,14 @@ def _load_teacher(student: Student, teacher_dir: Path, device: torch.device) -> 
         return None, None
     if (teacher_dir / ABSENT_FILE).exists():
         raise UserError(f"student.method.kind={student.method.kind} needs a teacher, and the recipe has teacher: null")
-    spec, teacher = load_model(teacher_dir, device=device, autocast=student.train.autocast)
-    return spec, teacher.to(memory_format=torch.channels_last) if device.type == "cuda" else teacher
+    spec, teacher = load_model(teacher_dir, autocast=student.train.autocast)
+    return spec, to_device(teacher, device)
 
 
 def _first_weights(spec: ModelSpec, train: Train, origin: dict, teacher_dir: Path, device: torch.device) -> Precond:
-    model = initial_student(spec, **origin, teacher_dir=teacher_dir).to(device)
+    model = initial_student(spec, **origin, teacher_dir=teacher_dir)
     model.autocast = train.autocast
-    return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model
+    return to_device(model, device)
 
 
 def _build_distance(

@@ -11,7 +11,7 @@ from cm_core.augment import LABEL_DIM
 from cm_core.loop import Adam, Train, TrainState
 from cm_core.methods.base import Models
 from cm_core.methods.edm import EDM
-from cm_core.model import ModelSpec
+from cm_core.model import ModelSpec, build_seeded
 from cm_core.networks import Network
 from cm_core.noise import Noise
 from cm_core.params import Params
@@ -21,15 +21,8 @@ from cm_core.sampling import ImageNoise, TeacherSampler
 from cm_core.tensors import to_pixels
 from flows.dataset import load_dataset
 from flows.monitor import Monitor
-from flows.stages.training import (
-    ABSENT_FILE,
-    GRID_IMAGES,
-    build_model,
-    fixed_labels,
-    make_batches,
-    pick_device,
-    run_training,
-)
+from flows.stages.models import ABSENT_FILE, GRID_IMAGES, fixed_labels, pick_device, to_device
+from flows.stages.training import make_batches, run_training
 
 
 class Teacher(Params):
@@ -70,7 +63,7 @@ def teacher(
         augment_dim=LABEL_DIM if teacher.method.augment else 0,
     )
     batches = make_batches(dataset, teacher.train, conditional=conditional, seed=seed, device=device)
-    model = build_model(spec, teacher.train, derive_seed(seed, "init"), device)
+    model = to_device(build_seeded(spec, derive_seed(seed, "init"), autocast=teacher.train.autocast), device)
     run_training(
         TrainState.start(model, None, teacher.train),
         teacher.method,

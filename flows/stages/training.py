@@ -1,4 +1,4 @@
-"""What teacher and student share: device, initial weights, and a training that resumes, logs and draws grids."""
+"""What teacher and student share: a training that resumes, logs and draws grids."""
 
 import json
 import shutil
@@ -13,34 +13,19 @@ from cm_core.batches import Batches
 from cm_core.checkpoint import list_states
 from cm_core.loop import Train, TrainState, fit
 from cm_core.methods.base import Method, Models
-from cm_core.model import ModelSpec, build_seeded, load_weights, save_model
+from cm_core.model import ModelSpec, save_model
 from cm_core.precond import Precond
 from flows.dataset import Dataset
 from flows.errors import UserError
 from flows.figures import save_grid
 from flows.monitor import Monitor
+from flows.stages.models import to_device
 
-GRID_IMAGES = 64
-ABSENT_FILE = "none.json"  # stands in the teacher's folder where a recipe has no teacher
 DrawImages = Callable[[Precond], np.ndarray]  # averaged model -> uint8 [N, H, W, C]
 
 
 class StageStopped(Exception):
     """The run was cancelled; its training state is saved."""
-
-
-def pick_device() -> torch.device:
-    """Return the GPU when there is one; its convolutions then choose their algorithms by measuring."""
-    if torch.cuda.is_available():
-        torch.backends.cudnn.benchmark = True
-        return torch.device("cuda")
-    return torch.device("cpu")
-
-
-def build_model(spec: ModelSpec, train: Train, seed: int, device: torch.device) -> Precond:
-    """Build a model with seeded weights on `device`, ready to train in `train`'s precision and layout."""
-    model = build_seeded(spec, seed, autocast=train.autocast).to(device)
-    return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model
 
 
 def make_batches(dataset: Dataset, train: Train, *, conditional: bool, seed: int, device: torch.device) -> Batches:
@@ -77,7 +62,7 @@ def run_training(
     """
     _resume(state, state_dir, monitor)
     log = _TrainingLog(state_dir / "log", before=state.step)
-    averaged = _averaged_copy(spec, train, batches.device)
+    averaged = to_device(spec.build(autocast=train.autocast), batches.device).eval().requires_grad_(False)
     if train.compile:
         state.model.net.compile()
         if state.target is not None:
@@ -107,10 +92,6 @@ def _resume(state: TrainState, state_dir: Path, monitor: Monitor) -> None:
     if saved:
         state.restore(saved[-1])
         monitor.remark(f"resuming from step {state.step}")
-
-
-def _averaged_copy(spec: ModelSpec, train: Train, device: torch.device) -> Precond:
-    return build_model(spec, train, 0, device).eval().requires_grad_(False)
 
 
 def _write_artifact(state: TrainState, spec: ModelSpec, out_dir: Path) -> None:
@@ -144,23 +125,3 @@ class _TrainingLog:
             return []
         # A line torn by a crash has no line end; the step it belongs to is trained again.
         return [line for line in self.metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
-def write_origin(out_dir: Path, *, init_from: str, seed: int) -> None:
-    """Record where the student's first weights came from, so that `initial_student` can make them again."""
-    (out_dir / "origin.json").write_text(json.dumps({"init_from": init_from, "seed": seed}, indent=2) + "\n")
-
-
-def initial_student(spec: ModelSpec, *, init_from: str, seed: int, teacher_dir: Path) -> Precond:
-    """Return the student before training, on the CPU: the teacher's weights, or random ones from `seed`."""
-    model = build_seeded(spec, seed)
-    if init_from == "teacher":
-        load_weights(model, teacher_dir / "ema.safetensors")
-    return model
-
-
-def fixed_labels(spec: ModelSpec, indices: range, device: torch.device) -> torch.Tensor | None:
-    """Return class labels for sample indices, every class equally often; None for unconditional models."""
-    if spec.num_classes == 0:
-        return None
-    return torch.tensor(indices, device=device) % spec.num_classes

@@ -1,0 +1,46 @@
+"""What the stages with networks share: the device, the student's first weights, labels of samples."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from cm_core.model import ModelSpec, build_seeded, load_weights
+from cm_core.precond import Precond
+
+ABSENT_FILE = "none.json"  # stands in the teacher's folder where a recipe has no teacher
+GRID_IMAGES = 64  # images of a grid drawn during training
+
+
+def pick_device() -> torch.device:
+    """Return the GPU when there is one; its convolutions then choose their algorithms by measuring."""
+    if torch.cuda.is_available():
+        torch.backends.cudnn.benchmark = True
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
+def to_device(model: Precond, device: torch.device) -> Precond:
+    """Move a model to `device`, in the memory layout that its convolutions prefer there."""
+    model = model.to(device)
+    return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model
+
+
+def write_origin(out_dir: Path, *, init_from: str, seed: int) -> None:
+    """Record where the student's first weights came from, so that `initial_student` can make them again."""
+    (out_dir / "origin.json").write_text(json.dumps({"init_from": init_from, "seed": seed}, indent=2) + "\n")
+
+
+def initial_student(spec: ModelSpec, *, init_from: str, seed: int, teacher_dir: Path) -> Precond:
+    """Return the student before training, on the CPU: the teacher's weights, or random ones from `seed`."""
+    model = build_seeded(spec, seed)
+    if init_from == "teacher":
+        load_weights(model, teacher_dir / "ema.safetensors")
+    return model
+
+
+def fixed_labels(spec: ModelSpec, indices: range, device: torch.device) -> torch.Tensor | None:
+    """Return class labels for sample indices, every class equally often; None for unconditional models."""
+    if spec.num_classes == 0:
+        return None
+    return torch.tensor(indices, device=device) % spec.num_classes
