@@ -6,6 +6,7 @@ Differs from EDM: mirror images continue without end, where EDM's padding depend
 """
 
 import math
+from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -114,13 +115,14 @@ def warp(x: Tensor, linear: Tensor, shift: Tensor) -> Tensor:
     """Return images [B, C, H, W] whose pixel p shows `x` at linear @ (p - shift), mirrored beyond its borders."""
     height, width = x.shape[2:]
     with torch.autocast(x.device.type, enabled=False):
-        doubled = _doubling(height, x) @ x @ _doubling(width, x).T
+        doubled = _doubling(height, x.dtype, x.device) @ x @ _doubling(width, x.dtype, x.device).T
         columns, rows = _doubled_positions(width, x), _doubled_positions(height, x)
         p = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)  # [H', W', 2]
-        source = (p - shift[:, None, None]) @ linear.mT[:, None]  # [B, H', W', 2]
-        grid = source / (1.5 * x.new_tensor([width - 1, height - 1]))  # -1..1 spans the image and its two mirrors
+        source_x, source_y = ((p - shift[:, None, None]) @ linear.mT[:, None]).unbind(-1)  # [B, H', W']
+        # -1..1 spans the image and its two mirror images.
+        grid = torch.stack([source_x / (1.5 * (width - 1)), source_y / (1.5 * (height - 1))], dim=-1)
         out = F.grid_sample(doubled, grid, mode="bilinear", padding_mode="reflection", align_corners=True)
-        return _halving(height, x) @ out @ _halving(width, x).T
+        return _halving(height, x.dtype, x.device) @ out @ _halving(width, x.dtype, x.device).T
 
 
 def _doubled_positions(size: int, like: Tensor) -> Tensor:
@@ -129,21 +131,23 @@ def _doubled_positions(size: int, like: Tensor) -> Tensor:
     return samples / 2 - MARGIN - (size - 1) / 2
 
 
-def _doubling(size: int, like: Tensor) -> Tensor:
+@lru_cache  # a matrix is made once, because its constants come from the host, which waits for the device
+def _doubling(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the matrix [6 size - 5, size] that mirrors an axis at both ends and doubles its resolution.
 
     Its samples reach from the far end of one mirror image to that of the other, where the signal mirrors itself again.
     """
     last = size - 1
-    pixels = torch.arange(-last - MARGIN, 2 * last + MARGIN + 1, device=like.device)
+    pixels = torch.arange(-last - MARGIN, 2 * last + MARGIN + 1, device=device)
     mirrored = last - (last - pixels % (2 * last)).abs()
-    rows = torch.eye(size, dtype=like.dtype, device=like.device)[:, mirrored]
+    rows = torch.eye(size, dtype=dtype, device=device)[:, mirrored]
     return _upsample(rows[:, None])[:, 2 * MARGIN : -2 * MARGIN - 1].T
 
 
-def _halving(size: int, like: Tensor) -> Tensor:
+@lru_cache
+def _halving(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the matrix [size, 2 (size + 2 MARGIN)] that halves the resolution of an axis and drops its margins."""
-    identity = torch.eye(size + 2 * MARGIN, dtype=like.dtype, device=like.device)[:, None]
+    identity = torch.eye(size + 2 * MARGIN, dtype=dtype, device=device)[:, None]
     return _upsample(identity)[MARGIN:-MARGIN]  # the filter is orthonormal: halving is the transpose of doubling
 
 
