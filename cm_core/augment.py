@@ -131,30 +131,29 @@ def _doubled_positions(size: int, like: Tensor) -> Tensor:
     return samples / 2 - MARGIN - (size - 1) / 2
 
 
-@lru_cache  # a matrix is made once, because its constants come from the host, which waits for the device
+@lru_cache  # made once, because copying a matrix from the host would make each step wait for the device
 def _doubling(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the matrix [6 size - 5, size] that mirrors an axis at both ends and doubles its resolution.
 
     Its samples reach from the far end of one mirror image to that of the other, where the signal mirrors itself again.
     """
     last = size - 1
-    pixels = torch.arange(-last - MARGIN, 2 * last + MARGIN + 1, device=device)
+    pixels = torch.arange(-last - MARGIN, 2 * last + MARGIN + 1)
     mirrored = last - (last - pixels % (2 * last)).abs()
-    rows = torch.eye(size, dtype=dtype, device=device)[:, mirrored]
-    return _upsample(rows[:, None])[:, 2 * MARGIN : -2 * MARGIN - 1].T
+    return _upsample(torch.eye(size)[:, mirrored])[:, 2 * MARGIN : -2 * MARGIN - 1].T.to(device, dtype)
 
 
 @lru_cache
 def _halving(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the matrix [size, 2 (size + 2 MARGIN)] that halves the resolution of an axis and drops its margins."""
-    identity = torch.eye(size + 2 * MARGIN, dtype=dtype, device=device)[:, None]
-    return _upsample(identity)[MARGIN:-MARGIN]  # the filter is orthonormal: halving is the transpose of doubling
+    # The filter is orthonormal: halving is the transpose of doubling.
+    return _upsample(torch.eye(size + 2 * MARGIN))[MARGIN:-MARGIN].to(device, dtype)
 
 
 def _upsample(rows: Tensor) -> Tensor:
-    """Double the length of `rows` [N, 1, L] with the sym6 filter."""
-    taps = rows.new_tensor(SYM6)[None, None]
-    return F.conv_transpose1d(rows, taps, stride=2, padding=len(SYM6) // 2 - 1)[:, 0]
+    """Double the length of `rows` [N, L] with the sym6 filter."""
+    taps = torch.tensor(SYM6)[None, None]
+    return F.conv_transpose1d(rows[:, None], taps, stride=2, padding=len(SYM6) // 2 - 1)[:, 0]
 
 
 def _rotation(angle: Tensor) -> Tensor:
