@@ -1,0 +1,63 @@
+# Everything happens in .venv, which is made on first use from the exact versions in requirements.lock.
+
+PYTHON ?= python3
+# PyTorch comes from pip's own index: for Linux on x86 that is the CUDA build. TORCH_INDEX names another index for it
+# alone, such as one of CPU builds: make install TORCH_INDEX=https://...
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo repro ui doctor test test-all lint format lock
+
+help: ## List the targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## Make .venv; the other targets do so by themselves (3 minutes, 2 GB)
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	@echo "Making .venv (1 of 3): $$(grep -c == requirements.lock) packages of requirements.lock"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install --quiet --no-deps -r requirements.lock
+	@echo "Making .venv (2 of 3): $(TORCH)"
+	@$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@echo "Making .venv (3 of 3): this project"
+	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(INSTALLED) ## Real images, a teacher, a distilled and an isolated student, their metrics (5 minutes on 2 cores)
+	@$(BIN)/cm demo
+
+repro: $(INSTALLED) ## Bring the workspace up to date with params/active.yaml through DVC alone
+	@$(BIN)/dvc repro
+
+ui: $(INSTALLED) ## Show the runs in MLflow's pages on http://127.0.0.1:5000
+	@$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
+
+doctor: $(INSTALLED) ## Say what is installed, reachable and writable
+	@$(BIN)/cm doctor
+
+test: $(INSTALLED) ## Run the fast tests
+	@$(BIN)/python -m pytest
+
+test-all: $(INSTALLED) ## Run all tests, those of minutes, servers and browsers too
+	@$(BIN)/python -m pytest --run-slow
+
+lint: $(INSTALLED) ## Check style and formatting
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+
+format: $(INSTALLED) ## Mend style and formatting
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+lock: $(INSTALLED) ## Write requirements.lock from what .venv holds, after trying other versions in it
+	@$(PIP) check
+	@$(PIP) freeze --all --exclude-editable --exclude pip --exclude torch > .venv/freeze
+	@! grep -E ' @ |\+|^triton=' .venv/freeze || { echo "requirements.lock: CPU PyTorch, released versions only" >&2; exit 1; }
+	@{ sed '/^[^#]/,$$d' requirements.lock; cat .venv/freeze; } > .venv/lock && mv .venv/lock requirements.lock
