@@ -100,6 +100,8 @@ def write_declarations(root: Path) -> bool:
     with modify_yaml(str(path)) as tree:
         for stage, entry in tree["stages"].items():
             entry.update(declare(root, stage))
+            for key in [key for key in entry if key not in ("cmd", "deps", "params")]:
+                entry.move_to_end(key)
     return path.read_text() != before
 
 
