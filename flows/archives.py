@@ -64,7 +64,7 @@ def archive_files(path: Path, scratch: Path) -> Files:
             return _tar_files(path, scratch)
     except DAMAGE as error:
         raise UserError(f"{path}: damaged archive ({error})") from error
-    raise UserError(f"{path}: neither a zip nor a tar archive")
+    raise UserError(f"{path}: neither a zip nor a tar archive, or cut off")
 
 
 def _zip_files(path: Path) -> Files:

@@ -8,6 +8,8 @@ import numpy as np
 
 from flows.errors import UserError
 
+FACTS = {"name", "image_shape", "num_classes", "class_names", "sha256"}  # of dataset.json, which has more for people
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -48,15 +50,18 @@ def load_dataset(prepare_dir: Path) -> Dataset:
 
 def _read_facts(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        facts = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no prepared data here; the stage prepare writes it") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); run the stage prepare again") from None
+    if missing := FACTS - facts.keys():
+        raise UserError(f"{path}: lacks {', '.join(sorted(missing))}; run the stage prepare again")
+    return facts
 
 
 def _open_array(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{path}: cannot read the prepared array ({error}); run the stage prepare again") from None

@@ -19,6 +19,14 @@ from flows.monitor import Monitor
 CHUNK = 1 << 20  # bytes between two reports of progress
 TIMEOUT = 30  # seconds without an answer
 S3_WORKERS = 16  # objects of a prefix that are downloaded at once
+DENIED = "access denied; see AWS_PROFILE or AWS_ACCESS_KEY_ID, and the policy of the bucket"
+S3_CAUSES = {
+    "NoSuchKey": "no such object",
+    "404": "no such object",
+    "NoSuchBucket": "no such bucket",
+    "AccessDenied": DENIED,
+    "403": DENIED,
+}
 
 
 def fetch(
@@ -203,15 +211,6 @@ def _http_errors(uri: str) -> Iterator[None]:
         raise UserError(f"{public_uri(uri)}: cannot be reached ({error.reason})") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise UserError(f"{public_uri(uri)}: {str(error) or type(error).__name__}") from error
-
-
-S3_CAUSES = {
-    "NoSuchKey": "no such object",
-    "404": "no such object",
-    "NoSuchBucket": "no such bucket",
-    "AccessDenied": "access denied with these credentials",
-    "403": "access denied with these credentials",
-}
 
 
 @contextmanager

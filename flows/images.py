@@ -156,20 +156,21 @@ RESIZE: dict[str, Callable[[Image.Image, int], Image.Image]] = {
 
 
 def preview_grid(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]) -> Image.Image:
-    """Show ten images of each of the first ten classes, a row a class; without labels, up to 100 evenly spaced."""
+    """Show ten images of each of ten classes, a row a class; without labels, up to 100 evenly spaced."""
     if class_names:
-        rows = [np.flatnonzero(labels == label)[:10] for label in range(min(10, len(class_names)))]
+        shown = np.unique(labels)[:10]
+        rows = [np.flatnonzero(labels == label)[:10] for label in shown]
     else:
         chosen = np.unique(np.linspace(0, len(images) - 1, 100).astype(int))
         rows = [chosen[start : start + 10] for start in range(0, len(chosen), 10)]
     tiles = [[_tile(images[index]) for index in row] for row in rows]
-    width, height = next(tile for row in tiles for tile in row).size
+    width, height = tiles[0][0].size
     left = 100 if class_names else 0  # room for the names
     grid = Image.new("RGB", (left + 10 * (width + 2), len(tiles) * (height + 2)), "white")
     draw = ImageDraw.Draw(grid)
     for row, row_tiles in enumerate(tiles):
         if class_names:  # the built-in font knows little more than ASCII
-            name = class_names[row][:15].encode("ascii", "replace").decode()
+            name = class_names[shown[row]][:15].encode("ascii", "replace").decode()
             draw.text((4, row * (height + 2) + height // 2 - 6), name, fill="black")
         for column, tile in enumerate(row_tiles):
             grid.paste(tile, (left + column * (width + 2), row * (height + 2)))

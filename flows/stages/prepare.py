@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 from pydantic import ConfigDict, Field, model_validator
@@ -84,23 +84,25 @@ def prepare(data: Data, out_dir: Path, monitor: Monitor) -> None:
         _refuse_full_disk(out_dir, sum(map(len, splits.values())) * math.prod(shape))
         traits = {split: _write_split(split, splits[split], shape, data, out_dir, monitor) for split in splits}
     _write_preview(out_dir, contents.class_names)
-    facts = {
+    counts = {split: len(items) for split, items in splits.items()}
+    counts |= {trait: sum(found[trait] for found in traits.values()) for trait in TRAITS}
+    facts = _facts(data, contents, shape, counts | {"ignored_files": contents.ignored})
+    facts["sha256"] = {split: _sha256(out_dir, split) for split in splits}
+    (out_dir / "dataset.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def _facts(data: Data, contents: Contents, shape: tuple[int, int, int], counts: dict[str, int]) -> dict[str, Any]:
+    return {
         "name": data.source.dataset_name(),
         "image_shape": [shape[2], *shape[:2]],
         "num_classes": len(contents.class_names),
         "class_names": contents.class_names,
-        "counts": {
-            **{split: len(items) for split, items in splits.items()},
-            **{trait: sum(found[trait] for found in traits.values()) for trait in TRAITS},
-            "ignored_files": contents.ignored,
-        },
+        "counts": counts,
         "heldout": "part of each class, by a hash of the names" if contents.heldout is None else "as in the source",
         "resize": data.resize,
         "source": data.source.origin(),
         "licence": data.source.licence,
-        "sha256": {split: _sha256(out_dir, split) for split in splits},
     }
-    (out_dir / "dataset.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def _choose_splits(contents: Contents, data: Data) -> dict[str, list[Item]]:
@@ -136,22 +138,24 @@ def _first(items: Sequence[Item], count: int) -> list[Item]:
 
 def _common_shape(items: list[Item], data: Data, monitor: Monitor) -> tuple[int, int, int]:
     """Return [H, W, C] of the prepared images; reads every header if the recipe leaves anything open."""
-    side = data.resolution
-    channels = {"grey": 1, "rgb": 3}.get(data.channels)
-    if channels and data.resize != "none":
-        return side, side, channels
+    if (shape := data.image_shape()) and (data.resize != "none" or data.source.native_shape()):
+        return *shape[1:], shape[0]
     headers = list(_map(lambda index: _read_header(items[index]), len(items), monitor, "headers"))
-    channels = channels or (1 if all(grey for _, grey in headers) else 3)
-    if data.resize != "none":
-        return side, side, channels
+    grey = data.channels == "grey" or (data.channels == "auto" and all(colourless for _, colourless in headers))
+    side = data.resolution
     width, height = (side, side) if side else headers[0][0]
-    for item, (size, _) in zip(items, headers, strict=True):
-        if size != (width, height):
+    if data.resize == "none":
+        _refuse_other_sizes(items, [size for size, _ in headers], (width, height))
+    return height, width, 1 if grey else 3
+
+
+def _refuse_other_sizes(items: list[Item], sizes: list[tuple[int, int]], expected: tuple[int, int]) -> None:
+    for item, size in zip(items, sizes, strict=True):
+        if size != expected:
             raise UserError(
-                f"{item.where}: is {size[0]}x{size[1]} pixels, where {width}x{height} are expected;"
+                f"{item.where}: is {size[0]}x{size[1]} pixels, where {expected[0]}x{expected[1]} are expected;"
                 " set data.resolution and data.resize to bring all to one size"
             )
-    return height, width, channels
 
 
 def _read_header(item: Item) -> tuple[tuple[int, int], bool]:

@@ -1,0 +1,722 @@
+"""Stage prepare: from every source to the same arrays, and one clear line for what cannot be prepared."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import struct
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+from servers import http_server, s3_server
+
+from flows.dataset import load_dataset
+from flows.errors import UserError
+from flows.monitor import Monitor
+from flows.stages.prepare import Data, prepare
+
+
+def prepared(out_dir: Path, source: dict, monitor: Monitor | None = None, **fields):
+    """Run the stage and return what later stages see, and dataset.json."""
+    prepare(Data(source=source, **fields), out_dir, monitor or Monitor())
+    return load_dataset(out_dir), json.loads((out_dir / "dataset.json").read_text())
+
+
+def refused(tmp_path: Path, source: dict, *parts: str, **fields):
+    """Assert that the stage says all `parts` in one line and leaves nothing that looks complete."""
+    out_dir = tmp_path / "refused"
+    with pytest.raises(UserError) as caught:
+        prepare(Data(source=source, **fields), out_dir, Monitor())
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+    assert not (out_dir / "dataset.json").exists()
+
+
+def colours(count: int, size=(6, 6), seed: int = 0) -> np.ndarray:
+    """Random uint8 [count, H, W, 3]."""
+    return np.random.default_rng(seed).integers(0, 256, (count, *size, 3), dtype=np.uint8)
+
+
+def encoded(pixels: np.ndarray, fmt: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, fmt, **options)
+    return buffer.getvalue()
+
+
+def write_tree(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def write_zip(path: Path, files: dict[str, bytes], **options) -> Path:
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def write_tar(path: Path, files: dict[str, bytes], links: dict[str, tuple[bytes, str]] | None = None) -> Path:
+    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        for name, (kind, target) in (links or {}).items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            archive.addfile(member)
+    return path
+
+
+def two_classes(prefix: str = "") -> dict[str, bytes]:
+    """Four cats and four dogs."""
+    pixels = colours(8)
+    names = [f"{prefix}{kind}/{index}.png" for kind in ("cat", "dog") for index in range(4)]
+    return {name: encoded(image) for name, image in zip(names, pixels, strict=True)}
+
+
+# --- the section ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields, shape",
+    [
+        ({}, (1, 8, 8)),
+        ({"source": {"kind": "cifar10"}}, (3, 32, 32)),
+        ({"source": {"kind": "cifar10"}, "channels": "grey", "resolution": 16, "resize": "stretch"}, (1, 16, 16)),
+        ({"source": {"kind": "images", "path": "x"}, "channels": "rgb", "resolution": 64}, (3, 64, 64)),
+        ({"source": {"kind": "images", "path": "x"}, "resolution": 64}, None),
+        ({"source": {"kind": "images", "path": "x"}, "channels": "rgb"}, None),
+    ],
+)
+def test_the_shape_known_beforehand(fields, shape):
+    assert Data.model_validate(fields).image_shape() == shape
+
+
+@pytest.mark.parametrize(
+    "fields, part",
+    [
+        ({"resize": "pad"}, "data.resize=pad needs data.resolution"),
+        ({"resolution": 16}, "data.resolution=16: digits has 8x8 pixels"),
+        ({"heldout_fraction": 1.0}, "heldout_fraction"),
+        ({"source": {"kind": "cifar10", "md5": "123"}}, "md5"),
+    ],
+)
+def test_impossible_sections_are_refused_before_work(fields, part):
+    with pytest.raises(ValidationError, match=part):
+        Data.model_validate(fields)
+
+
+# --- digits --------------------------------------------------------------------------------------------------
+
+
+def test_digits(tmp_path):
+    from sklearn.datasets import load_digits
+
+    dataset, facts = prepared(tmp_path, {"kind": "digits"})
+    assert dataset.image_shape == (1, 8, 8)
+    assert dataset.num_classes == 10
+    assert dataset.class_names == tuple("0123456789")
+    assert dataset.train_images.dtype == np.uint8
+    assert dataset.train_labels.dtype == np.int64
+    assert isinstance(dataset.train_images, np.memmap)
+    together = np.concatenate([dataset.train_images, dataset.heldout_images])
+    wanted = np.floor(load_digits().images * 255 / 16 + 0.5)
+    assert sorted(map(bytes, together)) == sorted(map(bytes, wanted.astype(np.uint8)))
+    assert facts["counts"]["train"] + facts["counts"]["heldout"] == 1797
+    assert facts["counts"]["greyscale"] == 1797
+    assert "CC BY 4.0" in facts["licence"]
+
+
+def test_digits_are_held_out_class_by_class(tmp_path):
+    dataset, _ = prepared(tmp_path, {"kind": "digits"})
+    train, heldout = np.bincount(dataset.train_labels), np.bincount(dataset.heldout_labels)
+    np.testing.assert_array_equal(heldout, np.round((train + heldout) * 0.25))
+
+
+def test_two_runs_give_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        prepare(Data(), tmp_path / name, Monitor())
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert files == [
+        "dataset.json",
+        "heldout_images.npy",
+        "heldout_labels.npy",
+        "preview.png",
+        "train_images.npy",
+        "train_labels.npy",
+    ]
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_checksums_are_of_the_pixels(tmp_path):
+    dataset, facts = prepared(tmp_path, {"kind": "digits"})
+    assert facts["sha256"]["train"] == hashlib.sha256(np.asarray(dataset.train_images).tobytes()).hexdigest()
+    assert facts["sha256"]["heldout"] == hashlib.sha256(np.asarray(dataset.heldout_images).tobytes()).hexdigest()
+
+
+def test_preview_shows_a_row_a_class_with_whole_multiples(tmp_path):
+    dataset, _ = prepared(tmp_path, {"kind": "digits"})
+    preview = np.asarray(Image.open(tmp_path / "preview.png").convert("L"))
+    first_three = dataset.train_images[np.flatnonzero(dataset.train_labels == 3)[0], :, :, 0]
+    tile = preview[3 * 66 : 3 * 66 + 64, 100:164]
+    np.testing.assert_array_equal(tile, first_three.repeat(8, 0).repeat(8, 1))
+
+
+def test_max_images_and_no_held_out_part(tmp_path):
+    dataset, facts = prepared(tmp_path, {"kind": "digits"}, max_images=50, heldout_fraction=0)
+    assert dataset.train_images.shape == (50, 8, 8, 1)
+    assert dataset.heldout_images.shape == (0, 8, 8, 1)
+    assert len(set(dataset.train_labels)) > 5  # drawn from all, not from the front of a sorted list
+    assert facts["sha256"]["heldout"] == hashlib.sha256(b"").hexdigest()
+
+
+def test_growing_a_data_set_moves_few_images_to_the_other_split(tmp_path):
+    numbered = np.arange(1000, dtype=np.uint16).view(np.uint8).reshape(1000, 1, 2, 1).repeat(3, 3)
+    heldout = []
+    for count in (900, 1000):
+        np.save(tmp_path / f"{count}.npy", numbered[:count])
+        dataset, _ = prepared(tmp_path / str(count), {"kind": "array", "path": str(tmp_path / f"{count}.npy")})
+        heldout.append({bytes(image) for image in dataset.heldout_images})
+    assert len(heldout[0]) == 225
+    assert len(heldout[0] - heldout[1]) < 30  # drawn anew, about 169 would leave
+
+
+# --- cifar10 -------------------------------------------------------------------------------------------------
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes bytes as Python 2 wrote its strings, which is how the official archive was made."""
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def save_string(self, value):
+        self.write(pickle.BINSTRING + struct.pack("<i", len(value)) + value)
+        self.memoize(value)
+
+    dispatch[bytes] = save_string
+
+
+def python2_pickle(value) -> bytes:
+    buffer = io.BytesIO()
+    Python2Pickler(buffer, protocol=2).dump(value)
+    return buffer.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+
+
+def cifar_files(count: int = 4) -> tuple[dict[str, bytes], np.ndarray]:
+    """Members of a small archive in the official format, and its images [6 * count, 3, 32, 32]."""
+    images = colours(6 * count, (32, 32)).transpose(0, 3, 1, 2)
+    names = [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]
+    files = {"batches.meta": python2_pickle({b"label_names": [b"airplane", b"automobile", b"bird"]})}
+    for name, part in zip(names, np.split(images, 6), strict=True):
+        labels = [index % 3 for index in range(count)]
+        files[name] = python2_pickle({b"data": part.reshape(count, 3072).copy(), b"labels": labels})
+    return {f"cifar-10-batches-py/{name}": content for name, content in files.items()}, images
+
+
+def cifar_source(path: Path, *more: str) -> dict:
+    return {"kind": "cifar10", "urls": [*more, str(path)], "md5": hashlib.md5(path.read_bytes()).hexdigest()}
+
+
+def test_cifar10_archive(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    files, images = cifar_files()
+    path = write_tar(tmp_path / "cifar-10-python.tar.gz", files)
+    dataset, facts = prepared(tmp_path / "local", cifar_source(path))
+    np.testing.assert_array_equal(dataset.train_images, images[:20].transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(dataset.heldout_images, images[20:].transpose(0, 2, 3, 1))
+    assert list(dataset.train_labels) == [0, 1, 2, 0] * 5
+    assert dataset.class_names == ("airplane", "automobile", "bird")
+    assert facts["heldout"] == "as in the source"
+
+    with http_server({"/cifar-10-python.tar.gz": (200, {}, path.read_bytes())}) as (url, asked):
+        source = cifar_source(path) | {"urls": [f"{url}/moved", f"{url}/cifar-10-python.tar.gz"]}
+        for name in ("first", "second"):
+            again, _ = prepared(tmp_path / name, source)
+            assert again.sha256 == dataset.sha256
+    assert asked.count("/cifar-10-python.tar.gz") == 1  # kept from run to run
+
+
+def test_cifar10_refuses_what_is_not_the_archive(tmp_path):
+    files, _ = cifar_files()
+    path = write_tar(tmp_path / "cifar.tar.gz", files)
+    refused(tmp_path, cifar_source(path) | {"md5": "0" * 32}, str(path), "md5", "expected " + "0" * 32)
+    del files["cifar-10-batches-py/test_batch"]
+    refused(tmp_path, cifar_source(write_tar(tmp_path / "part.tar.gz", files)), "part.tar.gz", "test_batch")
+    files |= {"cifar-10-batches-py/test_batch": python2_pickle({b"data": np.zeros((2, 9)), b"labels": [0, 1]})}
+    refused(tmp_path, cifar_source(write_tar(tmp_path / "odd.tar.gz", files)), "test_batch", "float64 [2, 9]")
+
+
+class Malicious:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_cifar10_runs_no_code_from_the_archive(tmp_path):
+    victim = tmp_path / "made-by-the-pickle"
+    files, _ = cifar_files()
+    files["cifar-10-batches-py/data_batch_3"] = pickle.dumps({b"data": Malicious(victim)})
+    path = write_tar(tmp_path / "evil.tar.gz", files)
+    refused(tmp_path, cifar_source(path), "data_batch_3", "mkdir")
+    assert not victim.exists()
+
+
+# --- images as files -----------------------------------------------------------------------------------------
+
+
+def test_folder_zip_tar_and_s3_give_the_same_arrays(tmp_path, monkeypatch):
+    files = two_classes("photos/")
+    paths = {
+        "folder": str(write_tree(tmp_path / "tree", files)),
+        "zip": str(write_zip(tmp_path / "photos.zip", files, compression=zipfile.ZIP_DEFLATED)),
+        "tar": write_tar(tmp_path / "photos.tar", files).as_uri(),
+        "tgz": str(write_tar(tmp_path / "photos.tar.gz", files)),
+        "prefix": "s3://pictures/all/",
+        "object": "s3://pictures/photos.zip",
+    }
+    results = {}
+    with s3_server(monkeypatch) as s3:
+        s3.create_bucket(Bucket="pictures")
+        s3.upload_file(paths["zip"], "pictures", "photos.zip")
+        for name, content in files.items():
+            s3.put_object(Bucket="pictures", Key=f"all/{name}", Body=content)
+        for kind, path in paths.items():
+            dataset, facts = prepared(tmp_path / kind, {"kind": "images", "path": path})
+            assert facts["source"] == path
+            results[kind] = (dataset.sha256, *map(bytes, (dataset.train_labels, dataset.heldout_labels)))
+    assert dataset.class_names == ("cat", "dog")
+    assert np.bincount(dataset.train_labels).tolist() == [3, 3]
+    assert np.bincount(dataset.heldout_labels).tolist() == [1, 1]
+    assert len(set(map(str, results.values()))) == 1, results
+
+
+def test_order_is_kept_across_workers_and_progress_ends_at_the_total(tmp_path):
+    pixels = np.arange(200, dtype=np.uint8)[:, None, None].repeat(4, 1).repeat(4, 2)
+    folder = write_tree(tmp_path / "in", {f"{i:03}.png": encoded(image) for i, image in enumerate(pixels)})
+    seen = []
+    monitor = Monitor()
+    monitor.progress = lambda *report: seen.append(report)
+    dataset, _ = prepared(
+        tmp_path / "out", {"kind": "images", "path": str(folder)}, monitor=monitor, heldout_fraction=0
+    )
+    np.testing.assert_array_equal(dataset.train_images[..., 0], pixels)
+    assert dataset.num_classes == 0
+    assert set(dataset.train_labels) == {-1}
+    assert (200, 200, "train images") in seen
+
+
+def test_other_files_are_ignored_and_counted(tmp_path):
+    extra = {"readme.txt": b"", "cat/.hidden.png": b"", "__MACOSX/cat/0.png": b"", "cat/model.bin": b""}
+    path = write_zip(tmp_path / "x.zip", two_classes() | extra)
+    _, facts = prepared(tmp_path / "out", {"kind": "images", "path": str(path)})
+    assert facts["counts"]["ignored_files"] == 4
+    assert facts["name"] == "x"
+
+
+def test_labels_from_a_file_or_none(tmp_path):
+    files = two_classes("images/")
+    numbers = {name: index for index, name in enumerate(sorted(files))}
+    files["dataset.json"] = json.dumps({"labels": list(numbers.items())}).encode()
+    source = {"kind": "images", "path": str(write_zip(tmp_path / "edm.zip", files))}
+    dataset, facts = prepared(tmp_path / "file", source, heldout_fraction=0)
+    assert list(dataset.train_labels) == list(range(8))
+    assert dataset.class_names == tuple("01234567")
+    assert facts["counts"]["ignored_files"] == 0
+    dataset, _ = prepared(tmp_path / "folders", source | {"labels": "folders"}, heldout_fraction=0)
+    assert list(dataset.train_labels) == [0] * 4 + [1] * 4
+    dataset, _ = prepared(tmp_path / "none", source | {"labels": "none"})
+    assert dataset.num_classes == 0
+    files["dataset.json"] = b'{"labels": null}'
+    write_zip(tmp_path / "edm.zip", files)
+    assert prepared(tmp_path / "null", source)[0].num_classes == 0
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ('{"labels": [["cat/0.png", 0], ["cat/9.png", 1]]}', ["cat/9.png", "not there"]),
+        ('{"labels": [["cat/0.png", 0]]}', ["cat/1.png", "no label", "7 such images"]),
+        ('{"labels": [["cat/0.png", [0.5, 1.0]]]}', ["cat/0.png", "whole numbers"]),
+        ('{"classes": {}}', ["dataset.json", "not of the form"]),
+        ("{", ["dataset.json", "not of the form"]),
+    ],
+)
+def test_bad_label_files(tmp_path, text, parts):
+    folder = write_tree(tmp_path / "in", two_classes() | {"dataset.json": text.encode()})
+    refused(tmp_path, {"kind": "images", "path": str(folder)}, *parts)
+
+
+def test_missing_labels_and_stray_images(tmp_path):
+    folder = write_tree(tmp_path / "in", two_classes() | {"stray.png": encoded(colours(1)[0])})
+    refused(tmp_path, {"kind": "images", "path": str(folder)}, "stray.png", "data.source.labels=none")
+    refused(tmp_path, {"kind": "images", "path": str(folder), "labels": "file"}, "dataset.json")
+
+
+def test_train_and_test_folders_are_the_splits(tmp_path):
+    files = two_classes("train/") | {"val/dog/9.png": encoded(colours(1, seed=1)[0])}
+    folder = write_tree(tmp_path / "in", files)
+    dataset, facts = prepared(tmp_path / "out", {"kind": "images", "path": str(folder)})
+    assert list(dataset.train_labels) == [0] * 4 + [1] * 4
+    assert list(dataset.heldout_labels) == [1]
+    np.testing.assert_array_equal(dataset.heldout_images, colours(1, seed=1))
+    assert facts["heldout"] == "as in the source"
+    write_tree(folder, {"test/fox/1.png": encoded(colours(1)[0])})
+    refused(tmp_path, {"kind": "images", "path": str(folder)}, "test/fox/1.png", "class fox")
+
+
+def test_a_second_archive_is_held_out(tmp_path):
+    train = write_zip(tmp_path / "train.zip", two_classes())
+    heldout = write_tree(tmp_path / "heldout", two_classes())
+    dataset, facts = prepared(
+        tmp_path / "out", {"kind": "images", "path": str(train), "heldout_path": str(heldout), "name": "pets"}
+    )
+    assert dataset.sha256["train"] == dataset.sha256["heldout"]
+    assert facts["name"] == "pets"
+
+
+# --- what images may be --------------------------------------------------------------------------------------
+
+
+def png16(rows: list[list[int]], colour_type: int) -> bytes:
+    """Encode 16-bit samples, of which Pillow writes greyscale alone; colour types 0 grey, 2 RGB."""
+    samples = np.array(rows, dtype=">u2")
+    per_pixel = {0: 1, 2: 3}[colour_type]
+    header = struct.pack(">IIBBBBB", samples.shape[1] // per_pixel, len(rows), 16, colour_type, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in samples))
+    chunks = ((b"IHDR", header), (b"IDAT", data), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+
+
+def one_image(tmp_path: Path, content: bytes, name: str = "x.png", **fields):
+    folder = write_tree(tmp_path / "in", {name: content})
+    dataset, facts = prepared(tmp_path / "out", {"kind": "images", "path": str(folder)}, heldout_fraction=0, **fields)
+    counts = {name for name, count in facts["counts"].items() if count and name != "train"}
+    return np.asarray(dataset.train_images[0]), counts
+
+
+def test_grey_images_keep_one_channel_unless_some_have_colour(tmp_path):
+    grey = colours(1)[0][..., 0]
+    pixels, counts = one_image(tmp_path, encoded(grey))
+    np.testing.assert_array_equal(pixels, grey[..., None])
+    assert counts == {"greyscale"}
+    write_tree(tmp_path / "in", {"colour.png": encoded(colours(1)[0])})
+    dataset, facts = prepared(tmp_path / "mixed", {"kind": "images", "path": str(tmp_path / "in")}, heldout_fraction=0)
+    assert dataset.image_shape == (3, 6, 6)
+    np.testing.assert_array_equal(dataset.train_images[1], grey[..., None].repeat(3, 2))
+    assert facts["counts"]["greyscale"] == 1
+
+
+def test_luma_of_colour_images(tmp_path):
+    colour = colours(1)[0]
+    pixels, _ = one_image(tmp_path, encoded(colour), channels="grey")
+    luma = colour @ np.array([0.299, 0.587, 0.114])
+    np.testing.assert_allclose(pixels[..., 0], luma, atol=0.51)
+
+
+def test_palette(tmp_path):
+    indices = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8), "P")
+    indices.putpalette([10, 20, 30, 200, 100, 0])
+    buffer = io.BytesIO()
+    indices.save(buffer, "PNG")
+    pixels, counts = one_image(tmp_path, buffer.getvalue())
+    assert pixels.tolist() == [[[10, 20, 30], [200, 100, 0]], [[200, 100, 0], [10, 20, 30]]]
+    assert counts == {"palette"}
+
+
+@pytest.mark.parametrize("background, behind", [("white", 255), ("black", 0)])
+def test_alpha_shows_the_background(tmp_path, background, behind):
+    rgba = np.full((2, 2, 4), 100, np.uint8)
+    rgba[..., 3] = [[255, 0], [51, 255]]
+    pixels, counts = one_image(tmp_path, encoded(rgba), background=background)
+    assert pixels[0, 0].tolist() == [100] * 3
+    assert pixels[0, 1].tolist() == [behind] * 3
+    np.testing.assert_allclose(pixels[1, 0], 0.2 * 100 + 0.8 * behind, atol=1)
+    assert counts == {"alpha"}
+
+
+def test_grey_with_alpha_stays_grey(tmp_path):
+    pixels, counts = one_image(tmp_path, encoded(np.array([[[77, 255], [9, 0]]], np.uint8)))
+    assert pixels[..., 0].tolist() == [[77, 255]]
+    assert counts == {"greyscale", "alpha"}
+
+
+def test_sixteen_bits_keep_the_high_byte(tmp_path):
+    pixels, counts = one_image(tmp_path / "grey", png16([[0, 0x80FF], [0x1200, 0xFFFF]], 0))
+    assert pixels[..., 0].tolist() == [[0, 0x80], [0x12, 0xFF]]
+    assert counts == {"greyscale", "sixteen_bit"}
+    pixels, counts = one_image(tmp_path / "rgb", png16([[0x1234, 0x5678, 0x9ABC]], 2))
+    assert pixels.tolist() == [[[0x12, 0x56, 0x9A]]]
+    assert counts == {"sixteen_bit"}
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "TIFF", "WEBP"])
+def test_exif_rotation_is_applied(tmp_path, fmt):
+    colour = colours(1, (4, 6))[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
+    options = {"lossless": True} if fmt == "WEBP" else {}
+    pixels, counts = one_image(tmp_path, encoded(colour, fmt, exif=exif, **options), f"x.{fmt.lower()}")
+    np.testing.assert_array_equal(pixels, np.rot90(colour, -1))
+    assert counts == {"exif_rotated"}
+
+
+def test_cmyk_and_animations(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("CMYK", (4, 4)).save(buffer, "JPEG")
+    pixels, counts = one_image(tmp_path / "jpeg", buffer.getvalue(), "x.jpg")
+    assert pixels.shape == (4, 4, 3)
+    assert counts == {"cmyk"}
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "PNG", save_all=True, append_images=frames[1:])
+    pixels, counts = one_image(tmp_path / "frames", buffer.getvalue())
+    assert pixels[0, 0].tolist() == [255, 0, 0]
+    assert counts == {"several_frames"}
+
+
+# --- sizes ---------------------------------------------------------------------------------------------------
+
+
+def test_center_crop_takes_the_largest_centred_square(tmp_path):
+    colour = np.zeros((8, 20, 3), np.uint8)
+    colour[:, 6:14] = colours(1, (8, 8))[0]
+    pixels, counts = one_image(tmp_path, encoded(colour), resolution=8, resize="center-crop")
+    np.testing.assert_array_equal(pixels, colour[:, 6:14])
+    assert counts == {"resized"}
+
+
+def test_center_crop_dhariwal_halves_by_box(tmp_path):
+    colour = colours(1, (32, 48))[0] & 0xF0  # multiples of 16: their means over 2 and 4 pixels are whole numbers
+    pixels, _ = one_image(tmp_path, encoded(colour), resolution=8, resize="center-crop-dhariwal")
+    np.testing.assert_array_equal(pixels, colour.reshape(8, 4, 12, 4, 3).mean(axis=(1, 3))[:, 2:10])
+
+
+def test_pad_keeps_everything_between_black_bars(tmp_path):
+    pixels, counts = one_image(tmp_path, encoded(np.full((4, 8, 3), 200, np.uint8)), resolution=16, resize="pad")
+    assert (pixels[:4] == 0).all() and (pixels[-4:] == 0).all() and (pixels[4:12] == 200).all()
+    assert counts == {"resized", "upscaled"}
+
+
+def test_stretch_ignores_proportions(tmp_path):
+    rows = np.repeat(np.array([0, 255], np.uint8), 32)[:, None, None].repeat(8, 1).repeat(3, 2)  # [64, 8, 3]
+    pixels, _ = one_image(tmp_path, encoded(rows), resolution=8, resize="stretch")
+    assert (pixels[0] == 0).all() and (pixels[-1] == 255).all()
+    np.testing.assert_array_equal(pixels, pixels[:, :1].repeat(8, 1))
+
+
+def test_images_of_the_right_size_pass_untouched(tmp_path):
+    colour = colours(1, (8, 8))[0]
+    for policy in ("none", "center-crop", "center-crop-dhariwal", "pad", "stretch"):
+        pixels, counts = one_image(tmp_path / policy, encoded(colour), resolution=8, resize=policy)
+        np.testing.assert_array_equal(pixels, colour)
+        assert counts == set()
+
+
+def test_mixed_sizes_need_a_policy(tmp_path):
+    folder = write_tree(tmp_path / "in", {"a.png": encoded(colours(1)[0]), "b.png": encoded(colours(1, (6, 9))[0])})
+    source = {"kind": "images", "path": str(folder)}
+    refused(tmp_path, source, "b.png", "9x6", "6x6", "data.resize")
+    refused(tmp_path, source, "a.png", "6x6", "8x8", resolution=8)
+    dataset, facts = prepared(tmp_path / "out", source, resolution=8, resize="center-crop", heldout_fraction=0)
+    assert dataset.train_images.shape == (2, 8, 8, 3)
+    assert facts["counts"]["resized"] == 2
+
+
+def test_oblong_images_are_allowed_when_all_are_alike(tmp_path):
+    pixels, _ = one_image(tmp_path, encoded(colours(1, (4, 6))[0]))
+    assert pixels.shape == (4, 6, 3)
+
+
+# --- refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content, part",
+    [
+        (encoded(colours(1, (32, 32))[0])[:1500], "damaged image"),
+        (encoded(colours(1, (64, 64))[0], "JPEG")[:700], "damaged image"),
+        (b"no picture at all", "not an image"),
+        (b"", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+    ],
+)
+def test_damaged_images_are_named(tmp_path, content, part):
+    size = (64, 64) if content[:2] == b"\xff\xd8" else (32, 32)
+    files = {"a/good.png": encoded(colours(1, size)[0]), "a/bad.png": content}
+    for path in (write_tree(tmp_path / "in", files), write_zip(tmp_path / "in.zip", files)):
+        refused(tmp_path, {"kind": "images", "path": str(path)}, f"{path.name}/a/bad.png", part)
+
+
+def test_32_bit_pixels_are_refused(tmp_path):
+    folder = write_tree(tmp_path / "in", {"x.tif": encoded(np.zeros((4, 4), np.float32), "TIFF")})
+    refused(tmp_path, {"kind": "images", "path": str(folder)}, "x.tif", "mode F")
+
+
+def test_nothing_to_prepare(tmp_path):
+    folder = write_tree(tmp_path / "in", {"notes.txt": b""})
+    refused(tmp_path, {"kind": "images", "path": str(folder)}, "no images among 1 files", ".png")
+    refused(tmp_path, {"kind": "images", "path": str(tmp_path / "gone")}, "gone", "no such file")
+    refused(tmp_path, {"kind": "images", "path": str(folder / "notes.txt")}, "neither a zip nor a tar")
+    refused(tmp_path, {"kind": "images", "path": str(folder), "sha256": "0" * 64}, "folder has no SHA-256")
+
+
+def huge_png(side: int) -> bytes:
+    """A PNG that says it has side x side pixels."""
+    good = png16([[0, 0]], 0)
+    header = struct.pack(">IIBBBBB", side, side, 16, 0, 0, 0, 0)
+    return good[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + good[33:]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [10_000, 60_000])
+def test_pixel_bombs(tmp_path, side):
+    folder = write_tree(tmp_path / "in", {"bomb.png": huge_png(side)})
+    refused(tmp_path, {"kind": "images", "path": str(folder)}, "bomb.png", "decompression bomb")
+
+
+def test_archive_bombs(tmp_path):
+    files = {"zeros.bin": bytes(80 << 20)}
+    for path in (
+        write_zip(tmp_path / "bomb.zip", files, compression=zipfile.ZIP_DEFLATED, compresslevel=1),
+        write_tar(tmp_path / "bomb.tar.gz", files),
+    ):
+        refused(tmp_path, {"kind": "images", "path": str(path)}, path.name, "decompression bomb", "83886080")
+
+
+@pytest.mark.parametrize("name", ["../out.png", "/etc/out.png", "a/../../out.png"])
+def test_members_that_point_outside(tmp_path, name):
+    for path in (write_zip(tmp_path / "x.zip", {name: b""}), write_tar(tmp_path / "x.tar", {name: b""})):
+        refused(tmp_path, {"kind": "images", "path": str(path)}, path.name, name, "outside the archive")
+
+
+@pytest.mark.parametrize("target", ["../../secret.png", "/etc/passwd"])
+def test_links_that_point_outside(tmp_path, target):
+    (tmp_path / "secret.png").write_bytes(encoded(colours(1)[0]))
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+        path = write_tar(tmp_path / "x.tar", two_classes(), {"cat/link.png": (kind, target)})
+        refused(tmp_path, {"kind": "images", "path": str(path)}, "cat/link.png", "outside the archive")
+    link = zipfile.ZipInfo("cat/link.png")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr(link, target)
+    refused(tmp_path, {"kind": "images", "path": str(tmp_path / "x.zip")}, "cat/link.png", "outside the archive")
+
+
+def test_links_inside_an_archive_are_followed(tmp_path):
+    links = {"dog/soft.png": (tarfile.SYMTYPE, "../cat/0.png"), "dog/hard.png": (tarfile.LNKTYPE, "cat/1.png")}
+    path = write_tar(tmp_path / "x.tar", two_classes(), links)
+    dataset, _ = prepared(tmp_path / "out", {"kind": "images", "path": str(path)}, heldout_fraction=0)
+    assert list(dataset.train_labels) == [0] * 4 + [1] * 6
+    np.testing.assert_array_equal(dataset.train_images[[8, 9]], colours(8)[[1, 0]])
+    path = write_tar(tmp_path / "y.tar", two_classes(), {"dog/x.png": (tarfile.SYMTYPE, "y.png")})
+    refused(tmp_path, {"kind": "images", "path": str(path)}, "dog/x.png", "dog/y.png")
+    path = write_tar(tmp_path / "z.tar", two_classes(), {"dog/pipe.png": (tarfile.FIFOTYPE, "")})
+    refused(tmp_path, {"kind": "images", "path": str(path)}, "dog/pipe.png", "pipe")
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    folder = write_tree(tmp_path / "in", two_classes())
+    (folder / "cat" / "up").symlink_to(folder, target_is_directory=True)
+    dataset, _ = prepared(tmp_path / "out", {"kind": "images", "path": str(folder)}, heldout_fraction=0)
+    assert len(dataset.train_images) == 8
+
+
+def test_damaged_archives(tmp_path):
+    whole_zip = write_zip(tmp_path / "x.zip", two_classes()).read_bytes()
+    whole_tar = write_tar(tmp_path / "x.tar", two_classes()).read_bytes()
+    whole_tgz = write_tar(tmp_path / "x.tar.gz", two_classes()).read_bytes()
+    flipped = bytearray(whole_zip)
+    flipped[60] ^= 255
+    encrypted = whole_zip.replace(b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01")
+    for name, content, part in [
+        ("cut.tar", whole_tar[:2048], "damaged archive"),  # between two members: tarfile itself does not notice
+        ("cut.tar.gz", whole_tgz[:-200], "damaged archive"),
+        ("cut.zip", whole_zip[:-10], "or cut off"),
+        ("flipped.zip", bytes(flipped), "cat/0.png"),
+        ("encrypted.zip", encrypted, "is encrypted"),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        refused(tmp_path, {"kind": "images", "path": str(tmp_path / name)}, name, part)
+
+
+def test_a_failed_run_does_not_leave_an_older_result_complete(tmp_path):
+    folder = write_tree(tmp_path / "in", two_classes())
+    prepared(tmp_path / "refused", {"kind": "images", "path": str(folder)})
+    (folder / "cat" / "0.png").write_bytes(b"")
+    refused(tmp_path, {"kind": "images", "path": str(folder)}, "cat/0.png")
+    with pytest.raises(UserError, match="no prepared data here"):
+        load_dataset(tmp_path / "refused")
+
+
+def test_incomplete_prepared_data_are_refused(tmp_path):
+    prepare(Data(), tmp_path, Monitor())
+    (tmp_path / "heldout_labels.npy").write_bytes(b"")
+    with pytest.raises(UserError, match="heldout_labels.npy: cannot read"):
+        load_dataset(tmp_path)
+    (tmp_path / "dataset.json").write_text('{"name": "x"}')
+    with pytest.raises(UserError, match="dataset.json: lacks class_names, image_shape"):
+        load_dataset(tmp_path)
+
+
+# --- arrays --------------------------------------------------------------------------------------------------
+
+
+def test_arrays(tmp_path):
+    images, labels = colours(40), np.arange(40) % 2
+    np.savez(tmp_path / "named.npz", images=images, labels=labels)
+    np.savez(tmp_path / "unnamed.npz", images, labels.astype(np.uint8))
+    np.save(tmp_path / "alone.npy", images)
+    named, facts = prepared(tmp_path / "1", {"kind": "array", "path": str(tmp_path / "named.npz")})
+    unnamed, _ = prepared(tmp_path / "2", {"kind": "array", "path": str(tmp_path / "unnamed.npz")})
+    assert named.sha256 == unnamed.sha256
+    assert np.bincount(named.heldout_labels).tolist() == [5, 5]
+    assert facts["name"] == "named"
+    source = {"kind": "array", "path": str(tmp_path / "alone.npy"), "heldout_path": str(tmp_path / "alone.npy")}
+    alone, _ = prepared(tmp_path / "3", source)
+    np.testing.assert_array_equal(alone.train_images, images)
+    np.testing.assert_array_equal(alone.heldout_images, images)
+    assert alone.num_classes == 0
+
+
+@pytest.mark.parametrize(
+    "arrays, parts",
+    [
+        ({"images": np.zeros((2, 4, 4, 3), np.float32)}, ["float32", "np.rint"]),
+        ({"images": np.zeros((2, 3, 4, 4), np.uint8)}, ["[2, 3, 4, 4]", "transpose(0, 2, 3, 1)"]),
+        ({"images": np.zeros((2, 4, 4), np.uint8)}, ["[2, 4, 4]", "x[..., None]"]),
+        ({"images": np.zeros((2, 4, 4, 4), np.uint8)}, ["C = 1"]),
+        ({"images": np.array([{}, {}])}, ["pickles"]),
+        ({"pictures": np.zeros(3)}, ["pictures", "images or arr_0"]),
+        ({"images": colours(2), "labels": np.zeros((2, 5))}, ["float64 [2, 5]", "argmax"]),
+        ({"images": colours(2), "labels": np.array([0, -3])}, ["-3", "0 to"]),
+        ({"images": colours(0)}, ["no images"]),
+    ],
+)
+def test_unfit_arrays(tmp_path, arrays, parts):
+    np.savez(tmp_path / "x.npz", **arrays)
+    refused(tmp_path, {"kind": "array", "path": str(tmp_path / "x.npz")}, "x.npz", *parts)
+
+
+def test_array_checksum(tmp_path):
+    np.save(tmp_path / "x.npy", colours(8))
+    source = {"kind": "array", "path": str(tmp_path / "x.npy")}
+    refused(tmp_path, source | {"sha256": "0" * 64}, "x.npy", "sha256", "expected " + "0" * 64)
+    (tmp_path / "x.npy").write_bytes(b"\x93NUMPY")
+    refused(tmp_path, source, "x.npy", "not a readable")
