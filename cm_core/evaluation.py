@@ -6,7 +6,7 @@ et al. 2019. The features of the reference are extracted once and compared with 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from cm_core.params import Params
 class MetricParams(Params):
     """How the metrics are computed."""
 
+    beside_fid: tuple[Literal["is", "kid", "precision_recall"], ...] = ("is", "kid", "precision_recall")
+    """Metrics that are computed beside FID."""
     isc_splits: int = Field(10, ge=1)
     """Parts over which the Inception score is averaged; fewer where they would be small (see isc_min_images)."""
     isc_min_images: int = Field(500, ge=1)
@@ -27,14 +29,14 @@ class MetricParams(Params):
     kid_subsets: int = Field(100, ge=1)
     """Random subsets over which KID is averaged."""
     kid_subset_size: int = Field(1000, ge=2)
-    """Images a subset of KID; at most half of the smallest set."""
+    """Images a subset of KID; at most a quarter of the smaller set."""
     prc_neighbourhood: int = Field(3, ge=1)
     """Precision and recall: the k-th nearest neighbour sets the radius of a sample's ball."""
     prc_images: int = Field(10_000, ge=4)
     """Precision and recall: images of each set, spread evenly over it; time and memory grow with the square."""
 
     def adapted_to(self, num_images: int) -> "MetricParams":
-        """Shrink parts and subsets to what sets of at least `num_images` allow; one protocol for all of them.
+        """Shrink parts and subsets to what `num_images` allow.
 
         Raises:
             ValueError: so few images that a metric does not exist.
@@ -45,7 +47,7 @@ class MetricParams(Params):
                 f"{num_images} images are too few: prc_neighbourhood={self.prc_neighbourhood} needs at least {needed}"
             )
         splits = max(1, min(self.isc_splits, num_images // self.isc_min_images))
-        subset = min(self.kid_subset_size, num_images // 2)  # whole sets would all be the same subset
+        subset = max(2, min(self.kid_subset_size, num_images // 4))  # larger ones would hardly differ
         return self.model_copy(update={"isc_splits": splits, "kid_subset_size": subset})
 
 
@@ -72,7 +74,7 @@ def evaluate_images(
     device: torch.device,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
-    """Return fid, kid, kid_std, precision, recall, and is, is_std where the network scores classes.
+    """Return fid and, as `params` ask, is, is_std (where the network scores classes), kid, kid_std, precision, recall.
 
     Raises:
         ValueError: too few images.
@@ -84,12 +86,14 @@ def evaluate_images(
 
 def compare(generated: ImageFeatures, reference: Reference, params: MetricParams) -> dict[str, float]:
     """Compute the metrics from features; `params` are adapted to the number of images already."""
-    return {
-        "fid": frechet_distance(generated.features, reference),
-        **_kernel_distance(generated.features, reference.features, params),
-        **_precision_recall(generated.features, reference.features, params),
-        **(_inception_score(generated.logits, params) if generated.logits is not None else {}),
-    }
+    metrics = {"fid": frechet_distance(generated.features, reference)}
+    if "is" in params.beside_fid and generated.logits is not None:
+        metrics |= _inception_score(generated.logits, params)
+    if "kid" in params.beside_fid:
+        metrics |= _kernel_distance(generated.features, reference.features, params)
+    if "precision_recall" in params.beside_fid:
+        metrics |= _precision_recall(generated.features, reference.features, params)
+    return metrics
 
 
 def frechet_distance(features: Tensor, reference: Reference) -> float:

@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 SEPARATOR = 255  # white between tiles
 GAP = 2  # pixels between tiles, after upscaling
+MARGIN, CAPTION = 14, 26  # pixels to the right of and above a picture of a montage
+INK = "#222222"
 PALETTE = ("#2f5fb3", "#d1622b", "#2d8a57", "#8a4fa8", "#b3892f", "#4a4a4a")
 SERIES_STYLE = {"linewidth": 1.6, "markersize": 6}
 
@@ -48,10 +50,41 @@ def save_rows(rows: Mapping[str, np.ndarray], path: Path, *, min_side: int = 32)
     canvas = Image.new("RGB", (width, sum(strip.shape[0] for strip in strips.values())), "white")
     pen, top = ImageDraw.Draw(canvas), 0
     for name, strip in strips.items():
-        pen.text((6, top + strip.shape[0] // 2), name, font=font, fill="#222222", anchor="lm")
+        pen.text((6, top + strip.shape[0] // 2), name, font=font, fill=INK, anchor="lm")
         canvas.paste(Image.fromarray(strip), (margin, top))
         top += strip.shape[0]
     canvas.save(path, format="PNG")
+
+
+def save_montage(pictures: Mapping[str, Path], path: Path, *, columns: int, min_width: int = 260) -> None:
+    """Lay existing pictures out in rows of `columns`, each under its name; narrow ones are enlarged by a whole factor.
+
+    Raises:
+        ValueError: no pictures.
+    """
+    if not pictures:
+        raise ValueError("pictures is empty: at least one picture is needed")
+    opened = {name: _at_least(_open_rgb(file), min_width) for name, file in pictures.items()}
+    width = max(picture.width for picture in opened.values()) + MARGIN
+    height = max(picture.height for picture in opened.values()) + CAPTION
+    columns = min(columns, len(opened))
+    canvas = Image.new("RGB", (columns * width, math.ceil(len(opened) / columns) * height), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=14)
+    for index, (name, picture) in enumerate(opened.items()):
+        left, top = (index % columns) * width, (index // columns) * height
+        pen.text((left + GAP, top + CAPTION // 2), name, font=font, fill=INK, anchor="lm")
+        canvas.paste(picture, (left, top + CAPTION))
+    canvas.save(path, format="PNG")
+
+
+def _open_rgb(path: Path) -> Image.Image:
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
+def _at_least(picture: Image.Image, width: int) -> Image.Image:
+    factor = max(1, math.ceil(width / picture.width))
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
 def enlarge(images: np.ndarray, min_side: int) -> np.ndarray:
