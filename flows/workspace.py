@@ -64,6 +64,23 @@ def cache_of(root: Path) -> Cache:
     return Cache(Path(folder or root / ".dvc" / "cache"))
 
 
+def describe_code(root: Path) -> dict[str, str]:
+    """Return tags that name the code of a workspace: revision, whether it was edited, a page that shows it."""
+    try:
+        revision = _revision(root)
+    except UserError:
+        return {}
+    edited = {"git.edits": "uncommitted"} if _git(root, "status", "--porcelain", "--untracked-files=no") else {}
+    return {"git.revision": revision, **edited, **_code_page(root, revision)}
+
+
+def _code_page(root: Path, revision: str) -> dict[str, str]:
+    """Return the web page of a revision where the remote `origin` has one: https, or git@host:owner/name."""
+    remotes = dict(line.split("\t") for line in _git(root, "remote", "-v").decode().splitlines())
+    found = re.match(r"(?:https://|git@|ssh://git@)([^/:@]+)[/:](.+?)(?:\.git)?(?: |$)", remotes.get("origin", ""))
+    return {"git.url": f"https://{found[1]}/{found[2]}/commit/{revision}"} if found else {}
+
+
 class StageFailed(RuntimeError):
     """A stage ended with an error that is not the user's; the message is the end of its output."""
 

@@ -1,0 +1,166 @@
+"""What `cm stage NAME` does: fill a stage's parameters by name, run it, show its progress, log it to MLflow."""
+
+import importlib
+import inspect
+import json
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import flows
+from flows.dvcfiles import Stage, dvc_md5, read_stages, stage_key, version
+from flows.errors import UserError
+from flows.monitor import Monitor
+from flows.recipe import Recipe, flatten, load_active, load_recipe, recipe_names
+from flows.stage_monitor import StageMonitor
+from flows.state import drop_finished, hold_state, mark_finished
+from flows.tracking import MODEL_NAME, Belonging, StageRun, Tracker, describe_run, files_below, shown_files
+from flows.workspace import cache_of, describe_code, origin
+
+PREPARED = "out/prepare"
+TRAINS = ("features", "teacher", "student")
+
+
+def run_stage(name: str, root: Path) -> None:
+    """Run one stage on params/active.yaml of the workspace `root`.
+
+    Raises:
+        UserError: no such stage, a missing input, a bad value, or code that is not this workspace's.
+        SystemExit: 128 + signal, when SIGINT or SIGTERM asked the stage to end; a training has saved its state.
+    """
+    _refuse_other_code(root)
+    stages = read_stages(root)
+    if name not in stages:
+        raise UserError(f"no stage {name!r}; there are {', '.join(stages)}")
+    recipe, function = load_active(root), _stage_function(name)
+    inputs = {path: dvc_md5(root / path) for path in stages[name].deps if path.startswith("out/")}
+    parameters = inspect.signature(function).parameters
+    with _Signals(deferred="state_dir" in parameters) as signals, ExitStack() as stack:
+        run = stack.enter_context(_tracked_run(stages[name], root, recipe, inputs))
+        monitor = StageMonitor(name, run, signals.received)
+        given: dict[str, Any] = {"out_dir": _emptied(root / "out" / name), "monitor": monitor}
+        if "state_dir" in parameters:
+            given["state_dir"] = stack.enter_context(_state(stages[name], root, inputs, monitor))
+        with signals.as_exit():
+            function(**{key: _argument(key, given, recipe, root) for key in parameters})
+        outs = {path: dvc_md5(root / path) for path in stages[name].outs}
+        if "state_dir" in given:
+            mark_finished(given["state_dir"], outs)
+        _log_outputs(run, stages[name], root, recipe, outs)
+
+
+def _refuse_other_code(root: Path) -> None:
+    """Refuse to fill this workspace's outputs with what another checkout's code computes."""
+    imported = Path(flows.__file__).parent.resolve()
+    if imported != (root / "flows").resolve():
+        raise UserError(f"the code of {imported.parent} would run for the workspace {root}; set PYTHONPATH={root}")
+
+
+def _stage_function(name: str) -> Callable[..., None]:
+    return getattr(importlib.import_module(f"flows.stages.{name}"), name)
+
+
+def _emptied(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _argument(name: str, given: Mapping[str, Any], recipe: Recipe, root: Path) -> Any:
+    """Return what a stage's parameter of this name gets: a service, a section, or another stage's artifact."""
+    if name in given:
+        return given[name]
+    return getattr(recipe, name) if name in type(recipe).model_fields else root / "out" / name.removesuffix("_dir")
+
+
+@contextmanager
+def _state(stage: Stage, root: Path, inputs: Mapping[str, str], monitor: Monitor) -> Iterator[Path]:
+    """Yield the folder of the training in flight, after removing those whose outputs are safely stored."""
+    home = origin(root)
+    drop_finished(home, cache_of(root).holds)
+
+    def on_wait() -> None:
+        monitor.remark("another process trains exactly this; waiting for it")
+
+    with hold_state(home, stage.name, stage_key(root, stage, inputs), on_wait) as folder:
+        yield folder
+
+
+class _Signals:
+    """SIGINT and SIGTERM while a stage runs: noted once for a stage that looks for them, else an exit at once."""
+
+    def __init__(self, *, deferred: bool) -> None:
+        self._deferred, self._number = deferred, 0
+
+    def __enter__(self) -> "_Signals":
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def received(self) -> bool:
+        """Whether the stage is asked to end."""
+        return self._number != 0
+
+    @contextmanager
+    def as_exit(self) -> Iterator[None]:
+        """Turn the error with which a stage answers to a signal into the exit code of that signal."""
+        try:
+            yield
+        except Exception as error:
+            if not self._number:
+                raise
+            raise SystemExit(128 + self._number) from error
+
+    def _handle(self, number: int, _: object) -> None:
+        if not self._deferred or self._number:  # the second signal is for the impatient
+            raise SystemExit(128 + number)
+        self._number = number
+        print("stopping: the training state is being saved; a second signal stops at once", flush=True)
+
+
+@contextmanager
+def _tracked_run(stage: Stage, root: Path, recipe: Recipe, inputs: Mapping[str, str]) -> Iterator[StageRun]:
+    """Open the stage's MLflow run, with all that is known before the stage starts."""
+    belonging = Belonging.read()
+    tags = {**describe_code(root), "recipe": recipe_name(recipe, root), **belonging.tags}
+    tags |= {f"dvc.dep.{Path(path).name}": md5 for path, md5 in inputs.items()}
+    with StageRun(Tracker(origin(root)), stage.name, belonging.parent_run_id, tags) as run:
+        run.tracker.log_params(run.run_id, flatten(recipe.model_dump(mode="json", include=set(stage.params))))
+        if PREPARED in inputs:
+            _log_dataset(run, root, inputs[PREPARED], "training" if stage.name in TRAINS else "evaluation")
+        yield run
+
+
+def _log_outputs(run: StageRun, stage: Stage, root: Path, recipe: Recipe, outs: Mapping[str, str]) -> None:
+    """Log what the stage made: its data version, the files worth a look, the data set, the model."""
+    run.tag({"dvc.out": version(outs), "mlflow.note.content": describe_run(run.tags, outs)})
+    run.tracker.log_files(run.run_id, shown_files(files_below(root / "out" / stage.name, stage.name)))
+    if PREPARED in outs:
+        _log_dataset(run, root, outs[PREPARED], "preparation")
+    if stage.name == MODEL_NAME:
+        method = flatten({"method": recipe.student.method.model_dump(mode="json")})
+        model = run.tracker.student_model(run.run_id, root / "out" / stage.name, version(outs), method)
+        run.tracker.link_model(run.run_id, model)
+
+
+def _log_dataset(run: StageRun, root: Path, md5: str, context: str) -> None:
+    facts = json.loads((root / PREPARED / "dataset.json").read_text())
+    run.tracker.log_dataset(run.run_id, facts, md5, context)
+
+
+def recipe_name(recipe: Recipe, root: Path) -> str:
+    """Return the name of the recipe page that resolves to `recipe`, or "edited"."""
+    return next((name for name in recipe_names(root) if _resolves_to(name, recipe, root)), "edited")
+
+
+def _resolves_to(name: str, recipe: Recipe, root: Path) -> bool:
+    try:
+        return load_recipe(name, root=root) == recipe
+    except UserError:  # another page, half edited, is no reason to stop
+        return False

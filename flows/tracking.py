@@ -1,0 +1,248 @@
+"""MLflow: a run for every stage that really ran, a parent for every pipeline run, the student as a model.
+
+Everything stands in one place whatever the working directory: MLFLOW_TRACKING_URI, or mlflow.db and mlruns/ at the
+workspace root, where a plain `mlflow ui` shows it. A stage's run is found again by the DVC hash of what it made.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from cm_core.model import ModelSpec
+    from cm_core.precond import Precond
+
+EXPERIMENT = "consistency-models"
+MODEL_NAME = "student"
+PARENT_VARIABLE, TAGS_VARIABLE = "CM_PARENT_RUN_ID", "CM_RUN_TAGS"  # how a flow's stages learn what they belong to
+SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS": "1",  # one write a second, not one a metric: 30 times cheaper
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
+SMALL = 5 * 2**20  # bytes up to which a file is copied to MLflow; DVC keeps the large ones
+SHOWN = {".png", ".json", ".jsonl", ".csv", ".html", ".patch"}
+
+
+class Tracker:
+    """A connection to MLflow and the experiment that holds all runs."""
+
+    def __init__(self, origin: Path) -> None:
+        for name, value in SETTINGS.items():
+            os.environ.setdefault(name, value)
+        import mlflow
+
+        for noisy in ("alembic", "mlflow.store.db.utils"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        given = os.environ.get("MLFLOW_TRACKING_URI")
+        self.uri = given or f"sqlite:///{origin / 'mlflow.db'}"
+        mlflow.set_tracking_uri(self.uri)
+        self.client: MlflowClient = mlflow.MlflowClient(self.uri)
+        self.experiment_id = self._open_experiment(None if given else (origin / "mlruns").as_uri())
+
+    def _open_experiment(self, artifacts: str | None) -> str:
+        from mlflow.exceptions import MlflowException
+
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+        try:
+            found = self.client.get_experiment_by_name(name)
+            return found.experiment_id if found else self.client.create_experiment(name, artifact_location=artifacts)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_ALREADY_EXISTS":  # another process was faster
+                return self.client.get_experiment_by_name(name).experiment_id
+            raise UserError(f"MLflow at {self.uri}: {' '.join(str(error).split())[:300]}") from error
+
+    def find_stage_run(self, stage: str, version: str) -> str | None:
+        """Return the id of the newest run of `stage` that made this data version."""
+        query = f"tags.stage = '{stage}' and tags.`dvc.out` = '{version}' and attributes.status = 'FINISHED'"
+        runs = self.client.search_runs([self.experiment_id], query, max_results=1)
+        return runs[0].info.run_id if runs else None
+
+    def log_numbers(self, run_id: str, values: Mapping[str, float], model_id: str | None = None) -> None:
+        """Log final numbers to a run, and to a model if one is given."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self.client.log_batch(run_id, [Metric(key, value, now, 0, model_id=model_id) for key, value in values.items()])
+
+    def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        """Log flattened params; what is no text is written as JSON."""
+        from mlflow.entities import Param
+
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in params.items()}
+        self.client.log_batch(run_id, params=[Param(key, text) for key, text in texts.items()])
+
+    def log_dataset(self, run_id: str, facts: Mapping[str, Any], md5: str, context: str) -> None:
+        """Log the prepared data set as an input: `facts` from dataset.json, DVC's hash as the digest."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        source_type, source = _dataset_source(facts.get("source", "unknown"))
+        profile = {key: facts[key] for key in ("counts", "image_shape", "num_classes", "licence") if key in facts}
+        dataset = Dataset(facts["name"], md5, source_type, json.dumps(source), profile=json.dumps(profile))
+        tags = [InputTag("mlflow.data.context", context), InputTag("dvc.md5", md5)]
+        self.client.log_inputs(run_id, [DatasetInput(dataset, tags)])
+
+    def log_files(self, run_id: str, files: Mapping[str, Path]) -> None:
+        """Copy files to a run's artifacts, each under the path that is its key (whose last part is its name)."""
+        for name, path in files.items():
+            self.client.log_artifact(run_id, str(path), str(Path(name).parent))
+
+    def student_model(self, run_id: str, folder: Path, version: str, params: Mapping[str, Any]) -> str:
+        """Return the id of the logged model with this data version; log the one in `folder` if there is none yet."""
+        query = f"name = '{MODEL_NAME}' and tags.`dvc.out` = '{version}'"
+        for known in self.client.search_logged_models([self.experiment_id], query):
+            if known.status == "READY":  # a query for it finds nothing: the store keeps a number
+                return known.model_id
+        texts = {key: str(value) for key, value in params.items()}
+        model = self.client.create_logged_model(
+            self.experiment_id, MODEL_NAME, source_run_id=run_id, tags={"dvc.out": version}, params=texts
+        )
+        for name in ("ema.safetensors", "model.json"):
+            self.client.log_model_artifact(model.model_id, str(folder / name))
+        self.client.finalize_logged_model(model.model_id, "READY")
+        return model.model_id
+
+    def link_model(self, run_id: str, model_id: str) -> None:
+        """Show a model among a run's outputs."""
+        from mlflow.entities import LoggedModelOutput
+
+        self.client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+
+
+def load_student(model_uri: str, origin: Path) -> "tuple[ModelSpec, Precond]":
+    """Download a logged student (models:/ID, models:/NAME@ALIAS) and build it, ready to sample."""
+    from cm_core.model import load_model
+
+    Tracker(origin)
+    import mlflow
+
+    return load_model(Path(mlflow.artifacts.download_artifacts(model_uri)))
+
+
+def _dataset_source(source: str) -> tuple[str, dict[str, Any]]:
+    """Return MLflow's (type, fields) of where a data set came from: the first of several addresses."""
+    first = source.split(", ")[0]
+    if first.startswith(("http://", "https://")):
+        return "http", {"url": first}
+    if first.startswith("s3://"):
+        return "s3", {"uri": first}
+    if "/" in first:
+        return "local", {"uri": first}
+    return "code", {"tags": {"mlflow.source.name": first}}
+
+
+@dataclass(frozen=True)
+class Belonging:
+    """What a stage's run belongs to: the flow's parent run and the tags it shares, from the environment."""
+
+    parent_run_id: str | None = None
+    tags: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls) -> "Belonging":
+        """Read what a flow passed on; a stage started by `dvc repro` belongs to nothing."""
+        return cls(os.environ.get(PARENT_VARIABLE), json.loads(os.environ.get(TAGS_VARIABLE, "{}")))
+
+    def variables(self) -> dict[str, str]:
+        """Return the environment variables that `read` reads."""
+        parent = {PARENT_VARIABLE: self.parent_run_id} if self.parent_run_id else {}
+        return {**parent, TAGS_VARIABLE: json.dumps(self.tags)}
+
+
+class StageRun:
+    """The MLflow run of one stage, in the stage's own process. Metrics and pictures are written in the background."""
+
+    def __init__(self, tracker: Tracker, stage: str, parent_run_id: str | None, tags: Mapping[str, str]) -> None:
+        self.tracker, self._stage, self._parent_run_id = tracker, stage, parent_run_id
+        self.tags = {**tags, "stage": stage}
+
+    def __enter__(self) -> "StageRun":
+        import mlflow
+
+        self._mlflow = mlflow
+        run = mlflow.start_run(
+            experiment_id=self.tracker.experiment_id,
+            run_name=self._stage,
+            parent_run_id=self._parent_run_id,
+            tags={**self.tags, **code_tags(self.tags, f"cm stage {self._stage}")},
+        )
+        self.run_id = run.info.run_id
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        # Flushed while the run is active: outside of one, flushing would start another.
+        self._mlflow.flush_async_logging()
+        self._mlflow.flush_artifact_async_logging()
+        if kind is not None:
+            self.tag({"error": f"{kind.__name__}: {error}"[:500]})
+        killed = kind is not None and not issubclass(kind, Exception)
+        self._mlflow.end_run("KILLED" if killed else "FAILED" if kind else "FINISHED")
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Log numbers of a step."""
+        self._mlflow.log_metrics(dict(values), step=step, synchronous=False)
+
+    def image(self, key: str, path: Path, step: int) -> None:
+        """Log a picture of a step; MLflow shows those of one key with a slider, side by side for several runs."""
+        from PIL import Image
+
+        with Image.open(path) as picture:
+            picture.load()
+        self._mlflow.log_image(picture, key=key, step=step)
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Set tags."""
+        self._mlflow.set_tags(dict(tags))
+
+
+def shown_files(files: Mapping[str, Path]) -> dict[str, Path]:
+    """Return those of {name: path} that are worth looking at in MLflow: pictures, tables, reports, and small."""
+    return {name: path for name, path in files.items() if Path(name).suffix in SHOWN and path.stat().st_size <= SMALL}
+
+
+def files_below(folder: Path, prefix: str) -> dict[str, Path]:
+    """Return {prefix/path below the folder: file}, sorted."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {f"{prefix}/{path.relative_to(folder).as_posix()}": path for path in files}
+
+
+def flat_numbers(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the numbers of nested mappings under keys joined by `/`, as MLflow groups charts."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flat_numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{key}", float(value)
+
+
+def code_tags(tags: Mapping[str, str], command: str) -> dict[str, str]:
+    """Return the tags by which MLflow shows source and commit; its own guess would be the installed script."""
+    commit = {"mlflow.source.git.commit": tags["git.revision"]} if "git.revision" in tags else {}
+    return {"mlflow.source.name": command, **commit}
+
+
+def describe_run(tags: Mapping[str, str], outs: Mapping[str, str]) -> str:
+    """Return a run's description: what it belongs to and what it made, in markdown, whose links can be clicked."""
+    lines = [f"- recipe: `{tags['recipe']}`"]
+    if "git.revision" in tags:
+        edits = ", with uncommitted edits" if "git.edits" in tags else ""
+        lines.append("- code: " + _linked(tags["git.revision"][:12], tags.get("git.url")) + edits)
+    if "prefect.flow_run" in tags:
+        lines.append("- Prefect: " + _linked(tags["prefect.flow_run"], tags.get("prefect.url")))
+    lines += [f"- `{path}`: `{md5}`" for path, md5 in outs.items()]
+    return "\n".join(lines)
+
+
+def _linked(text: str, url: str | None) -> str:
+    return f"[{text}]({url})" if url else f"`{text}`"
