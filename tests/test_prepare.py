@@ -121,10 +121,17 @@ def test_impossible_sections_are_refused_before_work(fields, part):
 # --- digits --------------------------------------------------------------------------------------------------
 
 
-def test_digits(tmp_path):
+@pytest.fixture(scope="module")
+def digits_dir(tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp("digits")
+    prepare(Data(), out_dir, Monitor())
+    return out_dir
+
+
+def test_digits(digits_dir):
     from sklearn.datasets import load_digits
 
-    dataset, facts = prepared(tmp_path, {"kind": "digits"})
+    dataset = load_dataset(digits_dir)
     assert dataset.image_shape == (1, 8, 8)
     assert dataset.num_classes == 10
     assert dataset.class_names == tuple("0123456789")
@@ -134,42 +141,36 @@ def test_digits(tmp_path):
     together = np.concatenate([dataset.train_images, dataset.heldout_images])
     wanted = np.floor(load_digits().images * 255 / 16 + 0.5)
     assert sorted(map(bytes, together)) == sorted(map(bytes, wanted.astype(np.uint8)))
+    facts = json.loads((digits_dir / "dataset.json").read_text())
     assert facts["counts"]["train"] + facts["counts"]["heldout"] == 1797
     assert facts["counts"]["greyscale"] == 1797
     assert "CC BY 4.0" in facts["licence"]
 
 
-def test_digits_are_held_out_class_by_class(tmp_path):
-    dataset, _ = prepared(tmp_path, {"kind": "digits"})
+def test_digits_are_held_out_class_by_class(digits_dir):
+    dataset = load_dataset(digits_dir)
     train, heldout = np.bincount(dataset.train_labels), np.bincount(dataset.heldout_labels)
     np.testing.assert_array_equal(heldout, np.round((train + heldout) * 0.25))
 
 
-def test_two_runs_give_the_same_bytes(tmp_path):
-    for name in ("a", "b"):
-        prepare(Data(), tmp_path / name, Monitor())
-    files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert files == [
-        "dataset.json",
-        "heldout_images.npy",
-        "heldout_labels.npy",
-        "preview.png",
-        "train_images.npy",
-        "train_labels.npy",
-    ]
-    for name in files:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+def test_two_runs_give_the_same_bytes(tmp_path, digits_dir):
+    prepare(Data(), tmp_path, Monitor())
+    names = ["dataset.json", "preview.png"]
+    names += [f"{split}_{part}.npy" for split in ("train", "heldout") for part in ("images", "labels")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (digits_dir / name).read_bytes(), name
 
 
-def test_checksums_are_of_the_pixels(tmp_path):
-    dataset, facts = prepared(tmp_path, {"kind": "digits"})
-    assert facts["sha256"]["train"] == hashlib.sha256(np.asarray(dataset.train_images).tobytes()).hexdigest()
-    assert facts["sha256"]["heldout"] == hashlib.sha256(np.asarray(dataset.heldout_images).tobytes()).hexdigest()
+def test_checksums_are_of_the_pixels(digits_dir):
+    dataset = load_dataset(digits_dir)
+    for split, images in (("train", dataset.train_images), ("heldout", dataset.heldout_images)):
+        assert dataset.sha256[split] == hashlib.sha256(np.asarray(images).tobytes()).hexdigest()
 
 
-def test_preview_shows_a_row_a_class_with_whole_multiples(tmp_path):
-    dataset, _ = prepared(tmp_path, {"kind": "digits"})
-    preview = np.asarray(Image.open(tmp_path / "preview.png").convert("L"))
+def test_preview_shows_a_row_a_class_with_whole_multiples(digits_dir):
+    dataset = load_dataset(digits_dir)
+    preview = np.asarray(Image.open(digits_dir / "preview.png").convert("L"))
     first_three = dataset.train_images[np.flatnonzero(dataset.train_labels == 3)[0], :, :, 0]
     tile = preview[3 * 66 : 3 * 66 + 64, 100:164]
     np.testing.assert_array_equal(tile, first_three.repeat(8, 0).repeat(8, 1))
@@ -666,7 +667,7 @@ def test_a_failed_run_does_not_leave_an_older_result_complete(tmp_path):
 
 
 def test_incomplete_prepared_data_are_refused(tmp_path):
-    prepare(Data(), tmp_path, Monitor())
+    prepare(Data(max_images=20), tmp_path, Monitor())
     (tmp_path / "heldout_labels.npy").write_bytes(b"")
     with pytest.raises(UserError, match="heldout_labels.npy: cannot read"):
         load_dataset(tmp_path)
