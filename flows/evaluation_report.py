@@ -54,7 +54,7 @@ class Artifacts:
 
 def compose_report(rows: Sequence[Row], artifacts: Artifacts, protocol: Mapping[str, Any], plots: Path) -> Report:
     """Draw the plots into the folder `plots` and return the page that shows them."""
-    trainings = {"teacher": artifacts.teacher_dir, "student": artifacts.student_dir}
+    trainings = {"student": artifacts.student_dir, "teacher": artifacts.teacher_dir}
     sections = [
         _plot_fid(rows, artifacts.files, plots),
         *_show_grids(artifacts, plots),
@@ -256,4 +256,4 @@ FID_CAPTION = "Lower is better. Dashed: the floor (real) and the ceiling (untrai
 GRIDS_CAPTION = "The first images of each row, not chosen. Same place, same noise: in every grid but the real one."
 STRIPS_CAPTION = "Held-out images, noised to growing levels, and what one call of the student makes of each."
 TRAINING_CAPTION = "The averaged weights at even distances in the training, always from the same noise."
-LOSS_CAPTION = "Losses of different methods are not comparable; a consistency loss often grows as its grid gets finer."
+LOSS_CAPTION = "Each training has its own loss. A curve tells whether it ran smoothly, the FID how good the images are."

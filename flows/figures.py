@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 SEPARATOR = 255  # white between tiles
 GAP = 2  # pixels between tiles, after upscaling
-MARGIN, CAPTION = 14, 26  # pixels to the right of and above a picture of a montage
+MARGIN, CAPTION = 14, 32  # pixels to the right of and above a picture of a montage
 INK = "#222222"
 PALETTE = ("#2f5fb3", "#d1622b", "#2d8a57", "#8a4fa8", "#b3892f", "#4a4a4a")
 SERIES_STYLE = {"linewidth": 1.6, "markersize": 6}
@@ -72,7 +72,7 @@ def save_montage(pictures: Mapping[str, Path], path: Path, *, columns: int, min_
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=14)
     for index, (name, picture) in enumerate(opened.items()):
         left, top = (index % columns) * width, (index // columns) * height
-        pen.text((left + GAP, top + CAPTION // 2), name, font=font, fill=INK, anchor="lm")
+        pen.text((left + GAP, top + CAPTION - 6), name, font=font, fill=INK, anchor="ls")
         canvas.paste(picture, (left, top + CAPTION))
     canvas.save(path, format="PNG")
 

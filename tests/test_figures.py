@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flows.figures import GAP, enlarge, save_grid, save_lines, save_rows, tile
+from flows.figures import CAPTION, GAP, MARGIN, enlarge, save_grid, save_lines, save_montage, save_rows, tile
 
 
 @pytest.fixture
@@ -71,3 +71,16 @@ def test_bytes_are_the_same_each_time(images, tmp_path):
     first, second = write(tmp_path / "a"), write(tmp_path / "b")
     assert first == second
     assert not any(b"Software" in content or b"tIME" in content for content in first.values())
+
+
+def test_a_montage_shows_each_picture_under_its_name(images, tmp_path):
+    for name, value in (("first", 50), ("second", 150), ("third", 250)):
+        save_grid(np.full_like(images[:1], value), tmp_path / f"{name}.png")
+    pictures = {name: tmp_path / f"{name}.png" for name in ("first", "second", "third")}
+    save_montage(pictures, tmp_path / "montage.png", columns=2, min_width=100)
+    montage = np.asarray(Image.open(tmp_path / "montage.png"))
+    width, height = 108 + MARGIN, 108 + CAPTION  # 36 pixels wide, three times enlarged
+    assert montage.shape == (2 * height, 2 * width, 3)
+    centres = [(row * height + CAPTION + 54, column * width + 54) for row, column in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    assert [int(montage[centre][0]) for centre in centres] == [50, 150, 250, 255]
+    assert (montage[:CAPTION, :width] < 100).any(), "no name is drawn"
