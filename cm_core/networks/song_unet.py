@@ -56,7 +56,13 @@ class SongUNetParams(Params):
 
 
 class SongUNet(nn.Module):
-    """F(x, noise_labels, class_labels, augment_labels) -> [B, C, H, W]; class label -1 means no label."""
+    """F(x, noise_labels, class_labels, augment_labels) -> [B, C, H, W]; class label -1 means no label.
+
+    EDM's checkpoints name the same weights otherwise: map_* is `embed.*` (frequencies without the factor 2 pi), enc and
+    dec are `unet.encoder` and `unet.decoder` with RxR for `levelL`, RxR_conv is `input`, aux_residual `pyramid`,
+    in0 and in1 `middle`, aux_norm and aux_conv `output_norm` and `output`; a block's norm2, qkv and proj belong to
+    `attention`, and the rows of qkv are there in the order (head, channel, 3) rather than (3, head, channel).
+    """
 
     def __init__(self, params: SongUNetParams, image_shape: Sequence[int], num_classes: int, augment_dim: int) -> None:
         super().__init__()
