@@ -1,0 +1,62 @@
+"""The command `cm`: what it can do, and how it ends.
+
+Exit codes: 0 done; 1 a run failed, or something is broken; 2 bad input, said in one line; 130 stopped by Ctrl-C.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from flows.commands import doctor, models, recipes, run, runs, why
+from flows.errors import UserError
+from flows.workspace import StageFailed
+
+GROUPS = (run, recipes, models, runs, why, doctor)
+FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        code = args.command(args) or 0
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        return _complain(error, BAD_INPUT)
+    except StageFailed as error:
+        return _complain(
+            f"{error}\ncm: the run's clone is the newest folder of .cm/runs; a training goes on when run again", FAILED
+        )
+    except KeyboardInterrupt:
+        return _complain("stopped", INTERRUPTED)
+    except BrokenPipeError:  # as in `cm show NAME | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at exit
+        return PIPE_CLOSED
+
+
+def _complain(reason: object, code: int) -> int:
+    print(f"cm: {reason}", file=sys.stderr)
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"cm: {message}; see `{self.prog} --help`\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line; nothing heavy is imported for it."""
+    parser = _Parser(prog="cm", description="Consistency models as a pipeline: images in, a one-step generator out.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+    for group in GROUPS:
+        group.add_parsers(commands)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""`cm doctor`: what is installed, reachable and writable, and on which device a training would run."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from flows.commands.output import add_json_option, print_json, print_table
+from flows.workspace import home, origin
+
+PROJECT, SHOWN = "consistency-pipeline", ("prefect", "mlflow", "dvc")
+FREE_GB = 2  # for a demo, its clones and its cache
+PROBE, SECONDS = b"written by cm doctor", 10
+
+
+class Broken(Exception):
+    """What a check found wrong, and the cure."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the answer."""
+
+    name: str
+    ok: bool
+    says: str
+
+
+def add_parsers(commands: Any) -> None:
+    """Declare the subcommand."""
+    parser = commands.add_parser("doctor", help="say what is installed, reachable and writable")
+    add_json_option(parser)
+    parser.set_defaults(command=doctor)
+
+
+def doctor(args: Namespace) -> int:
+    """Print every check; return 1 if something is broken."""
+    checks = [_examine(name, probe) for name, probe in CHECKS.items()]
+    sound = all(check.ok for check in checks)
+    if args.json:
+        print_json({"ok": sound, "checks": [asdict(check) for check in checks]})
+    else:
+        print_table(("", "check", "found"), [("ok" if c.ok else "BROKEN", c.name, c.says) for c in checks])
+    return 0 if sound else 1
+
+
+def _examine(name: str, probe: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, probe())
+    except Exception as error:  # whatever is wrong with a part, that is the answer
+        words = " ".join(str(error).split()) or type(error).__name__
+        return Check(name, False, words)
+
+
+def _python() -> str:
+    return f"{platform.python_version()} ({sys.executable})"
+
+
+def _packages() -> str:
+    """Compare what the project asks for with what is installed: `import prefect` is silent about a wrong fastapi."""
+    from packaging.requirements import Requirement
+
+    wanted = [Requirement(line) for line in metadata.requires(PROJECT) or ()]
+    wanted = [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
+    for one in wanted:
+        try:
+            version = metadata.version(one.name)
+        except metadata.PackageNotFoundError:
+            raise Broken(f"{one.name} is not installed; `make install`") from None
+        if not one.specifier.contains(version, prereleases=True):
+            raise Broken(f"{one.name} {version} is installed, {one.specifier} is needed; `make install`")
+    shown = ", ".join(f"{name} {metadata.version(name)}" for name in SHOWN)
+    return f"{shown}; all {len(wanted)} requirements are met"
+
+
+def _torch() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"{torch.__version__} on the CPU, {torch.get_num_threads()} threads"
+    free, total = (f"{number / 2**30:.0f}" for number in torch.cuda.mem_get_info())
+    return f"{torch.__version__} on {torch.cuda.get_device_name()}, {free} of {total} GiB free"
+
+
+def _torchvision() -> str:
+    from cm_core.torchvision_shim import ensure_torchvision
+
+    declared = ensure_torchvision()
+    version = metadata.version("torchvision")
+    return f"{version}, without its compiled operators (none is needed)" if declared else version
+
+
+def _git() -> str:
+    version = _git_says("--version").removeprefix("git version ")
+    top, revision = Path(_git_says("rev-parse", "--show-toplevel")), _git_says("rev-parse", "--short", "HEAD")
+    if top.resolve() != home():
+        raise Broken(f"the workspace must be the top of its repository, which is {top}")
+    return f"{version}, workspace at {revision}"
+
+
+def _git_says(*arguments: str) -> str:
+    command = ["git", *arguments]
+    done = subprocess.run(command, cwd=home(), capture_output=True, text=True, check=False, timeout=SECONDS)
+    if done.returncode:
+        raise Broken(f"git {' '.join(arguments)}: {done.stderr.strip()}; a run records the revision of its code")
+    return done.stdout.strip()
+
+
+def _workspace() -> str:
+    with tempfile.TemporaryFile(dir=home()) as file:
+        file.write(PROBE)
+    return f"{home()}, writable"
+
+
+def _disk() -> str:
+    free = shutil.disk_usage(home()).free / 1e9
+    if free < FREE_GB:
+        raise Broken(f"{free:.1f} GB are free, {FREE_GB} GB are needed; old runs are in .cm/runs, and `dvc gc`")
+    return f"{free:.0f} GB free"
+
+
+def _mlflow() -> str:
+    from flows.tracking import Tracker
+
+    place = origin(home()) / "mlflow.db"
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not place.exists():
+        return f"sqlite:///{place}, made by the first run"
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    tracker = Tracker(origin(home()))
+    tracker.client.search_runs([tracker.experiment_id], max_results=1)
+    return f"{tracker.uri}, answers"
+
+
+def _prefect() -> str:
+    url = os.environ.get("PREFECT_API_URL")
+    if not url:
+        return "embedded: every run brings its own"
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=SECONDS):
+            return f"{url}, answers"
+    except OSError as error:
+        raise Broken(f"{url}: {error}; start it with `prefect server start`, or unset PREFECT_API_URL") from error
+
+
+def _dvc_cache() -> str:
+    from dvc.repo import Repo
+
+    with Repo(str(home())) as repo:
+        return _write_read_remove(repo.cache.local)
+
+
+def _dvc_remote() -> str:
+    from dvc.config import NoRemoteError
+    from dvc.repo import Repo
+
+    with Repo(str(home())) as repo:
+        try:
+            return _write_read_remove(repo.cloud.get_remote_odb(command="push"))
+        except NoRemoteError:
+            return "none is configured; results stay on this machine"
+
+
+def _write_read_remove(store: Any) -> str:
+    """Try a folder or bucket of DVC's as DVC reaches it."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(PROBE)
+        file.flush()
+        store.fs.makedirs(store.path, exist_ok=True)
+        path = store.fs.join(store.path, f"cm-doctor-{os.getpid()}")
+        store.fs.put_file(file.name, path)
+    read = store.fs.cat_file(path)
+    store.fs.remove(path)
+    if read != PROBE:
+        raise Broken(f"{store.path}: what was read is not what was written")
+    return f"{store.fs.unstrip_protocol(store.path)}, written, read and removed"
+
+
+CHECKS: dict[str, Callable[[], str]] = {
+    "python": _python,
+    "packages": _packages,
+    "torch": _torch,
+    "torchvision": _torchvision,
+    "git": _git,
+    "workspace": _workspace,
+    "disk": _disk,
+    "MLflow": _mlflow,
+    "Prefect": _prefect,
+    "DVC cache": _dvc_cache,
+    "DVC remote": _dvc_remote,
+}

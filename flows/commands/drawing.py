@@ -1,0 +1,125 @@
+"""Images from a trained model, wherever it lies: a folder, or a model logged to MLflow."""
+
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flows.commands.output import Bar
+from flows.errors import UserError
+from flows.workspace import home, origin
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from cm_core.model import ModelSpec
+    from cm_core.precond import Precond
+    from cm_core.sampling import ImageNoise
+    from cm_core.solvers import Denoiser
+
+BATCH = 250  # images at a time; has no influence on them
+TEACHER_STEPS = 18  # EDM's on CIFAR-10
+
+
+def add_sampling_options(parser: ArgumentParser, *, count: int) -> None:
+    """Add the options that say which images a model is asked for."""
+    parser.add_argument(
+        "--steps", metavar="N", type=positive, help="network calls of a student (1), or steps of a teacher (18)"
+    )
+    parser.add_argument(
+        "--mid-sigmas",
+        metavar="SIGMA",
+        type=float,
+        nargs="+",
+        help="noise levels of a student's later steps; default: those of the recipe in force, else a Karras grid",
+    )
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="image i is drawn from (seed, i); default 0")
+    parser.add_argument("--n", metavar="N", type=positive, default=count, help=f"number of images; default {count}")
+
+
+def positive(text: str) -> int:
+    """Read a whole number above zero from the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def is_model(where: str) -> bool:
+    """Whether this names a model, and not images."""
+    return where.startswith(("models:/", "runs:/")) or (Path(where) / "model.json").is_file()
+
+
+def draw(model: str, args: Namespace) -> "tuple[np.ndarray, str]":
+    """Return images of a model, uint8 [N, H, W, C], and how they were sampled; on the GPU when there is one."""
+    import numpy as np
+    import torch
+
+    from cm_core.sampling import ImageNoise
+    from cm_core.tensors import to_pixels
+    from flows.stages.models import fixed_labels, pick_device, to_device
+
+    device = pick_device()
+    spec, net = _load(model)
+    net, (sampler, how) = to_device(net, device), _choose_sampler(spec, args)
+    batches = []
+    with torch.no_grad(), Bar("sampling") as bar:
+        for start in range(0, args.n, BATCH):
+            indices = range(start, min(start + BATCH, args.n))
+            noise = ImageNoise(args.seed, indices, spec.image_shape, device)
+            f = partial(net, labels=fixed_labels(spec, indices, device))
+            batches.append(to_pixels(sampler(f, noise)).cpu().numpy())
+            bar.progress(indices.stop, args.n)
+    return np.concatenate(batches), how
+
+
+def _load(model: str) -> "tuple[ModelSpec, Precond]":
+    if model.startswith(("models:/", "runs:/")):
+        from flows.tracking import load_student
+
+        return load_student(model, origin(home()))
+    from cm_core.model import load_model
+
+    try:
+        return load_model(Path(model))
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"{error}; a model is a folder such as out/student, or models:/... of MLflow") from error
+
+
+def _choose_sampler(spec: "ModelSpec", args: Namespace) -> "tuple[Callable[[Denoiser, ImageNoise], Tensor], str]":
+    """Return the function from (model, noise) to images in -1..1, and its description."""
+    from cm_core.sampling import TeacherSampler, check_levels, multistep
+
+    if spec.form == "denoiser":
+        if args.mid_sigmas or args.steps == 1:
+            raise UserError("this model is a teacher, whose sampler takes --steps 2 or more and no --mid-sigmas")
+        sampler = TeacherSampler(num_steps=args.steps or TEACHER_STEPS)
+        return partial(sampler.sample, levels=spec.noise), f"{sampler.solver}, {sampler.nfe} network calls"
+    sigmas = [spec.noise.sigma_max, *_mid_sigmas(spec, args)]
+    try:
+        check_levels(sigmas, sigma_min=spec.noise.sigma_min)
+    except ValueError as error:
+        raise UserError(f"--mid-sigmas: {error}") from error
+    how = f"{len(sigmas)} network calls at sigma {', '.join(f'{sigma:.4g}' for sigma in sigmas)}"
+    return partial(multistep, sigmas=sigmas, sigma_min=spec.noise.sigma_min), how
+
+
+def _mid_sigmas(spec: "ModelSpec", args: Namespace) -> list[float]:
+    if args.mid_sigmas is None:
+        return _usual_mid_sigmas(spec, (args.steps or 1) - 1)
+    if args.steps not in (None, len(args.mid_sigmas) + 1):
+        raise UserError(f"--steps {args.steps} needs {args.steps - 1} --mid-sigmas, got {len(args.mid_sigmas)}")
+    return args.mid_sigmas
+
+
+def _usual_mid_sigmas(spec: "ModelSpec", count: int) -> list[float]:
+    """Return the levels that the recipe in force samples at, so that the report's images come out; else a grid's."""
+    from flows.recipe import load_active
+
+    grid = spec.noise.grid(count + 2).tolist()[1:-1]
+    try:
+        root = home()
+    except UserError:  # a model in a folder can be sampled anywhere
+        return grid
+    return next((list(mid) for mid in load_active(root).sample.mid_sigmas if len(mid) == count), grid)

@@ -1,0 +1,67 @@
+"""How the subcommands print: tables for people, JSON for machines, progress on stderr."""
+
+import json
+import sys
+from argparse import ArgumentParser
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from flows.monitor import Monitor
+
+METRICS = ("fid", "is", "precision", "recall", "kid")
+WIDE = 240  # columns of a table that no terminal limits
+
+
+def add_json_option(parser: ArgumentParser) -> None:
+    """Let a subcommand print JSON."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def print_json(value: Any) -> None:
+    """Print a value as indented JSON."""
+    print(json.dumps(value, indent=2))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", numbers: int = 0) -> None:
+    """Print rows of text, the last `numbers` columns flush right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="right" if position >= len(columns) - numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))  # Text: square brackets in it are no markup
+    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
+
+
+def print_metrics(rows: Mapping[str, Mapping[str, float]], *, title: str) -> None:
+    """Print {name of images: {metric: value}}, four significant digits; a dash where there is none."""
+    columns = [metric.upper() if len(metric) < 4 else metric for metric in METRICS]
+    cells = [[f"{row[key]:#.4g}" if key in row else "-" for key in METRICS] for row in rows.values()]
+    table = [[name, *values] for name, values in zip(rows, cells, strict=True)]
+    print_table(("images", *columns), table, title=title, numbers=len(METRICS))
+
+
+class Bar(Monitor):
+    """Progress of one command as a bar on the terminal; nothing where stderr is no terminal."""
+
+    def __init__(self, title: str) -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        console = Console(stderr=True)
+        self._progress = Progress(console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._progress.add_task(title, total=None)
+
+    def __enter__(self) -> "Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def progress(self, done: int, total: int, unit: str = "images") -> None:
+        self._progress.update(self._task, completed=done, total=total)

@@ -1,0 +1,83 @@
+"""`cm recipes`, `cm show`, `cm use`: look at recipes, and put one in force."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from flows.commands.output import add_json_option, print_json, print_table
+from flows.workspace import home
+
+RECIPES_DIR = Path("params/recipes")  # as in flows.recipe, whose import would cost this command two seconds
+
+
+def add_parsers(commands: Any) -> None:
+    """Declare the subcommands."""
+    parser = commands.add_parser("recipes", help="list the recipes")
+    add_json_option(parser)
+    parser.set_defaults(command=recipes)
+
+    parser = commands.add_parser("show", help="show every value of a recipe and where it comes from")
+    add_recipe_arguments(parser)
+    add_json_option(parser)
+    parser.set_defaults(command=show)
+
+    parser = commands.add_parser("use", help="put a recipe in force: write params/active.yaml, which dvc.yaml reads")
+    add_recipe_arguments(parser)
+    parser.set_defaults(command=use)
+
+
+def add_recipe_arguments(parser: Any) -> None:
+    """Add the arguments RECIPE and --set."""
+    parser.add_argument("recipe", metavar="RECIPE", help="a name of `cm recipes`, or a path to a .yaml file")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="change a value, such as student.method.solver=euler; may be given more than once",
+    )
+
+
+def recipes(args: Namespace) -> None:
+    """List the recipes by name with the first line of each page."""
+    found = {path.stem: first_comment(path) for path in sorted((home() / RECIPES_DIR).glob("*.yaml"))}
+    if args.json:
+        print_json([{"name": name, "summary": summary} for name, summary in found.items()])
+        return
+    width = max(map(len, found), default=0)
+    for name, summary in found.items():
+        print(f"{name:{width}}  {summary}".rstrip())
+
+
+def first_comment(path: Path) -> str:
+    """Return the first line of the comment that heads a file."""
+    with path.open(encoding="utf-8") as file:
+        line = file.readline()
+    return line.lstrip("#").strip() if line.startswith("#") else ""
+
+
+def show(args: Namespace) -> None:
+    """Show key, value and source of every value."""
+    from flows.recipe import explain
+
+    values = explain(args.recipe, args.overrides, root=home())
+    if args.json:
+        print_json([{"key": key, "value": value, "source": source} for key, value, source in values])
+    else:
+        print_table(("key", "value", "from"), [(key, yaml_text(value), source) for key, value, source in values])
+
+
+def use(args: Namespace) -> None:
+    """Write the resolved recipe to params/active.yaml."""
+    from flows.recipe import load_recipe, write_active
+
+    path = write_active(load_recipe(args.recipe, args.overrides, root=home()), home())
+    print(f"{path}: holds {' '.join([args.recipe, *args.overrides])}; `cm why` says what `dvc repro` will do")
+
+
+def yaml_text(value: Any) -> str:
+    """Return a value in one line of YAML, as --set takes it."""
+    import yaml
+
+    return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).splitlines()[0]

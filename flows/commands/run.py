@@ -1,0 +1,105 @@
+"""`cm run`, `cm demo`, `cm stage`: bring recipes about through Prefect, or one stage as DVC starts it."""
+
+import time
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flows.commands.output import add_json_option, print_json, print_metrics
+from flows.commands.recipes import add_recipe_arguments
+from flows.workspace import home
+
+DISTILLED, ISOLATED = "digits-cd", "digits-ct"  # the recipes of the demo
+CHARTS = "?workflowType=machine_learning&compareRunsMode=CHART"
+Metrics = Mapping[str, Mapping[str, float]]  # as in metrics.json: <metric>_<network> -> images -> value
+Rows = dict[str, dict[str, float]]  # images -> metric -> value
+
+
+def add_parsers(commands: Any) -> None:
+    """Declare the subcommands."""
+    parser = commands.add_parser("demo", help="distil a teacher, train in isolation, compare; minutes on a laptop")
+    parser.set_defaults(command=demo)
+
+    parser = commands.add_parser("run", help="run the pipeline on a recipe; nothing is computed twice")
+    add_recipe_arguments(parser)
+    parser.add_argument("--take-over", action="store_true", help="put recipe and results in force in this workspace")
+    add_json_option(parser)
+    parser.set_defaults(command=run)
+
+    parser = commands.add_parser("stage", help="run one stage on params/active.yaml; what dvc.yaml calls")
+    parser.add_argument("stage", metavar="STAGE", help="prepare, features, teacher, student, sample or evaluate")
+    parser.set_defaults(command=stage)
+
+
+def stage(args: Namespace) -> None:
+    """Run one stage in this workspace."""
+    from flows.run_stage import run_stage
+
+    run_stage(args.stage, home())
+
+
+def run(args: Namespace) -> None:
+    """Run the pipeline and print what came of it."""
+    from flows.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides, root=home())
+    from flows import pipeline  # after the recipe is known to be good: Prefect takes seconds to import
+
+    result = pipeline.run(recipe, home(), keep=args.take_over)
+    if args.json:
+        print_json(result)
+    else:
+        network, rows = by_row(result["metrics"])
+        print_metrics(rows, title=f"{result['title']}, measured by {network}")
+        print(f"{result['folder']}: the run's clone; `cm runs` compares the runs")
+
+
+def demo(args: Namespace) -> None:
+    """Run both recipes, then print one table and where to look next."""
+    from flows.recipe import load_recipe
+
+    root, started = home(), time.monotonic()
+    recipes = [load_recipe(name, root=root) for name in (DISTILLED, ISOLATED)]
+    from flows import pipeline
+
+    distilled = pipeline.run(recipes[0], root, name=DISTILLED, keep=True)
+    isolated = pipeline.run(recipes[1], root, name=ISOLATED, keep=False)
+    network, rows = demo_rows(distilled["metrics"], isolated["metrics"])
+    print_metrics(rows, title=f"8x8 digits, measured by the network `{network}` ({time.monotonic() - started:.0f} s)")
+    print(_where_to_look(root, distilled["mlflow"]))
+
+
+def demo_rows(distilled: Metrics, isolated: Metrics) -> tuple[str, Rows]:
+    """Return the network and one table of both runs: data, untrained network, teacher, the students by NFE."""
+    (network, cd), (_, ct) = by_row(distilled), by_row(isolated)
+    students = {
+        f"{method} {name}": row
+        for method, rows in (("cd", cd), ("ct", ct))
+        for name, row in rows.items()
+        if name.startswith("nfe_")
+    }
+    teacher = {name: row for name, row in cd.items() if name.startswith("teacher_")}
+    # Before its training the distilled student is the teacher; the isolated one is what "untrained" says.
+    return network, {"real": cd["real"], "untrained": ct["untrained"], **teacher, **students}
+
+
+def by_row(metrics: Metrics) -> tuple[str, Rows]:
+    """Return the network and the metrics row by row: {images: {metric: value}}."""
+    rows: Rows = {}
+    for key, values in metrics.items():
+        metric, _, network = key.partition("_")
+        for name, value in values.items():
+            rows.setdefault(name, {})[metric] = value
+    return network, rows
+
+
+def _where_to_look(root: Path, mlflow: Mapping[str, str]) -> str:
+    # MLflow opens in its mode for language models; the link asks for the one with curves.
+    page = f"http://127.0.0.1:5000/#/experiments/{mlflow['experiment_id']}/runs{CHARTS}"
+    return f"""Look next, in a shell with `. .venv/bin/activate`:
+  {root / "out/evaluate/report.html"}    the distilled run on one page
+  cm runs              all runs side by side
+  mlflow ui            their curves and pictures: {page}
+  dvc repro            has nothing to do: the workspace holds the run of {DISTILLED}
+  cm sample --steps 2  draws digits with it"""
