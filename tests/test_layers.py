@@ -1,0 +1,121 @@
+"""The layers of docs/architecture.md: a module imports lower ranks only, and heavy libraries where they are used."""
+
+import ast
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("cm_core", "flows")
+# Libraries that cost a second or more, and the modules that may import them when they are imported themselves.
+HEAVY = {
+    "torch": ("cm_core.*", "flows.stages.*", "flows.recipe"),
+    "prefect": ("flows.pipeline", "flows.pipeline_artifacts", "flows.embedded"),
+    **dict.fromkeys(["mlflow", "dvc", "boto3", "sklearn", "scipy", "matplotlib", "torchvision", "lpips"], ()),
+    **dict.fromkeys(["torch_fidelity", "rich", "tqdm"], ()),
+}
+ENGINES = {"prefect", "mlflow", "dvc"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
+
+
+@cache
+def imports(module: str, *, on_import: bool = False) -> frozenset[str]:
+    """Return what a module imports, ours by module; with `on_import` only what runs when it is imported itself."""
+    tree = ast.parse(MODULES[module].read_text())
+    return frozenset(found for node in walk(tree, on_import) for found in imported(node))
+
+
+def walk(tree: ast.AST, on_import: bool) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        inside_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        only_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if not (on_import and (inside_function or only_types)):
+            yield node
+            yield from walk(node, on_import)
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert not node.level, "imports are absolute here"
+        for alias in node.names:
+            inner = f"{node.module}.{alias.name}"
+            yield inner if inner in MODULES else node.module
+
+
+def read_table() -> dict[str, int]:
+    """Return {module or pattern: rank}; a name without its package stands in the package of its row's first."""
+    ranks = {}
+    for line in (ROOT / "docs" / "architecture.md").read_text().splitlines():
+        row = re.match(r"\| (\d+) \| (.*?) \|", line)
+        if row:
+            names = re.findall(r"`([^`]+)`", row[2])
+            parent = names[0].rpartition(".")[0]
+            for name in names:
+                ranks[name if name.startswith(PACKAGES) else f"{parent}.{name}"] = int(row[1])
+    return ranks
+
+
+RANKS = read_table()
+
+
+def pattern_of(module: str) -> str | None:
+    return next((name for name in (module, f"{module.rpartition('.')[0]}.*") if name in RANKS), None)
+
+
+def test_every_module_has_a_rank_and_every_name_of_the_table_exists():
+    placed = {name: pattern_of(name) for name in MODULES}
+    empty = {name for name, path in MODULES.items() if path.name == "__init__.py" and not imports(name)}
+    assert {name for name, pattern in placed.items() if pattern is None} <= empty
+    assert set(RANKS) <= set(placed.values())
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if pattern_of(name)])
+def test_a_module_imports_lower_ranks_only(module):
+    rank = RANKS[pattern_of(module)]
+    above = {
+        f"{name} (rank {RANKS[pattern_of(name)]})"
+        for name in imports(module)
+        if name in MODULES and pattern_of(name) and RANKS[pattern_of(name)] >= rank
+    }
+    assert not above, f"{module} (rank {rank}) imports {', '.join(sorted(above))}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_heavy_libraries_are_imported_where_they_are_used(module):
+    heavy = {name.partition(".")[0] for name in imports(module, on_import=True)} & HEAVY.keys()
+    assert not {name for name in heavy if not any(fnmatch(module, allowed) for allowed in HEAVY[name])}
+
+
+def closure(module: str, *, on_import: bool) -> set[str]:
+    found, waiting = set(), [module]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += imports(name, on_import=on_import) if name in MODULES else ()
+    return {name.partition(".")[0] for name in found if name not in MODULES} | (found & MODULES.keys())
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith(("cm_core", "flows.stages"))])
+def test_core_and_stages_know_no_engine(module):
+    known = closure(module, on_import=False)
+    assert not known & ENGINES
+    assert "boto3" not in known or "flows.fetch" in known
+
+
+@pytest.mark.parametrize("module", ["flows.cli", "flows.workspace", "flows.fetch", "flows.monitor", "flows.state"])
+def test_what_starts_quickly_imports_no_torch(module):
+    assert not closure(module, on_import=True) & ({"torch", "pydantic", "numpy", "yaml"} | ENGINES)
