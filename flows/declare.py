@@ -1,15 +1,19 @@
-"""What dvc.yaml must say of a stage, read from the stage's source: `python -m flows.declare` brings it up to date.
+"""What dvc.yaml and prefect.yaml say a second time: `python -m flows.declare` writes it from where it stands first.
 
-The signature gives params and input artifacts, the static import closure gives the code files; outputs are written
-by hand. Nothing is imported, so that the code in a folder is judged, not the code that happens to be installed.
+dvc.yaml: a stage's signature gives params and input artifacts, the static import closure gives the code files;
+outputs are written by hand. Nothing is imported for it, so that the code in a folder is judged, not the installed one.
+prefect.yaml: one deployment a recipe, every value spelled out, because they fill the form.
 """
 
 import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
+
 from flows.dvcfiles import PARAMS_FILE, STAGES_FILE
 
+DEPLOYMENTS_FILE, WORK_POOL = "prefect.yaml", "local"
 PACKAGES = ("cm_core", "flows")
 NOT_DECLARED = ("out_dir", "state_dir", "monitor")  # given to a stage, but no reason to run it again
 
@@ -105,6 +109,31 @@ def write_declarations(root: Path) -> bool:
     return path.read_text() != before
 
 
+def deployments(root: Path) -> str:
+    """Return the text of prefect.yaml."""
+    from flows.recipe import load_recipe, recipe_names
+
+    entries = [
+        {
+            "name": name,
+            "description": _first_comment(root / "params" / "recipes" / f"{name}.yaml"),
+            "entrypoint": "flows/pipeline.py:consistency",
+            "parameters": {"recipe": load_recipe(name, root=root).model_dump(mode="json"), "name": name},
+            "work_pool": {"name": WORK_POOL},
+        }
+        for name in recipe_names(root)
+    ]
+    tree = {"name": "consistency", "deployments": entries}
+    head = "# One deployment a recipe; written by `python -m flows.declare` from params/recipes/, not by hand.\n"
+    return head + yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
+
+
+def _first_comment(page: Path) -> str:
+    return page.read_text().partition("\n")[0].removeprefix("#").strip()
+
+
 if __name__ == "__main__":
     changed = write_declarations(Path.cwd())
     print(f"{STAGES_FILE}: {'rewritten' if changed else 'up to date'}")
+    Path(DEPLOYMENTS_FILE).write_text(deployments(Path.cwd()))
+    print(f"{DEPLOYMENTS_FILE}: written")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,24 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return load_yaml(str(path))
 
 
+@contextmanager
+def hold_dvc(root: Path) -> Iterator[None]:
+    """Keep DVC commands in `root` from writing their files; they wait (see --wait-for-lock), as does this."""
+    from dvc.lock import Lock
+
+    folder = root / ".dvc" / "tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    with Lock(str(folder / "lock"), wait=True):
+        yield
+
+
 def read_lock(root: Path) -> dict[str, dict[str, Any]]:
     """Return the entries of `root`/dvc.lock by stage: what each was last computed from, and what it made."""
+    with hold_dvc(root):
+        return _read_lock(root)
+
+
+def _read_lock(root: Path) -> dict[str, dict[str, Any]]:
     path = root / LOCK_FILE
     return load_yaml(path).get("stages", {}) if path.exists() else {}
 
@@ -75,8 +92,11 @@ def update_lock(root: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
     """Put stage entries into `root`/dvc.lock, in DVC's own notation."""
     from dvc.utils.serialize import dump_yaml
 
-    stages = {**read_lock(root), **entries}
-    dump_yaml(str(root / LOCK_FILE), {"schema": "2.0", "stages": stages})
+    with hold_dvc(root):
+        before = _read_lock(root)
+        after = {**before, **entries}
+        if after != before:
+            dump_yaml(str(root / LOCK_FILE), {"schema": "2.0", "stages": after})
 
 
 def locked_outs(entry: Mapping[str, Any]) -> dict[str, str]:

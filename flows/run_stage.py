@@ -14,10 +14,20 @@ import flows
 from flows.dvcfiles import Stage, dvc_md5, read_stages, stage_key, version
 from flows.errors import UserError
 from flows.monitor import Monitor
-from flows.recipe import Recipe, flatten, load_active, load_recipe, recipe_names
+from flows.recipe import Recipe, flatten, load_active
 from flows.stage_monitor import StageMonitor
 from flows.state import drop_finished, hold_state, mark_finished
-from flows.tracking import MODEL_NAME, Belonging, StageRun, Tracker, describe_run, files_below, shown_files
+from flows.tracking import (
+    MODEL_FILES,
+    MODEL_NAME,
+    Belonging,
+    StageRun,
+    Tracker,
+    describe_run,
+    files_below,
+    recipe_name,
+    shown_files,
+)
 from flows.workspace import cache_of, describe_code, origin
 
 PREPARED = "out/prepare"
@@ -145,22 +155,11 @@ def _log_outputs(run: StageRun, stage: Stage, root: Path, recipe: Recipe, outs: 
         _log_dataset(run, root, outs[PREPARED], "preparation")
     if stage.name == MODEL_NAME:
         method = flatten({"method": recipe.student.method.model_dump(mode="json")})
-        model = run.tracker.student_model(run.run_id, root / "out" / stage.name, version(outs), method)
+        files = {name: root / "out" / stage.name / name for name in MODEL_FILES}
+        model = run.tracker.student_model(run.run_id, files, version(outs), method)
         run.tracker.link_model(run.run_id, model)
 
 
 def _log_dataset(run: StageRun, root: Path, md5: str, context: str) -> None:
     facts = json.loads((root / PREPARED / "dataset.json").read_text())
     run.tracker.log_dataset(run.run_id, facts, md5, context)
-
-
-def recipe_name(recipe: Recipe, root: Path) -> str:
-    """Return the name of the recipe page that resolves to `recipe`, or "edited"."""
-    return next((name for name in recipe_names(root) if _resolves_to(name, recipe, root)), "edited")
-
-
-def _resolves_to(name: str, recipe: Recipe, root: Path) -> bool:
-    try:
-        return load_recipe(name, root=root) == recipe
-    except UserError:  # another page, half edited, is no reason to stop
-        return False

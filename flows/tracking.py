@@ -9,10 +9,13 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from flows.dvcfiles import version
 from flows.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,9 +23,10 @@ if TYPE_CHECKING:
 
     from cm_core.model import ModelSpec
     from cm_core.precond import Precond
+    from flows.recipe import Recipe
 
 EXPERIMENT = "consistency-models"
-MODEL_NAME = "student"
+MODEL_NAME, MODEL_FILES = "student", ("ema.safetensors", "model.json")
 PARENT_VARIABLE, TAGS_VARIABLE = "CM_PARENT_RUN_ID", "CM_RUN_TAGS"  # how a flow's stages learn what they belong to
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -63,9 +67,9 @@ class Tracker:
                 return self.client.get_experiment_by_name(name).experiment_id
             raise UserError(f"MLflow at {self.uri}: {' '.join(str(error).split())[:300]}") from error
 
-    def find_stage_run(self, stage: str, version: str) -> str | None:
+    def find_stage_run(self, stage: str, data_version: str) -> str | None:
         """Return the id of the newest run of `stage` that made this data version."""
-        query = f"tags.stage = '{stage}' and tags.`dvc.out` = '{version}' and attributes.status = 'FINISHED'"
+        query = f"tags.stage = '{stage}' and tags.`dvc.out` = '{data_version}' and attributes.status = 'FINISHED'"
         runs = self.client.search_runs([self.experiment_id], query, max_results=1)
         return runs[0].info.run_id if runs else None
 
@@ -94,22 +98,27 @@ class Tracker:
         self.client.log_inputs(run_id, [DatasetInput(dataset, tags)])
 
     def log_files(self, run_id: str, files: Mapping[str, Path]) -> None:
-        """Copy files to a run's artifacts, each under the path that is its key (whose last part is its name)."""
-        for name, path in files.items():
-            self.client.log_artifact(run_id, str(path), str(Path(name).parent))
+        """Copy files to a run's artifacts, each under the path that is its key."""
+        with _folder_of(files) as folder:
+            self.client.log_artifacts(run_id, folder)
 
-    def student_model(self, run_id: str, folder: Path, version: str, params: Mapping[str, Any]) -> str:
-        """Return the id of the logged model with this data version; log the one in `folder` if there is none yet."""
-        query = f"name = '{MODEL_NAME}' and tags.`dvc.out` = '{version}'"
+    def student_model(
+        self, run_id: str, files: Mapping[str, Path], data_version: str, params: Mapping[str, Any]
+    ) -> str:
+        """Return the id of the logged model with this data version; log `files` {name: path} if there is none yet."""
+        query = f"name = '{MODEL_NAME}' and tags.`dvc.out` = '{data_version}'"
         for known in self.client.search_logged_models([self.experiment_id], query):
             if known.status == "READY":  # a query for it finds nothing: the store keeps a number
                 return known.model_id
-        texts = {key: str(value) for key, value in params.items()}
         model = self.client.create_logged_model(
-            self.experiment_id, MODEL_NAME, source_run_id=run_id, tags={"dvc.out": version}, params=texts
+            self.experiment_id,
+            MODEL_NAME,
+            source_run_id=run_id,
+            tags={"dvc.out": data_version},
+            params={key: str(value) for key, value in params.items()},
         )
-        for name in ("ema.safetensors", "model.json"):
-            self.client.log_model_artifact(model.model_id, str(folder / name))
+        with _folder_of({name: files[name] for name in MODEL_FILES}) as folder:
+            self.client.log_model_artifacts(model.model_id, folder)
         self.client.finalize_logged_model(model.model_id, "READY")
         return model.model_id
 
@@ -118,6 +127,16 @@ class Tracker:
         from mlflow.entities import LoggedModelOutput
 
         self.client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+
+
+@contextmanager
+def _folder_of(files: Mapping[str, Path]) -> Iterator[str]:
+    """Yield a folder in which the files stand under their names: objects of a cache are called by their hash."""
+    with TemporaryDirectory() as folder:
+        for name, path in files.items():
+            (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+            (Path(folder) / name).symlink_to(path.resolve())
+        yield folder
 
 
 def load_student(model_uri: str, origin: Path) -> "tuple[ModelSpec, Precond]":
@@ -206,6 +225,71 @@ class StageRun:
         self._mlflow.set_tags(dict(tags))
 
 
+class PipelineRun:
+    """The parent run of a flow: its children are the runs of the stages that really ran for it."""
+
+    def __init__(self, tracker: Tracker, name: str, tags: Mapping[str, str], params: Mapping[str, Any]) -> None:
+        self.tracker, self.tags, self._name, self._params = tracker, {**tags, "stage": "pipeline"}, name, params
+
+    def __enter__(self) -> "PipelineRun":
+        tags = {**self.tags, **code_tags(self.tags, "consistency"), "mlflow.note.content": describe_run(self.tags, {})}
+        run = self.tracker.client.create_run(self.tracker.experiment_id, run_name=self._name, tags=tags)
+        self.run_id = run.info.run_id
+        self.tracker.log_params(self.run_id, self._params)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if kind is not None:
+            self.tag({"error": f"{kind.__name__}: {error}"[:500]})
+        killed = kind is not None and not issubclass(kind, Exception)
+        self.tracker.client.set_terminated(self.run_id, "KILLED" if killed else "FAILED" if kind else "FINISHED")
+
+    def belonging(self) -> Belonging:
+        """Return what the stages of this flow belong to."""
+        return Belonging(self.run_id, {key: value for key, value in self.tags.items() if key != "stage"})
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Set tags."""
+        for key, value in tags.items():
+            self.tracker.client.set_tag(self.run_id, key, value)
+
+    def log_stages(self, outs: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+        """Record what each stage came to, {stage: {path: hash}}, and the run that computed it, whoever's that was.
+
+        Return the run ids by stage; a stage that was computed where this MLflow did not see it has none.
+        """
+        versions = {stage: version(made) for stage, made in outs.items()}
+        found = {stage: self.tracker.find_stage_run(stage, made) for stage, made in versions.items()}
+        run_ids = {stage: run_id for stage, run_id in found.items() if run_id}
+        self.tag({f"dvc.out.{stage}": made for stage, made in versions.items()})
+        self.tag({f"run_id.{stage}": run_id for stage, run_id in run_ids.items()})
+        everything = {path: md5 for made in outs.values() for path, md5 in made.items()}
+        self.tag({"mlflow.note.content": describe_run(self.tags, everything)})
+        return run_ids
+
+    def log_results(self, metrics: Mapping[str, Any], files: Mapping[str, Path]) -> None:
+        """Log the final numbers and the files worth a look."""
+        self.tracker.log_numbers(self.run_id, dict(flat_numbers(metrics)))
+        self.tracker.log_files(self.run_id, files)
+
+    def log_dataset(self, facts: Path, outs: Mapping[str, str]) -> None:
+        """Log the data set of this dataset.json as an input."""
+        self.tracker.log_dataset(self.run_id, json.loads(facts.read_text()), version(outs), "training")
+
+    def log_student(
+        self, files: Mapping[str, Path], outs: Mapping[str, str], metrics: Mapping[str, Any], run_id: str | None
+    ) -> None:
+        """Link the student's model, logged now if need be, and give it the metrics of its own images.
+
+        `run_id` is the run that trained it; `files` holds its weights as student/NAME.
+        """
+        own = {name: files[f"{MODEL_NAME}/{name}"] for name in MODEL_FILES}
+        model_id = self.tracker.student_model(run_id or self.run_id, own, version(outs), {})
+        self.tracker.link_model(self.run_id, model_id)
+        numbers = {key: value for key, value in flat_numbers(metrics) if "/nfe_" in key}
+        self.tracker.log_numbers(self.run_id, numbers, model_id)
+
+
 def shown_files(files: Mapping[str, Path]) -> dict[str, Path]:
     """Return those of {name: path} that are worth looking at in MLflow: pictures, tables, reports, and small."""
     return {name: path for name, path in files.items() if Path(name).suffix in SHOWN and path.stat().st_size <= SMALL}
@@ -246,3 +330,19 @@ def describe_run(tags: Mapping[str, str], outs: Mapping[str, str]) -> str:
 
 def _linked(text: str, url: str | None) -> str:
     return f"[{text}]({url})" if url else f"`{text}`"
+
+
+def recipe_name(recipe: "Recipe", root: Path) -> str:
+    """Return the name of the recipe page that resolves to `recipe`, or "edited"."""
+    from flows.recipe import recipe_names
+
+    return next((name for name in recipe_names(root) if _resolves_to(name, recipe, root)), "edited")
+
+
+def _resolves_to(name: str, recipe: "Recipe", root: Path) -> bool:
+    from flows.recipe import load_recipe
+
+    try:
+        return load_recipe(name, root=root) == recipe
+    except UserError:  # another page, half edited, is no reason to stop
+        return False

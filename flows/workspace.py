@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.dvcfiles import PARAMS_FILE, STAGES_FILE, Cache, locked_outs, read_lock, update_lock
+from flows.dvcfiles import STAGES_FILE, Cache, locked_outs, read_lock, update_lock
 from flows.errors import UserError
 from flows.process import Process
 
@@ -85,6 +85,10 @@ class StageFailed(RuntimeError):
     """A stage ended with an error that is not the user's; the message is the end of its output."""
 
 
+class RunEnding(RuntimeError):
+    """A stage was ended, or not begun, because its run ends."""
+
+
 @dataclass(frozen=True)
 class StageResult:
     """What bringing a stage up to date came to."""
@@ -93,7 +97,6 @@ class StageResult:
     """Whether DVC had the outputs already, so that nothing ran."""
     entry: dict[str, Any]
     """The stage's entry in dvc.lock."""
-    seconds: float
 
     @property
     def outs(self) -> dict[str, str]:
@@ -117,7 +120,7 @@ def clone(root: Path, run_name: str) -> "Workspace":
         (folder / EDITS_FILE).write_bytes(edits)
         _commit_edits(target, folder / EDITS_FILE, run_name)
     _share_dvc(root, target)
-    return Workspace(folder, root, revision)
+    return Workspace(folder, origin(root), revision)
 
 
 def _make_folder(runs: Path, run_name: str) -> Path:
@@ -212,6 +215,7 @@ class Workspace:
         self.revision = revision
         self._live = (folder / LIVE_FILE).open("w")
         fcntl.flock(self._live, fcntl.LOCK_EX)
+        self.seconds: dict[str, float] = {}  # by stage, as long as DVC was at work for it
         self._running: set[Process] = set()
         self._stopping = False
 
@@ -235,7 +239,7 @@ class Workspace:
         """Bring one stage up to date through DVC, its inputs taken from the cache or the remote where missing.
 
         `variables` are added to its environment, `on_line` gets its output, `on_progress` what it says of its
-        progress. Raises UserError where the stage did, StageFailed for any other bad end.
+        progress. Raises UserError where the stage did, StageFailed for any other bad end, RunEnding after `stop`.
         """
         progress = _Progress(self.folder / f"progress-{stage}.json", on_progress)
         started, lines = time.monotonic(), []
@@ -250,17 +254,23 @@ class Workspace:
             self._running.discard(process)
         progress.look()
         if code:
-            raise _failure(stage, lines)
+            raise RunEnding(stage) if self._stopping else _failure(stage, lines)
         cached = f"Running stage '{stage}':" not in lines
-        return StageResult(cached, read_lock(self.root)[stage], time.monotonic() - started)
+        self.seconds[stage] = time.monotonic() - started
+        return StageResult(cached, read_lock(self.root)[stage])
 
     def _start(self, stage: str, variables: Mapping[str, str]) -> Process:
         if self._stopping:
-            raise StageFailed(f"{stage}: the run is ending")
+            raise RunEnding(stage)
         command = [*DVC, "repro", "--single-item", "--pull", stage]
         process = Process(command, cwd=self.root, env={**self.environment(), **variables})
         self._running.add(process)
         return process
+
+    def edits(self) -> dict[str, Path]:
+        """Return {name: file} of the patch with the uncommitted edits, if there were any."""
+        patch = self.folder / EDITS_FILE
+        return {EDITS_FILE: patch} if patch.exists() else {}
 
     def environment(self) -> dict[str, str]:
         """Return the environment in which a command runs this clone's code with the origin's stores."""
@@ -282,22 +292,21 @@ class Workspace:
         for process in running:
             process.end()
 
-    def take_over(self, target: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
-        """Put the run's recipe and results (entries of dvc.lock) in force in the workspace `target`.
 
-        Raises UserError where results would be overwritten that are not in DVC's cache.
-        """
-        shutil.copyfile(self.root / PARAMS_FILE, target / PARAMS_FILE)
-        update_lock(target, entries)
-        command = [*DVC, "checkout", *entries]
-        done = subprocess.run(
-            command, cwd=target, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+def take_over(root: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put results that a run left in DVC's cache, by their entries of dvc.lock, in force in the workspace `root`.
+
+    Raises UserError where results would be overwritten that are not in the cache.
+    """
+    update_lock(root, entries)
+    done = subprocess.run(
+        [*DVC, "checkout", *entries], cwd=root, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise UserError(
+            f"{root}: results that DVC does not know stand in the way of the run's; keep them with `dvc commit`, "
+            f"or drop them with `dvc checkout --force` ({' '.join(done.stderr.split())})"
         )
-        if done.returncode:
-            raise UserError(
-                f"{target}: results that DVC does not know stand in the way of the run's; keep them with `dvc commit`, "
-                f"or drop them with `dvc checkout --force` ({' '.join(done.stderr.split())})"
-            )
 
 
 class _Progress:
@@ -318,5 +327,5 @@ def _failure(stage: str, lines: list[str]) -> Exception:
     """Return the error that the end of DVC's output speaks of."""
     words = [line for line in lines if line.strip()]
     if words and words[-1].endswith(f", exited with {USER_ERROR}"):
-        return UserError(words[-2])
+        return UserError(words[-2].removeprefix("cm: "))
     return StageFailed(f"{stage} failed:\n" + "\n".join(words[-20:]))

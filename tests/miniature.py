@@ -14,14 +14,21 @@ out = pathlib.Path("out") / name
 out.mkdir(parents=True, exist_ok=True)
 print(f"hello from {name}", flush=True)
 (out / "begun").write_text("")
+if os.environ.get("MINI_TRACE"):
+    with open(os.environ["MINI_TRACE"], "a") as trace:
+        trace.write(f"{name} {time.time()} {os.getpid()}\\n")
 if name == os.environ.get("MINI_REFUSES"):
     print("params/active.yaml: seed=1: must be larger", file=sys.stderr)
     sys.exit(2)
 if name == os.environ.get("MINI_CRASHES"):
     raise ZeroDivisionError
-if os.environ.get("MINI_TRACE"):
-    with open(os.environ["MINI_TRACE"], "a") as trace:
-        trace.write(f"{name} {time.time()} {os.getpid()}\\n")
+crash = pathlib.Path(os.environ.get("MINI_CRASHES_ONCE", "/nowhere"))
+if crash.name == name and not crash.exists():
+    crash.touch()
+    raise ZeroDivisionError
+if os.environ.get("CM_PROGRESS_FILE"):
+    (out / "progress").write_text('{"done": 1, "total": 4, "unit": "steps"}')
+    (out / "progress").replace(os.environ["CM_PROGRESS_FILE"])
 time.sleep(float(os.environ.get("MINI_SECONDS", 0)))
 (out / "begun").unlink()
 (out / "below").mkdir()
@@ -29,8 +36,9 @@ time.sleep(float(os.environ.get("MINI_SECONDS", 0)))
 texts = [pathlib.Path(path, "result.txt").read_text() for path in inputs]
 (out / "result.txt").write_text(name + pathlib.Path("params/active.yaml").read_text() + "".join(texts))
 if name == "evaluate":
-    (out / "metrics.json").write_text('{"fid_classifier/nfe_1": 2.5}')
+    (out / "metrics.json").write_text('{"fid_classifier": {"real": 0.5, "nfe_1": 2.5}}')
     (out / "result.txt").unlink()
+    (out / "below" / "plot.png").write_bytes(b"a picture, say")
 """
 
 STAGES = """

@@ -151,7 +151,7 @@ def test_the_student_is_a_model_that_loads(root, tracker):
     assert spec == SPEC and run.data.tags["recipe"] == "mine"
 
     made = run.data.tags["dvc.out"]
-    again = tracker.student_model(run.info.run_id, root / "gone", made, {})
+    again = tracker.student_model(run.info.run_id, {}, made, {})
     assert again == model_id, "the same weights are logged once"
     tracker.log_numbers(run.info.run_id, {"fid_classifier/nfe_1": 2.5}, model_id)
     assert [m.key for m in tracker.client.get_logged_model(model_id).metrics] == ["fid_classifier/nfe_1"]

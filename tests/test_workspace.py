@@ -123,7 +123,7 @@ def test_what_one_door_computed_the_other_finds(root):
             assert not result.cached
             assert result.outs == {path: dvcfiles.dvc_md5(first.root / path) for path in result.outs}
         assert "hello from teacher" in said and not any("git add" in line for line in said)
-        first.take_over(root, entries)
+        workspace.take_over(root, entries)
     repro = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=root, capture_output=True, text=True, check=True)
     assert repro.stdout.count("didn't change, skipping") == 4
     assert dvcfiles.dvc_md5(root / "out/teacher") == dvcfiles.locked_outs(entries["teacher"])["out/teacher"]
@@ -220,7 +220,7 @@ def test_leaving_the_workspace_ends_what_runs_in_it(fresh, monkeypatch, tmp_path
     failures = []
 
     def bring_up():
-        with pytest.raises(workspace.StageFailed) as failure:
+        with pytest.raises(workspace.RunEnding) as failure:
             copy.bring_up("prepare")
         failures.append(failure)
 
@@ -231,7 +231,7 @@ def test_leaving_the_workspace_ends_what_runs_in_it(fresh, monkeypatch, tmp_path
     thread.join(5)
     assert failures and not thread.is_alive()
     assert not runs(int(trace.read_text().split()[2]))
-    with pytest.raises(workspace.StageFailed, match="ending"):
+    with pytest.raises(workspace.RunEnding):
         copy.bring_up("prepare")
 
 

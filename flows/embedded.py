@@ -1,0 +1,73 @@
+"""Prefect inside this process: no server to start, no account, no network; a console that shows the pipeline alone."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import prefect
+from prefect.client.orchestration import get_client
+from prefect.logging.handlers import PrefectConsoleHandler
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_HOME,
+    PREFECT_SERVER_ANALYTICS_ENABLED,
+    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
+    temporary_settings,
+)
+
+from flows.errors import UserError
+
+PREFECT = Path(prefect.__file__).parent
+STARTUP_SECONDS = 120  # the first start makes the database; on a loaded machine Prefect's own 20 are too few
+
+
+@contextmanager
+def embedded_prefect(root: Path) -> Iterator[None]:
+    """Run flows without a server, their history under .cm/prefect of the workspace `root`.
+
+    PREFECT_HOME, where set, is where the history goes instead; with PREFECT_API_URL its server is used.
+    """
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    if PREFECT_API_URL.value():
+        _refuse_silent_server()
+        yield
+        return
+    settings = {
+        PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: STARTUP_SECONDS,
+        PREFECT_SERVER_ANALYTICS_ENABLED: False,
+    }
+    if "PREFECT_HOME" not in os.environ:
+        settings[PREFECT_HOME] = root / ".cm" / "prefect"
+        settings[PREFECT_HOME].mkdir(parents=True, exist_ok=True)
+    _plain_console()
+    with temporary_settings(settings):
+        yield
+
+
+def _refuse_silent_server() -> None:
+    with get_client(sync_client=True) as client:
+        problem = client.api_healthcheck()
+    if problem:
+        raise UserError(
+            f"PREFECT_API_URL={PREFECT_API_URL.value()}: no server answers ({problem}); start it or unset it"
+        )
+
+
+def _plain_console() -> None:
+    """Show on the console, until the process ends, what the pipeline prints, and warnings.
+
+    Errors are raised, so they need no second telling.
+    """
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, PrefectConsoleHandler):
+            handler.addFilter(_is_ours)
+            handler.setFormatter(logging.Formatter("%(message)s"))
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Whether a flow or task printed this, or it is a warning that does not come from Prefect's engine."""
+    if not Path(record.pathname).is_relative_to(PREFECT):
+        return True
+    return record.levelno >= logging.WARNING and record.module not in ("flow_engine", "task_engine")

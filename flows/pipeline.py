@@ -1,0 +1,176 @@
+"""The pipeline as a Prefect flow. A task brings one stage up to date in the run's own clone; here they are wired.
+
+A task ends as Cached when nothing had to run: Prefect's own cache skips it without a shell, under DVC's view of the
+stage (command, dependencies, params) and only while DVC's cache has the result; else DVC looks into its cache.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import chdir
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prefect import Task, flow, runtime, task
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import TaskRunContext
+from prefect.futures import PrefectFuture
+from prefect.states import Completed
+
+from flows.dvcfiles import Cache, locked_outs, read_stages, stage_key, update_lock, upstream
+from flows.embedded import embedded_prefect
+from flows.pipeline_artifacts import ProgressArtifact, show_metrics, show_pictures, show_tracking
+from flows.recipe import Recipe, flatten, write_active
+from flows.tracking import MODEL_NAME, PipelineRun, Tracker, recipe_name, shown_files
+from flows.workspace import StageFailed, Workspace, cache_of, clone, describe_code, home, take_over
+
+RETRY_DELAYS = [2, 20]  # seconds; a training goes on from its last state
+FIGURES_OF = ("prepare/", "sample/", "evaluate/")  # what these stages show belongs on the parent run
+
+
+def run(recipe: Recipe, root: Path, *, name: str = "", keep: bool = True) -> dict[str, Any]:
+    """Run the pipeline on a recipe: here, with Prefect embedded, or with the server of PREFECT_API_URL.
+
+    With `keep`, recipe and results are put in force in the workspace `root`, so that `dvc repro` has nothing to do.
+    Returns what the flow returns. Raises UserError for what the user can mend, StageFailed for the rest.
+    """
+    with embedded_prefect(root), chdir(root):
+        results = consistency(recipe, name)
+    if keep:
+        write_active(recipe, root)
+        take_over(root, {stage: result["entry"] for stage, result in results["stages"].items()})
+    return results
+
+
+def run_title() -> str:
+    """Return what the flow run is called: the recipe and the method's main choices."""
+    parameters = runtime.flow_run.parameters
+    return title(Recipe.model_validate(parameters["recipe"]), parameters["name"])
+
+
+def title(recipe: Recipe, name: str) -> str:
+    """Return a readable name of a run, such as `digits-cd · cd heun N=18`."""
+    method = recipe.student.method
+    labels = {"solver": "{}", "num_scales": "N={}", "s0": "s0={}", "s1": "s1={}"}
+    words = [label.format(getattr(method, field)) for field, label in labels.items() if hasattr(method, field)]
+    return " ".join(([f"{name} ·"] if name else []) + [method.kind, *words])
+
+
+@flow(flow_run_name=run_title, log_prints=True)
+def consistency(recipe: Recipe, name: str = "") -> dict[str, Any]:
+    """Prepare images, train teacher and student, sample, evaluate: whatever of it is not known already.
+
+    Args:
+        recipe: Every choice of the run.
+        name: What the run is called; empty: the recipe page that it equals.
+    """
+    root = home()
+    name = name or recipe_name(recipe, root)
+    with clone(root, name) as workspace:
+        write_active(recipe, workspace.root)
+        tags = {**describe_code(root), "recipe": name, **_flow_tags()}
+        params = flatten(recipe.model_dump(mode="json"))
+        with PipelineRun(Tracker(workspace.origin), title(recipe, name), tags, params) as parent:
+            stages = bring_up_all(workspace, parent)
+            return finish(workspace, parent, stages, name)
+
+
+def _flow_tags() -> dict[str, str]:
+    """Return tags that name the flow run; its page, unless the server goes with the run."""
+    tags = {"prefect.flow_run": runtime.flow_run.name, "prefect.flow_run_id": runtime.flow_run.id}
+    page = runtime.flow_run.ui_url if os.environ.get("PREFECT_API_URL") else None
+    return {**tags, **({"prefect.url": page} if page else {})}
+
+
+def bring_up_all(workspace: Workspace, parent: PipelineRun) -> dict[str, dict[str, Any]]:
+    """Bring all stages up to date, side by side where dvc.yaml lets them; return what each came to."""
+    stages, variables = read_stages(workspace.root), parent.belonging().variables()
+    futures: dict[str, PrefectFuture] = {}
+    for stage in stages.values():
+        inputs = {earlier.name: futures[earlier.name] for earlier in upstream(stage, stages)}
+        named = bring_up.with_options(task_run_name=stage.name)
+        futures[stage.name] = named.submit(stage.name, inputs, workspace, variables)
+    return {stage: _outcome(stage, future, workspace) for stage, future in futures.items()}
+
+
+def key_unless_gone(context: TaskRunContext, parameters: dict[str, Any]) -> str:
+    """Return the stage's key; a result under it whose objects DVC's cache has lost is put out of use first."""
+    workspace, store = parameters["workspace"], context.result_store
+    stage = read_stages(workspace.root)[parameters["stage"]]
+    known = {path: md5 for entry in parameters["inputs"].values() for path, md5 in locked_outs(entry).items()}
+    key = f"{stage.name}-{stage_key(workspace.root, stage, known)}"
+    if store.exists(key) and not cache_of(workspace.root).holds(locked_outs(store.read(key).result)):
+        store.write(None, key=key, expiration=datetime.now(UTC))
+    return key
+
+
+def is_worth_a_retry(_: Task, __: TaskRun, state: State) -> bool:
+    """Whether a failed task may succeed when tried again: not if the user has to mend something, or the run ends."""
+    return isinstance(state.result(raise_on_failure=False), StageFailed)
+
+
+@task(
+    cache_key_fn=key_unless_gone,
+    result_serializer="json",
+    retries=len(RETRY_DELAYS),
+    retry_delay_seconds=RETRY_DELAYS,
+    retry_condition_fn=is_worth_a_retry,
+    log_prints=True,
+)
+def bring_up(stage: str, inputs: dict[str, Any], workspace: Workspace, variables: dict[str, str]) -> Any:
+    """Bring one stage up to date and return its entry of dvc.lock; `inputs` are the entries of those it reads."""
+    update_lock(workspace.root, inputs)  # where Prefect skipped their tasks, DVC does not know them yet
+    progress = ProgressArtifact(stage)
+    result = workspace.bring_up(stage, variables=variables, on_line=_say, on_progress=progress.show)
+    if result.cached:
+        return Completed(name="Cached", message="DVC's cache had it", data=result.entry)
+    return result.entry
+
+
+def _say(line: str) -> None:
+    print(line)  # looked up at the call: Prefect replaces it while a task runs, so that the line is logged
+
+
+def _outcome(stage: str, future: PrefectFuture, workspace: Workspace) -> dict[str, Any]:
+    """Wait for a stage; say and return what it came to. Raises what the stage raised."""
+    entry, cached = future.result(), future.state.name == "Cached"
+    seconds = workspace.seconds.get(stage, 0.0)
+    print(f"{stage}: cached" if cached else f"{stage}: done in {seconds:.1f} s")
+    return {"cached": cached, "seconds": seconds, "entry": entry}
+
+
+def finish(workspace: Workspace, parent: PipelineRun, stages: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    """Show the results in MLflow and in Prefect, whoever computed them, and return them."""
+    outs = {stage: locked_outs(result["entry"]) for stage, result in stages.items()}
+    files = stored_files(outs, cache_of(workspace.root))
+    metrics = json.loads(files["evaluate/metrics.json"].read_text())
+    figures = {path: file for path, file in shown_files(files).items() if path.startswith(FIGURES_OF)}
+    run_ids = parent.log_stages(outs)
+    parent.log_results(metrics, {**figures, **workspace.edits()})
+    if "prepare/dataset.json" in files:
+        parent.log_dataset(files["prepare/dataset.json"], outs["prepare"])
+    if MODEL_NAME in outs:
+        parent.log_student(files, outs[MODEL_NAME], metrics, run_ids.get(MODEL_NAME))
+    show_metrics(metrics)
+    show_pictures(figures)
+    show_tracking(parent.tracker.uri, parent.tracker.experiment_id, parent.run_id)
+    return {
+        "title": runtime.flow_run.name,
+        "name": name,
+        "revision": workspace.revision,
+        "metrics": metrics,
+        "stages": {stage: {**result, "mlflow_run_id": run_ids.get(stage)} for stage, result in stages.items()},
+        "mlflow": {"uri": parent.tracker.uri, "experiment_id": parent.tracker.experiment_id, "run_id": parent.run_id},
+        "folder": str(workspace.folder),
+    }
+
+
+def stored_files(outs: Mapping[str, Mapping[str, str]], cache: Cache) -> dict[str, Path]:
+    """Return {stage/path: object in DVC's cache} of all that the stages made."""
+    return {
+        "/".join(filter(None, (path.removeprefix("out/"), below))): file
+        for made in outs.values()
+        for path, md5 in made.items()
+        for below, file in cache.files(md5).items()
+    }
