@@ -156,10 +156,13 @@ class TrainState:
         return tensors
 
     def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        state: dict[int, dict[str, Any]] = {}
+        parameters, state = list(self.model.parameters()), {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer/"):
                 _, index, key = name.split("/")
+                like = parameters[int(index)]
+                if tensor.shape == like.shape:  # a moment: fused kernels want it in its parameter's memory layout
+                    tensor = torch.empty_like(like, requires_grad=False).copy_(tensor)
                 state.setdefault(int(index), {})[key] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})

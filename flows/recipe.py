@@ -74,6 +74,10 @@ class Recipe(Params):
         """Refuse networks and distances that cannot work on images of this shape."""
         if isinstance(self.student.method.distance, Lpips):
             check_lpips_shape(shape)
+        if self.student.dropout is not None and "dropout" not in type(self.network).model_fields:
+            raise ValueError(
+                f"student.dropout={self.student.dropout}, and network.kind={self.network.kind} has no dropout"
+            )
         with torch.device("meta"):  # builds the shapes without the weights
             self.network.build(shape, 0)
 

@@ -7,6 +7,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from pydantic import Field
+
 from cm_core.distances import Distance, Lpips
 from cm_core.loop import Train, TrainState
 from cm_core.methods.base import Models
@@ -46,6 +48,8 @@ class Student(Params):
     """The training method, with its paper's hyperparameters."""
     init_from: Literal["teacher", "random"] | None = None
     """First weights; empty: as the method's paper does (cd: the teacher's, ct and ict: random)."""
+    dropout: float | None = Field(None, ge=0, lt=1)
+    """Dropout of the student, the same mask in student and target; empty: the network's (CM: 0, iCT: 0.3)."""
     train: Train = Train()
     """Length, optimiser, averages, precision."""
 
@@ -76,6 +80,8 @@ def student(
     dataset, device, seed = load_dataset(prepare_dir), pick_device(), derive_seed(seed, "student")
     batches = make_batches(dataset, student.train, conditional=conditional, seed=seed, device=device)
     teacher_spec, teacher = _load_teacher(student, teacher_dir, device)
+    if student.dropout is not None:
+        network = network.model_copy(update={"dropout": student.dropout})
     spec = ModelSpec(
         form=student.method.form,
         network=network,
