@@ -29,7 +29,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@echo "Making .venv (2 of 3): $(TORCH)"
 	@$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	@echo "Making .venv (3 of 3): this project"
-	@$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	@$(PIP_INSTALL) --quiet --no-deps --no-build-isolation --editable . # twice quiet: setuptools warns of what is meant
 	@touch $@
 
 demo: $(INSTALLED) ## Real images, a teacher, a distilled and an isolated student, their metrics (5 minutes on 2 cores)

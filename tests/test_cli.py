@@ -185,7 +185,7 @@ def test_doctor_finds_a_sound_workspace(computed, monkeypatch, capsys):
     code, out, _ = run(capsys, "doctor", "--json")
     found = json.loads(out)
     assert code == 0 and found["ok"], out
-    assert {check["name"] for check in found["checks"]} == set(doctor.CHECKS)
+    assert {check["name"] for check in found["checks"]} == {*doctor.MACHINE, *doctor.WORKSPACE}
     cache = computed / ".dvc" / "cache" / "files" / "md5"
     assert not list(cache.glob("cm-doctor*")) and not list((computed / ".cm/remote").rglob("cm-doctor*"))
 
@@ -201,6 +201,14 @@ def test_doctor_names_what_is_broken_and_exits_with_1(tmp_path, monkeypatch, cap
     assert code == 1 and len(broken) == 2
     assert "http://127.0.0.1:9/api" in broken[0] and "prefect server start" in broken[0]
     assert "DVC remote" in broken[1]
+
+
+def test_doctor_outside_of_a_workspace_examines_the_machine(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, "doctor", "--json")
+    checks = json.loads(out)["checks"]
+    assert code == 1 and [check["name"] for check in checks] == list(doctor.MACHINE)
+    assert [check["name"] for check in checks if not check["ok"]] == ["workspace"]
 
 
 def test_doctor_knows_a_package_that_does_not_fit(monkeypatch):

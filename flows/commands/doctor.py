@@ -44,7 +44,9 @@ def add_parsers(commands: Any) -> None:
 
 def doctor(args: Namespace) -> int:
     """Print every check; return 1 if something is broken."""
-    checks = [_examine(name, probe) for name, probe in CHECKS.items()]
+    checks = [_examine(name, probe) for name, probe in MACHINE.items()]
+    if checks[-1].ok:
+        checks += [_examine(name, probe) for name, probe in WORKSPACE.items()]
     sound = all(check.ok for check in checks)
     if args.json:
         print_json({"ok": sound, "checks": [asdict(check) for check in checks]})
@@ -184,16 +186,18 @@ def _write_read_remove(store: Any) -> str:
     return f"{store.fs.unstrip_protocol(store.path)}, written, read and removed"
 
 
-CHECKS: dict[str, Callable[[], str]] = {
+MACHINE: dict[str, Callable[[], str]] = {
     "python": _python,
     "packages": _packages,
     "torch": _torch,
     "torchvision": _torchvision,
+    "Prefect": _prefect,
+    "workspace": _workspace,  # the last: without one there is no more to examine
+}
+WORKSPACE: dict[str, Callable[[], str]] = {
     "git": _git,
-    "workspace": _workspace,
     "disk": _disk,
     "MLflow": _mlflow,
-    "Prefect": _prefect,
     "DVC cache": _dvc_cache,
     "DVC remote": _dvc_remote,
 }
