@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pydantic import TypeAdapter
 from torch import nn
 
@@ -220,15 +221,48 @@ def test_group_norm_has_at_least_four_channels_a_group(channels, groups):
     assert group_norm(channels, eps=1e-6).num_groups == groups
 
 
-def test_attention_equals_its_formula():
-    adm = build("adm", seed=0)
-    attention = next(m for m in adm.modules() if isinstance(m, Attention) and m.num_heads == 2)
-    x = torch.randn(2, 32, 4, 4)
-    qkv = attention.qkv(attention.norm(x)).reshape(2, 3, 2, 16, 16)  # [B, 3, heads, C / heads, H * W]
+@pytest.mark.parametrize("name, scale, eps", [("ddpmpp", 0.5**0.5, 1e-6), ("adm", 1.0, 1e-5), ("adm_added", 1.0, 1e-5)])
+def test_block_equals_its_formula(name, net, scale, eps):
+    block = net.unet.encoder["level1_down"]
+    x, emb = torch.randn(2, 16, 8, 8), torch.randn(2, 64)
+    params = block.affine(emb)[..., None, None]
+
+    def norm(layer, h):
+        return F.group_norm(h, 4, layer.weight, layer.bias, eps)
+
+    h = block.conv0(F.avg_pool2d(F.silu(norm(block.norm0, x)), 2))
+    if name == "adm":
+        h = norm(block.norm1, h) * (1 + params[:, :16]) + params[:, 16:]
+    else:
+        h = norm(block.norm1, h + params)
+    skip = F.avg_pool2d(x, 2)
+    if name == "ddpmpp":  # resampling blocks of the Song U-Net have a projection on their skip path
+        skip = block.skip(skip)
+    torch.testing.assert_close(block(x, emb), (skip + block.conv1(F.silu(h))) * scale, rtol=1e-4, atol=1e-5)
+
+
+def test_the_pyramid_joins_each_resolution_and_carries_on_from_there(inputs):
+    params = SongUNetParams(channels=16, channel_mult=(1, 1, 1), num_blocks=1, **NCSNPP)
+    net = randomise(params.build((1, 8, 8), num_classes=0))
+    unet, seen = net.unet, {}
+    for name, module in unet.named_modules():
+        module.register_forward_hook(lambda _, args, out, name=name: seen.update({name: (args[0], out)}))
+    net(*inputs[:2])
+    joined = (seen["encoder.level1_down"][1] + seen["pyramid.level1_down"][1]) / 2**0.5
+    torch.testing.assert_close(seen["pyramid.level1_down"][0], inputs[0])
+    torch.testing.assert_close(seen["encoder.level1_block0"][0], joined)
+    torch.testing.assert_close(seen["pyramid.level2_down"][0], joined)
+
+
+@pytest.mark.parametrize("name, heads, scale", [("ddpmpp", 1, 0.5**0.5), ("adm", 2, 1.0)])
+def test_attention_equals_its_formula(name, net, heads, scale):
+    attention = net.unet.middle[0].attention
+    x, width = torch.randn(2, 32, 4, 4), 32 // heads
+    qkv = attention.qkv(attention.norm(x)).reshape(2, 3, heads, width, 16)  # [B, 3, heads, C / heads, H * W]
     q, k, v = qkv.unbind(1)
-    weights = torch.einsum("bhcq,bhck->bhqk", q, k / 16**0.5).softmax(dim=-1)
+    weights = torch.einsum("bhcq,bhck->bhqk", q, k / width**0.5).softmax(dim=-1)
     out = torch.einsum("bhqk,bhck->bhcq", weights, v).reshape(x.shape)
-    torch.testing.assert_close(attention(x), x + attention.proj(out), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(attention(x), (x + attention.proj(out)) * scale, rtol=1e-4, atol=1e-5)
 
 
 def test_forward_mode_attention_computes_the_same(net, inputs):
