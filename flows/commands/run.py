@@ -1,14 +1,19 @@
 """`cm run`, `cm demo`, `cm stage`: bring recipes about through Prefect, or one stage as DVC starts it."""
 
+import signal
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.commands.output import add_json_option, print_json, print_metrics
 from flows.commands.recipes import add_recipe_arguments
 from flows.workspace import home
+
+if TYPE_CHECKING:
+    from flows.recipe import Recipe
 
 DISTILLED, ISOLATED = "digits-cd", "digits-ct"  # the recipes of the demo
 CHARTS = "?workflowType=machine_learning&compareRunsMode=CHART"
@@ -44,9 +49,8 @@ def run(args: Namespace) -> None:
     from flows.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides, root=home())
-    from flows import pipeline  # after the recipe is known to be good: Prefect takes seconds to import
-
-    result = pipeline.run(recipe, home(), keep=args.take_over)
+    name = " ".join([Path(args.recipe).stem, *args.overrides])
+    result = run_pipeline(recipe, home(), name=name, keep=args.take_over)
     if args.json:
         print_json(result)
     else:
@@ -55,16 +59,23 @@ def run(args: Namespace) -> None:
         print(f"{result['folder']}: the run's clone; `cm runs` compares the runs")
 
 
+def run_pipeline(recipe: "Recipe", root: Path, *, name: str, keep: bool) -> dict[str, Any]:
+    """Run the flow in this process; with `keep`, the workspace holds its recipe and results afterwards."""
+    # A cancelled flow sends SIGTERM to its process, whose default end would leave Prefect's own server running.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    from flows import pipeline  # now that the recipe is known to be good: this import takes seconds
+
+    return pipeline.run(recipe, root, name=name, keep=keep)
+
+
 def demo(args: Namespace) -> None:
     """Run both recipes, then print one table and where to look next."""
     from flows.recipe import load_recipe
 
     root, started = home(), time.monotonic()
     recipes = [load_recipe(name, root=root) for name in (DISTILLED, ISOLATED)]
-    from flows import pipeline
-
-    distilled = pipeline.run(recipes[0], root, name=DISTILLED, keep=True)
-    isolated = pipeline.run(recipes[1], root, name=ISOLATED, keep=False)
+    distilled = run_pipeline(recipes[0], root, name=DISTILLED, keep=True)
+    isolated = run_pipeline(recipes[1], root, name=ISOLATED, keep=False)
     network, rows = demo_rows(distilled["metrics"], isolated["metrics"])
     print_metrics(rows, title=f"8x8 digits, measured by the network `{network}` ({time.monotonic() - started:.0f} s)")
     print(_where_to_look(root, distilled["mlflow"]))
@@ -97,9 +108,9 @@ def by_row(metrics: Metrics) -> tuple[str, Rows]:
 def _where_to_look(root: Path, mlflow: Mapping[str, str]) -> str:
     # MLflow opens in its mode for language models; the link asks for the one with curves.
     page = f"http://127.0.0.1:5000/#/experiments/{mlflow['experiment_id']}/runs{CHARTS}"
-    return f"""Look next, in a shell with `. .venv/bin/activate`:
-  {root / "out/evaluate/report.html"}    the distilled run on one page
+    return f"""Look next, in a shell after `. .venv/bin/activate`:
   cm runs              all runs side by side
-  mlflow ui            their curves and pictures: {page}
-  dvc repro            has nothing to do: the workspace holds the run of {DISTILLED}
-  cm sample --steps 2  draws digits with it"""
+  cm sample --steps 2  more digits; the workspace holds the run of {DISTILLED}
+  dvc repro            has nothing to do, for the same reason
+  mlflow ui            curves and pictures of both: {page}
+  and open {root / "out/evaluate/report.html"}"""
