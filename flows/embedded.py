@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +44,21 @@ def embedded_prefect(root: Path) -> Iterator[None]:
         settings[PREFECT_HOME].mkdir(parents=True, exist_ok=True)
     _plain_console()
     with temporary_settings(settings):
+        _start_server()
         yield
+
+
+def _start_server() -> None:
+    """Start Prefect's temporary server deaf to Ctrl-C, which a terminal sends to it as well.
+
+    A flow that is interrupted needs it to the last; it ends with this process.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by the server's process
+    try:
+        with get_client(sync_client=True) as client:
+            client.api_healthcheck()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _refuse_silent_server() -> None:

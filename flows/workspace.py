@@ -18,13 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.dvcfiles import STAGES_FILE, Cache, locked_outs, read_lock, update_lock
+from flows.dvcfiles import LOCK_FILE, PARAMS_FILE, STAGES_FILE, Cache, locked_outs, read_lock, update_lock
 from flows.errors import UserError
 from flows.process import Process
 
 HOME_VARIABLE = "CM_HOME"  # in the environment of a clone: the workspace it was cloned from
 PROGRESS_VARIABLE = "CM_PROGRESS_FILE"  # where a stage says how far it is
 CLONE, EDITS_FILE, LIVE_FILE, DONE_FILE = "workspace", "edits.patch", "live", "done"
+# What git must know to run the code again; the recipe in force and DVC's record of it are a run's own.
+SOURCES = ("--", ".", f":(exclude){LOCK_FILE}", f":(exclude){PARAMS_FILE}")
 KEPT_DONE, KEPT_FAILED = 2, 5  # folders of finished runs; a failed one serves debugging
 MAX_UNTRACKED = 50 * 2**20  # bytes of new files that a run may capture
 USER_ERROR = 2  # the exit code of `cm` for bad input
@@ -70,7 +72,7 @@ def describe_code(root: Path) -> dict[str, str]:
         revision = _revision(root)
     except UserError:
         return {}
-    edited = {"git.edits": "uncommitted"} if _git(root, "status", "--porcelain", "--untracked-files=no") else {}
+    edited = {"git.edits": "uncommitted"} if _git(root, "status", "--porcelain", *SOURCES) else {}
     return {"git.revision": revision, **edited, **_code_page(root, revision)}
 
 
@@ -119,6 +121,8 @@ def clone(root: Path, run_name: str) -> "Workspace":
     if edits:
         (folder / EDITS_FILE).write_bytes(edits)
         _commit_edits(target, folder / EDITS_FILE, run_name)
+    if (root / LOCK_FILE).exists():
+        shutil.copyfile(root / LOCK_FILE, target / LOCK_FILE)
     _share_dvc(root, target)
     return Workspace(folder, origin(root), revision)
 
@@ -185,7 +189,8 @@ def _uncommitted(root: Path) -> bytes:
         index = shutil.copy(own, scratch)
         _git(root, "add", "--intent-to-add", ".", GIT_INDEX_FILE=index)
         prefixes = ("--src-prefix=a/", "--dst-prefix=b/")
-        return _git(root, "diff", "--binary", "--no-ext-diff", "--no-textconv", *prefixes, "HEAD", GIT_INDEX_FILE=index)
+        diff = ("diff", "--binary", "--no-ext-diff", "--no-textconv", *prefixes, "HEAD")
+        return _git(root, *diff, *SOURCES, GIT_INDEX_FILE=index)
 
 
 def _commit_edits(target: Path, patch: Path, run_name: str) -> None:
@@ -281,6 +286,8 @@ class Workspace:
             "PYTHONUNBUFFERED": "1",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             "DVC_NO_ANALYTICS": "1",
+            # Threads that spin while they wait slow each other down tenfold where stages share the cores.
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         }
 
     def stop(self) -> None:

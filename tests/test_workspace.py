@@ -66,6 +66,7 @@ def test_clone_captures_uncommitted_edits_as_a_commit_and_a_patch(fresh):
     (fresh / "out").mkdir()
     (fresh / "out" / "ignored.txt").write_text("ignored")
     before = git(fresh, "status", "--porcelain")
+    assert workspace.describe_code(fresh)["git.edits"] == "uncommitted"
 
     with workspace.clone(fresh, "run one/ä") as copy:
         assert git(fresh, "status", "--porcelain") == before
@@ -78,10 +79,28 @@ def test_clone_captures_uncommitted_edits_as_a_commit_and_a_patch(fresh):
         assert "new.bin" in (copy.folder / "edits.patch").read_text()
 
 
-def test_clone_without_edits_is_at_the_origins_revision(fresh):
+def test_clone_without_edits_of_the_code_is_at_the_origins_revision(fresh):
+    (fresh / "params/active.yaml").write_text("seed: 2\n")
+    dvcfiles.update_lock(fresh, {"prepare": {"cmd": "x"}})
+    assert "git.edits" not in workspace.describe_code(fresh)
     with workspace.clone(fresh, "clean") as copy:
         assert git(copy.root, "rev-parse", "HEAD").strip() == copy.revision
-        assert not (copy.folder / "edits.patch").exists()
+        assert not copy.edits()
+        assert dvcfiles.read_lock(copy.root) == {"prepare": {"cmd": "x"}}
+
+
+@pytest.mark.parametrize(
+    ("remote", "page"),
+    [
+        ("git@host.example:owner/name.git", "https://host.example/owner/name/commit/"),
+        ("https://host.example/owner/name", "https://host.example/owner/name/commit/"),
+        ("/srv/git/name.git", None),
+    ],
+)
+def test_code_is_described_by_a_page_where_its_remote_has_one(fresh, remote, page):
+    git(fresh, "remote", "add", "origin", remote)
+    revision = git(fresh, "rev-parse", "HEAD").strip()
+    assert workspace.describe_code(fresh).get("git.url") == (page and page + revision)
 
 
 def test_clone_refuses_large_new_files_and_names_one(fresh, monkeypatch):
