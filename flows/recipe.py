@@ -132,7 +132,7 @@ def explain(name: str, overrides: Sequence[str] = (), *, root: Path) -> list[tup
 
 
 def _within(key: str, keys: Iterable[str]) -> bool:
-    """Whether `key`, or a section it lies in, is one of `keys`; a bare word for a section stands for its kind."""
+    """Whether `key` is one of `keys`, or the kind of one: a bare word for a section stands for its kind."""
     return any(key in (other, f"{other}.kind") for other in keys)
 
 
@@ -198,7 +198,7 @@ def validate(tree: Mapping[str, Any], *, source: Path, origins: Sequence[str] = 
     try:
         return _build(Recipe, tree, "")
     except _Refused as refused:
-        place = f"--set {refused.key}" if refused.key in origins else f"{source}: {refused.key or 'recipe'}"
+        place = f"--set {refused.key}" if _within(refused.key, origins) else f"{source}: {refused.key or 'recipe'}"
         raise UserError(f"{place}{refused.value}: {refused.reason}") from None
 
 

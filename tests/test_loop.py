@@ -1,0 +1,208 @@
+"""The training loop: a resumed run is the run that never stopped, to the bit; a spoiled one stops and says where."""
+
+import numpy as np
+import pytest
+import torch
+
+from cm_core.batches import Batches
+from cm_core.checkpoint import list_states
+from cm_core.ema import ConstantEma, HalfLifeEma, PowerEma
+from cm_core.loop import Adam, NonFiniteLossError, RAdam, Train, TrainState, fit
+from cm_core.methods.base import Loss, Models
+from cm_core.methods.cd import CD
+from cm_core.methods.ct import CT
+from cm_core.methods.edm import EDM
+from cm_core.methods.ict import ICT
+from cm_core.model import ModelSpec, build_seeded, load_model, save_model
+from cm_core.networks import SongUNetParams
+from cm_core.noise import Noise
+
+CPU, SHAPE = torch.device("cpu"), (1, 8, 8)
+NETWORK = SongUNetParams(channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(), dropout=0.2)
+METHODS = {"edm": EDM(), "cd": CD(), "cd-ema": CD(target_decay=0.9), "ct": CT(s1=10), "ict": ICT(s0=2, s1=8)}
+
+
+class Training:
+    """A small training of one method, built the same way every time."""
+
+    def __init__(self, method, **changes):
+        self.method = method
+        emas = (HalfLifeEma(half_life_images=50), ConstantEma(decay=0.9), PowerEma())
+        defaults = {"num_steps": 6, "batch_size": 4, "log_every": 1, "save_every": 1, "grid_every": 1, "emas": emas}
+        self.train = Train(**(defaults | changes))
+        self.spec = ModelSpec(form=method.form, network=NETWORK, noise=Noise(), image_shape=SHAPE)
+        model, target = build_seeded(self.spec, 0), build_seeded(self.spec, 1)
+        self.state = TrainState.start(model, target if method.keeps_target else None, self.train)
+        teacher = build_seeded(ModelSpec(form="denoiser", network=NETWORK, noise=Noise(), image_shape=SHAPE), 2).eval()
+        distance = method.distance.build(SHAPE) if hasattr(method, "distance") else None
+        self.models = Models(model, target if method.keeps_target else model, teacher, distance)
+        pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 1), dtype=np.uint8)
+        self.batches = Batches(pixels, None, batch_size=self.train.batch_size, seed=3, device=CPU, flip=True)
+
+    def steps(self):
+        return fit(self.state, self.method, self.models, self.batches, self.train, noise=Noise(), seed=5)
+
+    def tensors(self):
+        return {name: tensor.clone() for name, tensor in self.state._tensors().items()}
+
+
+@pytest.mark.parametrize("optimizer", [Adam(), RAdam()], ids=["adam", "radam"])
+@pytest.mark.parametrize("name", METHODS)
+def test_resumed_training_equals_the_uninterrupted_one_to_the_bit(tmp_path, name, optimizer):
+    whole = Training(METHODS[name], optimizer=optimizer)
+    metrics = list(whole.steps())
+
+    first = Training(METHODS[name], optimizer=optimizer)
+    for entry in first.steps():
+        if entry["step"] == 3:
+            first.state.save(tmp_path)
+            break
+    torch.manual_seed(999)  # whatever the global generator holds must not matter
+    second = Training(METHODS[name], optimizer=optimizer)
+    second.state.restore(list_states(tmp_path)[-1])
+    resumed = list(second.steps())
+
+    assert resumed == metrics[3:]
+    expected, found = whole.tensors(), second.tensors()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_training_changes_the_weights_and_the_averages_differ():
+    training = Training(METHODS["ct"])
+    before = training.tensors()
+    list(training.steps())
+    after = training.tensors()
+    moved = [key for key in before if key.startswith("model/") and not torch.equal(before[key], after[key])]
+    assert moved
+    key = moved[0].removeprefix("model/")
+    averages = [after[f"{place}/{key}"] for place in ("ema0", "ema1", "ema2", "target", "model")]
+    assert all(not torch.equal(a, b) for i, a in enumerate(averages) for b in averages[:i])
+
+
+def test_logging_interval_does_not_change_the_training():
+    fine, coarse = Training(METHODS["ct"]), Training(METHODS["ct"], log_every=3, save_every=3, grid_every=3)
+    fine_metrics, coarse_metrics = list(fine.steps()), list(coarse.steps())
+    assert [entry["step"] for entry in coarse_metrics] == [3, 6]
+    assert coarse_metrics[0]["loss"] == pytest.approx(np.mean([entry["loss"] for entry in fine_metrics[:3]]), rel=1e-6)
+    a, b = fine.tensors(), coarse.tensors()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_learning_rate_ramps_up():
+    training = Training(METHODS["ct"], optimizer=Adam(learning_rate=0.1), ramp_steps=4)
+    rates = [training.state.optimizer.param_groups[0]["lr"] for _ in training.steps()]
+    assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+
+
+def test_clipping_bounds_the_gradient():
+    clipped = Training(METHODS["ct"], clip_norm=1e-3)
+    seen = []
+    clipped.state.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: seen.append(
+            torch.stack([p.grad.norm() for group in optimizer.param_groups for p in group["params"]]).norm().item()
+        )
+    )
+    metrics = list(clipped.steps())
+    assert metrics[0]["grad_norm"] > 1e-3 and max(seen) <= 1e-3 * 1.001
+
+
+def test_non_finite_loss_stops_before_the_state_can_be_saved(tmp_path):
+    class Spoiled(CT):
+        def loss(self, models, batch, context):
+            loss = super().loss(models, batch, context)
+            if context.step == 3:
+                per_sample = torch.where(torch.arange(len(loss.sigma)) == 2, torch.nan, loss.per_sample)
+                return Loss(per_sample, torch.full_like(loss.sigma, 7.5))
+            return loss
+
+    training = Training(Spoiled(s1=10))
+    with pytest.raises(NonFiniteLossError, match=r"the loss became nan at step 3, sigma 7\.5"):
+        for _ in training.steps():
+            training.state.save(tmp_path)
+    assert list_states(tmp_path)[-1].name == "step-000000003"
+
+
+def test_state_of_another_training_is_refused(tmp_path):
+    Training(METHODS["cd"]).state.save(tmp_path)
+    other = Training(METHODS["ct"])
+    with pytest.raises(ValueError, match="state of another training"):
+        other.state.restore(list_states(tmp_path)[-1])
+
+
+def test_only_the_newest_states_are_kept(tmp_path):
+    training = Training(METHODS["ct"])
+    for _ in training.steps():
+        training.state.save(tmp_path)
+    assert [path.name for path in list_states(tmp_path)] == ["step-000000005", "step-000000006"]
+
+
+def test_half_precision_trains_close_to_full_precision():
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        training = Training(EDM(), precision=precision, num_steps=3)
+        training.state.model.autocast = training.train.autocast
+        losses[precision] = [entry["loss"] for entry in training.steps()]
+        assert all(p.dtype == torch.float32 for p in training.state.model.parameters())
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
+    assert losses["bf16"] != losses["fp32"]
+
+
+def test_saved_model_loads_and_computes_the_same(tmp_path):
+    training = Training(METHODS["ct"])
+    list(training.steps())
+    save_model(tmp_path, training.spec, training.state.averaged())
+    spec, model = load_model(tmp_path)
+    assert spec == training.spec and not model.training
+    x, t = torch.randn(2, *SHAPE), torch.tensor([0.5, 20.0])
+    expected = build_seeded(training.spec, 9).eval()
+    expected.load_state_dict(training.state.averaged())
+    torch.testing.assert_close(model(x, t), expected(x, t), rtol=0, atol=0)
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    training = Training(METHODS["ct"])
+    wider = training.spec.model_copy(update={"network": NETWORK.model_copy(update={"channels": 16})})
+    save_model(tmp_path, wider, training.state.averaged())
+    with pytest.raises(ValueError, match="weights are of another network"):
+        load_model(tmp_path)
+
+
+def test_folder_without_model_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no model"):
+        load_model(tmp_path)
+
+
+def test_each_epoch_visits_every_image_once():
+    pixels = np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1)
+    batches = Batches(pixels, None, batch_size=4, seed=0, device=CPU)
+    seen = np.concatenate([batches.indices(step) for step in range(5)])  # two epochs of ten
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert list(seen[:10]) != list(seen[10:])
+
+
+def test_streamed_batches_equal_resident_ones(monkeypatch):
+    rng = np.random.default_rng(0)
+    pixels, labels = rng.integers(0, 256, (10, 4, 4, 3), dtype=np.uint8), np.arange(10)
+    resident = Batches(pixels, labels, batch_size=4, seed=0, device=CPU, flip=True)
+    monkeypatch.setattr("cm_core.batches.ON_DEVICE_BYTES", 0)
+    streamed = Batches(pixels, labels, batch_size=4, seed=0, device=CPU, flip=True)
+    assert streamed.resident is None
+    for step in (0, 1, 2, 7, 3):
+        a, b = resident.at(step), streamed.at(step)
+        assert torch.equal(a.x0, b.x0) and torch.equal(a.labels, b.labels)
+
+
+def test_flips_mirror_about_half_of_the_images():
+    pixels = np.zeros((64, 2, 2, 1), dtype=np.uint8)
+    pixels[:, :, 0] = 255
+    x0 = Batches(pixels, None, batch_size=64, seed=0, device=CPU, flip=True).at(0).x0
+    left = x0[:, 0, 0, 0] == 1
+    assert 16 < left.sum() < 48 and torch.equal(~left, x0[:, 0, 0, 1] == 1)
+
+
+def test_batch_larger_than_the_data_is_refused():
+    with pytest.raises(ValueError, match="batch_size=4 needs at least as many images, the data set has 3"):
+        Batches(np.zeros((3, 1, 1, 1), np.uint8), None, batch_size=4, seed=0, device=CPU)
+
+
