@@ -39,7 +39,7 @@ repro: $(INSTALLED) ## Bring the workspace up to date with params/active.yaml th
 	@$(BIN)/dvc repro
 
 ui: $(INSTALLED) ## Show the runs in MLflow's pages on http://127.0.0.1:5000
-	@$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
+	@DO_NOT_TRACK=true $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
 
 doctor: $(INSTALLED) ## Say what is installed, reachable and writable
 	@$(BIN)/cm doctor

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from flows.commands import doctor, models, recipes, run, runs, why
 from flows.errors import UserError
-from flows.workspace import StageFailed
+from flows.workspace import StageFailed, home
 
 GROUPS = (run, recipes, models, runs, why, doctor)
 FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(error, BAD_INPUT)
     except StageFailed as error:
         return _complain(
-            f"{error}\ncm: the run's clone is the newest folder of .cm/runs; a training goes on when run again", FAILED
+            f"{error}\nIts clone is kept in {home() / '.cm' / 'runs'}; run again, a training goes on", FAILED
         )
     except KeyboardInterrupt:
         return _complain("stopped", INTERRUPTED)

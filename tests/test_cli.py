@@ -9,6 +9,7 @@ from miniature import REPOSITORY, make_workspace
 
 from flows import cli
 from flows.commands import doctor, why
+from flows.workspace import StageFailed
 
 RECIPE = """# A page for tests: eight by eight, seconds.
 # Second line.
@@ -129,6 +130,15 @@ def test_ctrl_c_and_a_closed_pipe_have_their_own_exit_codes(root, monkeypatch, c
     monkeypatch.undo()
     done = subprocess.run(["bash", "-c", shell], cwd=root, env={"PYTHONPATH": str(REPOSITORY)}, capture_output=True)
     assert done.returncode == 141 and done.stderr == b""
+
+
+def test_a_failed_run_exits_with_1_and_says_where_it_lies(root, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise StageFailed("student failed:\nloss is nan at step 7")
+
+    monkeypatch.setattr("flows.commands.run.run_pipeline", fails)
+    code, _, err = run(capsys, "run", "tiny")
+    assert code == 1 and "loss is nan at step 7" in err and str(root / ".cm" / "runs") in err
 
 
 def test_why_says_that_nothing_changed(computed, monkeypatch, capsys):

@@ -27,7 +27,7 @@ from flows.monitor import Monitor
 from flows.recipe import load_recipe, write_active
 from flows.stages.features import features
 from flows.stages.prepare import prepare
-from flows.tracking import PipelineRun, Tracker
+from flows.tracking import MODEL_FILES, PipelineRun, Tracker
 
 RECIPE = """
 data: {max_images: 120}
@@ -118,6 +118,19 @@ def test_sample_refuses_levels_that_make_no_sense(root, tmp_path, capsys, argv, 
     code, _, err = run(capsys, "sample", *argv, "--out", str(tmp_path / "never"))
     assert code == 2 and err.count("\n") == 1 and all(name in err for name in names), err
     assert not (tmp_path / "never").exists()
+
+
+def test_sample_takes_a_model_from_mlflow(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    files = {name: root / "out" / "student" / name for name in MODEL_FILES}
+    tracker = Tracker(root)
+    run_id = tracker.client.create_run(tracker.experiment_id).info.run_id
+    model = f"models:/{tracker.student_model(run_id, files, 'a data version', {})}"
+    for name, place in (("logged", model), ("local", "out/student")):
+        assert run(capsys, "sample", "--model", place, "--n", "2", "--out", str(tmp_path / f"{name}.npy"))[0] == 0
+    assert (tmp_path / "logged.npy").read_bytes() == (tmp_path / "local.npy").read_bytes()
+    code, _, err = run(capsys, "sample", "--model", "models:/m-nothing")
+    assert code == 2 and err.startswith("cm: models:/m-nothing: ") and err.count("\n") == 1
 
 
 def test_evaluate_measures_images_in_any_container_alike(root, tmp_path, capsys):

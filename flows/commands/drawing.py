@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cm_core.solvers import Denoiser
 
 BATCH = 250  # images at a time; has no influence on them
+LOGGED = ("models:/", "runs:/")  # how MLflow's names of models begin
 TEACHER_STEPS = 18  # EDM's on CIFAR-10
 
 
@@ -48,7 +49,7 @@ def positive(text: str) -> int:
 
 def is_model(where: str) -> bool:
     """Whether this names a model, and not images."""
-    return where.startswith(("models:/", "runs:/")) or (Path(where) / "model.json").is_file()
+    return where.startswith(LOGGED) or (Path(where) / "model.json").is_file()
 
 
 def draw(model: str, args: Namespace) -> "tuple[np.ndarray, str]":
@@ -75,16 +76,23 @@ def draw(model: str, args: Namespace) -> "tuple[np.ndarray, str]":
 
 
 def _load(model: str) -> "tuple[ModelSpec, Precond]":
-    if model.startswith(("models:/", "runs:/")):
-        from flows.tracking import load_student
-
-        return load_student(model, origin(home()))
     from cm_core.model import load_model
 
     try:
-        return load_model(Path(model))
+        return _load_logged(model) if model.startswith(LOGGED) else load_model(Path(model))
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"{error}; a model is a folder such as out/student, or models:/... of MLflow") from error
+
+
+def _load_logged(model: str) -> "tuple[ModelSpec, Precond]":
+    from mlflow.exceptions import MlflowException
+
+    from flows.tracking import load_student
+
+    try:
+        return load_student(model, origin(home()))
+    except MlflowException as error:
+        raise UserError(f"{model}: {' '.join(str(error).split())}") from error
 
 
 def _choose_sampler(spec: "ModelSpec", args: Namespace) -> "tuple[Callable[[Denoiser, ImageNoise], Tensor], str]":

@@ -24,7 +24,11 @@ def add_parsers(commands: Any) -> None:
     parser = commands.add_parser("sample", help="draw images from a trained model")
     parser.add_argument("--model", metavar="MODEL", help=f"{MODEL}; default: out/student of the workspace")
     parser.add_argument(
-        "--out", metavar="PATH", type=Path, default=Path("samples"), help="a folder of PNGs, or a file .npy; ./samples"
+        "--out",
+        metavar="PATH",
+        type=Path,
+        default=Path("out/drawn"),
+        help="a folder of PNGs, or a file .npy; default out/drawn",
     )
     add_sampling_options(parser, count=64)
     parser.set_defaults(command=sample)
