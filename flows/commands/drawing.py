@@ -1,12 +1,12 @@
 """Images from a trained model, wherever it lies: a folder, or a model logged to MLflow."""
 
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.commands.output import Bar
+from flows.commands.output import Bar, positive
 from flows.errors import UserError
 from flows.workspace import home, origin
 
@@ -38,13 +38,6 @@ def add_sampling_options(parser: ArgumentParser, *, count: int) -> None:
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="image i is drawn from (seed, i); default 0")
     parser.add_argument("--n", metavar="N", type=positive, default=count, help=f"number of images; default {count}")
-
-
-def positive(text: str) -> int:
-    """Read a whole number above zero from the command line."""
-    if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def is_model(where: str) -> bool:

@@ -1,8 +1,8 @@
-"""How the subcommands print: tables for people, JSON for machines, progress on stderr."""
+"""What the subcommands share: tables for people, JSON for machines, progress on stderr, types of arguments."""
 
 import json
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +15,13 @@ WIDE = 240  # columns of a table that no terminal limits
 def add_json_option(parser: ArgumentParser) -> None:
     """Let a subcommand print JSON."""
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def positive(text: str) -> int:
+    """Read a whole number above zero from the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def print_json(value: Any) -> None:

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.output import add_json_option, print_json, print_table
+from flows.commands.output import add_json_option, positive, print_json, print_table
 from flows.errors import UserError
 from flows.workspace import home, origin
 
@@ -23,7 +23,7 @@ def add_parsers(commands: Any) -> None:
     """Declare the subcommand."""
     parser = commands.add_parser("runs", help="list pipeline runs, newest first; given ids, how those differ")
     parser.add_argument("ids", metavar="ID", nargs="*", help="how a run's id begins")
-    parser.add_argument("--max", metavar="N", type=int, default=20, help="at most so many; default 20")
+    parser.add_argument("--max", metavar="N", type=positive, default=20, help="at most so many; default 20")
     add_json_option(parser)
     parser.set_defaults(command=runs)
 
