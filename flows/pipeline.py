@@ -91,7 +91,10 @@ def bring_up_all(workspace: Workspace, parent: PipelineRun) -> dict[str, dict[st
         inputs = {earlier.name: futures[earlier.name] for earlier in upstream(stage, stages)}
         named = bring_up.with_options(task_run_name=stage.name)
         futures[stage.name] = named.submit(stage.name, inputs, workspace, variables)
-    return {stage: _outcome(stage, future, workspace) for stage, future in futures.items()}
+    try:
+        return {stage: _outcome(stage, future, workspace) for stage, future in futures.items()}
+    finally:
+        workspace.stop()  # before the parent run ends, and with it all that runs for it
 
 
 def key_unless_gone(context: TaskRunContext, parameters: dict[str, Any]) -> str:

@@ -138,7 +138,7 @@ class _Signals:
 def _tracked_run(stage: Stage, root: Path, recipe: Recipe, inputs: Mapping[str, str]) -> Iterator[StageRun]:
     """Open the stage's MLflow run, with all that is known before the stage starts."""
     belonging = Belonging.read()
-    tags = {**describe_code(root), "recipe": recipe_name(recipe, root), **belonging.tags}
+    tags = belonging.tags or {**describe_code(root), "recipe": recipe_name(recipe, root)}
     tags |= {f"dvc.dep.{Path(path).name}": md5 for path, md5 in inputs.items()}
     with StageRun(Tracker(origin(root)), stage.name, belonging.parent_run_id, tags) as run:
         run.tracker.log_params(run.run_id, flatten(recipe.model_dump(mode="json", include=set(stage.params))))

@@ -241,8 +241,15 @@ class PipelineRun:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if kind is not None:
             self.tag({"error": f"{kind.__name__}: {error}"[:500]})
+        self._end_children()
         killed = kind is not None and not issubclass(kind, Exception)
         self.tracker.client.set_terminated(self.run_id, "KILLED" if killed else "FAILED" if kind else "FINISHED")
+
+    def _end_children(self) -> None:
+        """Say of stages that were killed that they do not run any more."""
+        query = f"tags.`mlflow.parentRunId` = '{self.run_id}' and attributes.status = 'RUNNING'"
+        for child in self.tracker.client.search_runs([self.tracker.experiment_id], query):
+            self.tracker.client.set_terminated(child.info.run_id, "KILLED")
 
     def belonging(self) -> Belonging:
         """Return what the stages of this flow belong to."""
