@@ -21,7 +21,9 @@ def test_ct_curricula_match_the_table(step, num_scales, mu_code, mu_paper):
     assert ct_target_decay(num_scales, s0=2, mu0=0.9, per_interval=False) == pytest.approx(mu_paper, abs=6e-7)
 
 
-@pytest.mark.parametrize(("step", "num_scales", "mu"), [(1_000, 8, 0.985452), (400_000, 143, 0.999278), (800_000, 201, 0.999487)])
+@pytest.mark.parametrize(
+    ("step", "num_scales", "mu"), [(1_000, 8, 0.985452), (400_000, 143, 0.999278), (800_000, 201, 0.999487)]
+)
 def test_ct_curricula_on_imagenet_64(step, num_scales, mu):
     assert ct_num_scales(step, num_steps=800_000, s0=2, s1=200) == num_scales
     assert ct_target_decay(num_scales, s0=2, mu0=0.95, per_interval=True) == pytest.approx(mu, abs=6e-7)

@@ -204,5 +204,3 @@ def test_flips_mirror_about_half_of_the_images():
 def test_batch_larger_than_the_data_is_refused():
     with pytest.raises(ValueError, match="batch_size=4 needs at least as many images, the data set has 3"):
         Batches(np.zeros((3, 1, 1, 1), np.uint8), None, batch_size=4, seed=0, device=CPU)
-
-

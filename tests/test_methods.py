@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from oracles import DropoutNet, GaussianConsistency, GaussianDenoiser
 
 from cm_core.curricula import ct_num_scales
 from cm_core.distances import L1, L2, PseudoHuber
@@ -19,6 +18,7 @@ from cm_core.model import ModelSpec, build_seeded
 from cm_core.networks import MLPParams
 from cm_core.noise import Noise
 from cm_core.precond import Precond
+from oracles import DropoutNet, GaussianConsistency, GaussianDenoiser
 
 NOISE = Noise()
 STUDENT_METHODS = [CD(), CD(target_decay=0.9), CT(s1=20), ICT(s1=80)]

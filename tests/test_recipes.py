@@ -126,7 +126,9 @@ def test_unknown_recipe_lists_what_there_is(root):
 
 
 def test_overrides_are_laid_over_the_page(root):
-    recipe = load_recipe("tiny", ["student.method.solver=euler", "student.train.optimizer.learning_rate=1e-4"], root=root)
+    recipe = load_recipe(
+        "tiny", ["student.method.solver=euler", "student.train.optimizer.learning_rate=1e-4"], root=root
+    )
     assert recipe.student.method.solver == "euler"
     assert recipe.student.train.optimizer.learning_rate == 1e-4
     assert recipe.network.channels == 8

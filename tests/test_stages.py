@@ -65,7 +65,10 @@ def test_teacher_and_student_write_models_curves_and_grids(made):
         assert spec.form == form and spec.image_shape == (1, 8, 8)
         steps = [json.loads(line)["step"] for line in (made / stage / "metrics.jsonl").read_text().splitlines()]
         assert steps == [1, 2, 3, 4]
-        assert [path.name for path in sorted((made / stage / "grids").iterdir())] == ["step_000002.png", "step_000004.png"]
+        assert [path.name for path in sorted((made / stage / "grids").iterdir())] == [
+            "step_000002.png",
+            "step_000004.png",
+        ]
 
 
 def test_a_stopped_training_resumes_and_writes_the_same_bytes(made, tmp_path):

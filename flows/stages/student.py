@@ -6,7 +6,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-
 from pydantic import Field
 
 from cm_core.distances import Distance, Lpips
