@@ -5,11 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from miniature import REPOSITORY, make_workspace
 
 from flows import cli
 from flows.commands import doctor, why
 from flows.workspace import StageFailed
+from miniature import REPOSITORY, make_workspace
 
 RECIPE = """# A page for tests: eight by eight, seconds.
 # Second line.

@@ -12,9 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from miniature import REPOSITORY, make_workspace
 from PIL import Image
-from test_cli import run
 
 from cm_core.model import ModelSpec, save_model
 from cm_core.networks import MLPParams
@@ -28,6 +26,8 @@ from flows.recipe import load_recipe, write_active
 from flows.stages.features import features
 from flows.stages.prepare import prepare
 from flows.tracking import MODEL_FILES, PipelineRun, Tracker
+from miniature import REPOSITORY, make_workspace
+from test_cli import run
 
 RECIPE = """
 data: {max_images: 120}

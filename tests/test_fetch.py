@@ -4,11 +4,11 @@ import hashlib
 import socket
 
 import pytest
-from servers import http_server, point_aws_at, s3_server
 
 from flows.errors import UserError
 from flows.fetch import fetch, fetch_first, fetch_prefix, public_uri
 from flows.monitor import Monitor
+from servers import http_server, point_aws_at, s3_server
 
 BODY = bytes(range(256)) * 10_000  # 2.4 MiB: several chunks
 SHA256 = hashlib.sha256(BODY).hexdigest()

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from pydantic import ValidationError
-from servers import http_server, s3_server
 
 from flows.dataset import load_dataset
 from flows.errors import UserError
 from flows.monitor import Monitor
 from flows.stages.prepare import Data, prepare
+from servers import http_server, s3_server
 
 
 def prepared(out_dir: Path, source: dict, monitor: Monitor | None = None, **fields):

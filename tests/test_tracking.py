@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from miniature import REPOSITORY, git, make_workspace
 
 from cm_core.model import ModelSpec, build_seeded, save_model
 from cm_core.networks.mlp import MLPParams
@@ -22,6 +21,7 @@ from flows.figures import save_grid
 from flows.recipe import Recipe, write_active
 from flows.stage_monitor import StageMonitor
 from flows.tracking import Belonging, PipelineRun, Tracker, flat_numbers, load_student
+from miniature import REPOSITORY, git, make_workspace
 
 STAGES = """
 stages:

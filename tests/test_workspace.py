@@ -8,10 +8,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from miniature import commit, git, make_workspace
 
 from flows import dvcfiles, process, workspace
 from flows.errors import UserError
+from miniature import commit, git, make_workspace
 
 
 @pytest.fixture(scope="module")
