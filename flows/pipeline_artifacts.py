@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 from prefect.artifacts import (
     create_image_artifact,
     create_markdown_artifact,
@@ -24,7 +25,13 @@ class ProgressArtifact:
         self._stage, self._id = stage, None
 
     def show(self, progress: Mapping[str, Any]) -> None:
-        """Show {done, total, unit}."""
+        """Show {done, total, unit}; a server that cannot be reached at the moment is no reason to end a training."""
+        try:
+            self._show(progress)
+        except httpx.HTTPError as error:
+            print(f"{self._stage}: progress is not shown ({error})")
+
+    def _show(self, progress: Mapping[str, Any]) -> None:
         percent = 100 * progress["done"] / max(progress["total"], 1)
         text = f"{self._stage}: {progress['done']:,} of {progress['total']:,} {progress['unit']}"
         if self._id is None:

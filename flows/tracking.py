@@ -199,14 +199,12 @@ class StageRun:
         self.run_id = run.info.run_id
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         # Flushed while the run is active: outside of one, flushing would start another.
         self._mlflow.flush_async_logging()
         self._mlflow.flush_artifact_async_logging()
-        if kind is not None:
-            self.tag({"error": f"{kind.__name__}: {error}"[:500]})
-        killed = kind is not None and not issubclass(kind, Exception)
-        self._mlflow.end_run("KILLED" if killed else "FAILED" if kind else "FINISHED")
+        self.tag(error_tags(error))
+        self._mlflow.end_run(status_after(error))
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Log numbers of a step."""
@@ -238,12 +236,10 @@ class PipelineRun:
         self.tracker.log_params(self.run_id, self._params)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if kind is not None:
-            self.tag({"error": f"{kind.__name__}: {error}"[:500]})
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self.tag(error_tags(error))
         self._end_children()
-        killed = kind is not None and not issubclass(kind, Exception)
-        self.tracker.client.set_terminated(self.run_id, "KILLED" if killed else "FAILED" if kind else "FINISHED")
+        self.tracker.client.set_terminated(self.run_id, status_after(error))
 
     def _end_children(self) -> None:
         """Say of stages that were killed that they do not run any more."""
@@ -315,6 +311,18 @@ def flat_numbers(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield from flat_numbers(value, f"{prefix}{key}/")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield f"{prefix}{key}", float(value)
+
+
+def status_after(error: BaseException | None) -> str:
+    """Return MLflow's status of a run that ended with this error, or with none."""
+    if error is None:
+        return "FINISHED"
+    return "FAILED" if isinstance(error, Exception) else "KILLED"
+
+
+def error_tags(error: BaseException | None) -> dict[str, str]:
+    """Return the tag that says why a run failed."""
+    return {"error": f"{type(error).__name__}: {error}"[:500]} if error else {}
 
 
 def code_tags(tags: Mapping[str, str], command: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -222,7 +223,7 @@ class Workspace:
         fcntl.flock(self._live, fcntl.LOCK_EX)
         self.seconds: dict[str, float] = {}  # by stage, as long as DVC was at work for it
         self._running: set[Process] = set()
-        self._stopping = False
+        self._stopping, self._starting = False, threading.Lock()
 
     def __enter__(self) -> "Workspace":
         return self
@@ -265,11 +266,12 @@ class Workspace:
         return StageResult(cached, read_lock(self.root)[stage])
 
     def _start(self, stage: str, variables: Mapping[str, str]) -> Process:
-        if self._stopping:
-            raise RunEnding(stage)
         command = [*DVC, "repro", "--single-item", "--pull", stage]
-        process = Process(command, cwd=self.root, env={**self.environment(), **variables})
-        self._running.add(process)
+        with self._starting:
+            if self._stopping:
+                raise RunEnding(stage)
+            process = Process(command, cwd=self.root, env={**self.environment(), **variables})
+            self._running.add(process)
         return process
 
     def edits(self) -> dict[str, Path]:
@@ -286,14 +288,14 @@ class Workspace:
             "PYTHONUNBUFFERED": "1",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             "DVC_NO_ANALYTICS": "1",
-            # Threads that spin while they wait slow each other down tenfold where stages share the cores.
-            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+            # Two stages may run side by side, and threads beyond the cores slow each other down several times.
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2))),
         }
 
     def stop(self) -> None:
         """End every command that still runs, all at once: SIGTERM, then SIGKILL when the grace is over."""
-        self._stopping = True
-        running = list(self._running)
+        with self._starting:
+            self._stopping, running = True, list(self._running)
         for process in running:
             process.terminate()
         for process in running:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 
+import httpx
 import pytest
 import yaml
 from miniature import REPOSITORY, git, make_workspace
@@ -43,6 +44,17 @@ def pipeline():
 def test_runs_have_readable_names(pipeline):
     assert pipeline.title(Recipe(), "digits-cd") == "digits-cd · cd heun N=18"
     assert pipeline.title(Recipe(student=Student(method=CT())), "") == "ct s0=2 s1=150"
+
+
+def test_progress_that_cannot_be_shown_ends_nothing(pipeline, monkeypatch, capsys):
+    from flows import pipeline_artifacts
+
+    def unreachable(*_, **__):
+        raise httpx.ConnectError("refused")
+
+    monkeypatch.setattr(pipeline_artifacts, "create_progress_artifact", unreachable)
+    pipeline_artifacts.ProgressArtifact("teacher").show({"done": 1, "total": 2, "unit": "steps"})
+    assert capsys.readouterr().out == "teacher: progress is not shown (refused)\n"
 
 
 @pytest.fixture(scope="module")
