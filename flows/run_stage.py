@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import json
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +29,7 @@ from flows.tracking import (
 )
 from flows.workspace import cache_of, describe_code, origin
 
-PREPARED = "out/prepare"
+PREPARED, FACTS_FILE = "out/prepare", "dataset.json"
 TRAINS = ("features", "teacher", "student")
 
 
@@ -138,28 +137,34 @@ class _Signals:
 def _tracked_run(stage: Stage, root: Path, recipe: Recipe, inputs: Mapping[str, str]) -> Iterator[StageRun]:
     """Open the stage's MLflow run, with all that is known before the stage starts."""
     belonging = Belonging.read()
-    tags = belonging.tags or {**describe_code(root), "recipe": recipe_name(recipe, root)}
-    tags |= {f"dvc.dep.{Path(path).name}": md5 for path, md5 in inputs.items()}
-    with StageRun(Tracker(origin(root)), stage.name, belonging.parent_run_id, tags) as run:
-        run.tracker.log_params(run.run_id, flatten(recipe.model_dump(mode="json", include=set(stage.params))))
+
+    def tags() -> dict[str, str]:
+        whence = belonging.tags or {**describe_code(root), "recipe": recipe_name(recipe, root)}
+        return {**whence, **{f"dvc.dep.{Path(path).name}": md5 for path, md5 in inputs.items()}}
+
+    def log_inputs(tracker: Tracker, run_id: str) -> None:
+        tracker.log_params(run_id, flatten(recipe.model_dump(mode="json", include=set(stage.params))))
         if PREPARED in inputs:
-            _log_dataset(run, root, inputs[PREPARED], "training" if stage.name in TRAINS else "evaluation")
+            context = "training" if stage.name in TRAINS else "evaluation"
+            tracker.log_dataset(run_id, root / PREPARED / FACTS_FILE, inputs[PREPARED], context)
+
+    with StageRun(origin(root), stage.name, belonging.parent_run_id, tags) as run:
+        run.submit(log_inputs)
         yield run
 
 
 def _log_outputs(run: StageRun, stage: Stage, root: Path, recipe: Recipe, outs: Mapping[str, str]) -> None:
     """Log what the stage made: its data version, the files worth a look, the data set, the model."""
-    run.tag({"dvc.out": version(outs), "mlflow.note.content": describe_run(run.tags, outs)})
-    run.tracker.log_files(run.run_id, shown_files(files_below(root / "out" / stage.name, stage.name)))
-    if PREPARED in outs:
-        _log_dataset(run, root, outs[PREPARED], "preparation")
-    if stage.name == MODEL_NAME:
-        method = flatten({"method": recipe.student.method.model_dump(mode="json")})
-        files = {name: root / "out" / stage.name / name for name in MODEL_FILES}
-        model = run.tracker.student_model(run.run_id, files, version(outs), method)
-        run.tracker.link_model(run.run_id, model)
+    folder = root / "out" / stage.name
 
+    def log_outputs(tracker: Tracker, run_id: str) -> None:
+        tracker.set_tags(run_id, {"dvc.out": version(outs), "mlflow.note.content": describe_run(run.tags, outs)})
+        tracker.log_files(run_id, shown_files(files_below(folder, stage.name)))
+        if PREPARED in outs:
+            tracker.log_dataset(run_id, folder / FACTS_FILE, outs[PREPARED], "preparation")
+        if stage.name == MODEL_NAME:
+            method = flatten({"method": recipe.student.method.model_dump(mode="json")})
+            weights = {name: folder / name for name in MODEL_FILES}
+            tracker.link_model(run_id, tracker.student_model(run_id, weights, version(outs), method))
 
-def _log_dataset(run: StageRun, root: Path, md5: str, context: str) -> None:
-    facts = json.loads((root / PREPARED / "dataset.json").read_text())
-    run.tracker.log_dataset(run.run_id, facts, md5, context)
+    run.submit(log_outputs)

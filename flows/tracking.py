@@ -8,7 +8,9 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +33,6 @@ PARENT_VARIABLE, TAGS_VARIABLE = "CM_PARENT_RUN_ID", "CM_RUN_TAGS"  # how a flow
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
-    "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS": "1",  # one write a second, not one a metric: 30 times cheaper
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
@@ -73,12 +74,21 @@ class Tracker:
         runs = self.client.search_runs([self.experiment_id], query, max_results=1)
         return runs[0].info.run_id if runs else None
 
-    def log_numbers(self, run_id: str, values: Mapping[str, float], model_id: str | None = None) -> None:
-        """Log final numbers to a run, and to a model if one is given."""
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a run."""
+        from mlflow.entities import RunTag
+
+        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def log_numbers(
+        self, run_id: str, values: Mapping[str, float], *, step: int = 0, model_id: str | None = None
+    ) -> None:
+        """Log numbers to a run, and to a model if one is given."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self.client.log_batch(run_id, [Metric(key, value, now, 0, model_id=model_id) for key, value in values.items()])
+        metrics = [Metric(key, value, now, step, model_id=model_id) for key, value in values.items()]
+        self.client.log_batch(run_id, metrics)
 
     def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         """Log flattened params; what is no text is written as JSON."""
@@ -87,10 +97,11 @@ class Tracker:
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in params.items()}
         self.client.log_batch(run_id, params=[Param(key, text) for key, text in texts.items()])
 
-    def log_dataset(self, run_id: str, facts: Mapping[str, Any], md5: str, context: str) -> None:
-        """Log the prepared data set as an input: `facts` from dataset.json, DVC's hash as the digest."""
+    def log_dataset(self, run_id: str, facts_file: Path, md5: str, context: str) -> None:
+        """Log the data set that dataset.json describes as an input, with DVC's hash as the digest."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
+        facts = json.loads(facts_file.read_text())
         source_type, source = _dataset_source(facts.get("source", "unknown"))
         profile = {key: facts[key] for key in ("counts", "image_shape", "num_classes", "licence") if key in facts}
         dataset = Dataset(facts["name"], md5, source_type, json.dumps(source), profile=json.dumps(profile))
@@ -179,48 +190,63 @@ class Belonging:
         return {**parent, TAGS_VARIABLE: json.dumps(self.tags)}
 
 
-class StageRun:
-    """The MLflow run of one stage, in the stage's own process. Metrics and pictures are written in the background."""
+Action = Callable[[Tracker, str], None]  # something to do with a run, given by its id
 
-    def __init__(self, tracker: Tracker, stage: str, parent_run_id: str | None, tags: Mapping[str, str]) -> None:
-        self.tracker, self._stage, self._parent_run_id = tracker, stage, parent_run_id
-        self.tags = {**tags, "stage": stage}
+
+class StageRun:
+    """The MLflow run of one stage, written by a thread of its own: neither MLflow's start nor its store slows a step.
+
+    Where MLflow cannot be opened, the next report raises it; what fails later is raised when the stage has ended,
+    because no training should end for it.
+    """
+
+    def __init__(self, origin: Path, stage: str, parent_run_id: str | None, tags: Callable[[], dict[str, str]]) -> None:
+        self._origin, self._stage, self._parent_run_id, self._make_tags = origin, stage, parent_run_id, tags
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
+        self._written: deque[Future[None]] = deque()
 
     def __enter__(self) -> "StageRun":
-        import mlflow
-
-        self._mlflow = mlflow
-        run = mlflow.start_run(
-            experiment_id=self.tracker.experiment_id,
-            run_name=self._stage,
-            parent_run_id=self._parent_run_id,
-            tags={**self.tags, **code_tags(self.tags, f"cm stage {self._stage}")},
-        )
-        self.run_id = run.info.run_id
+        self._opened = self._thread.submit(self._open)
         return self
 
+    def _open(self) -> None:
+        tracker = Tracker(self._origin)
+        self.tags = {**self._make_tags(), "stage": self._stage}
+        parent = {"mlflow.parentRunId": self._parent_run_id} if self._parent_run_id else {}
+        tags = {**self.tags, **parent, **code_tags(self.tags, f"cm stage {self._stage}")}
+        run = tracker.client.create_run(tracker.experiment_id, run_name=self._stage, tags=tags)
+        self._tracker, self._run_id = tracker, run.info.run_id
+
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        # Flushed while the run is active: outside of one, flushing would start another.
-        self._mlflow.flush_async_logging()
-        self._mlflow.flush_artifact_async_logging()
-        self.tag(error_tags(error))
-        self._mlflow.end_run(status_after(error))
+        closed = self._thread.submit(self._close, error)
+        self._thread.shutdown()
+        if error is None:
+            for future in (self._opened, *self._written, closed):
+                future.result()
+
+    def _close(self, error: BaseException | None) -> None:
+        self._tracker.set_tags(self._run_id, error_tags(error))
+        self._tracker.client.set_terminated(self._run_id, status_after(error))
+
+    def submit(self, action: Action) -> None:
+        """Have `action` done after everything submitted before. Raises what kept MLflow from being opened."""
+        if self._opened.done():
+            self._opened.result()
+        while self._written and self._written[0].done() and self._written[0].exception() is None:
+            self._written.popleft()
+        self._written.append(self._thread.submit(lambda: action(self._tracker, self._run_id)))
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Log numbers of a step."""
-        self._mlflow.log_metrics(dict(values), step=step, synchronous=False)
+        self.submit(lambda tracker, run_id: tracker.log_numbers(run_id, values, step=step))
 
     def image(self, key: str, path: Path, step: int) -> None:
         """Log a picture of a step; MLflow shows those of one key with a slider, side by side for several runs."""
         from PIL import Image
 
         with Image.open(path) as picture:
-            picture.load()
-        self._mlflow.log_image(picture, key=key, step=step)
-
-    def tag(self, tags: Mapping[str, str]) -> None:
-        """Set tags."""
-        self._mlflow.set_tags(dict(tags))
+            picture.load()  # now: the file may change before it is its turn
+        self.submit(lambda tracker, run_id: tracker.client.log_image(run_id, picture, key=key, step=step))
 
 
 class PipelineRun:
@@ -237,7 +263,7 @@ class PipelineRun:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        self.tag(error_tags(error))
+        self.tracker.set_tags(self.run_id, error_tags(error))
         self._end_children()
         self.tracker.client.set_terminated(self.run_id, status_after(error))
 
@@ -251,11 +277,6 @@ class PipelineRun:
         """Return what the stages of this flow belong to."""
         return Belonging(self.run_id, {key: value for key, value in self.tags.items() if key != "stage"})
 
-    def tag(self, tags: Mapping[str, str]) -> None:
-        """Set tags."""
-        for key, value in tags.items():
-            self.tracker.client.set_tag(self.run_id, key, value)
-
     def log_stages(self, outs: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
         """Record what each stage came to, {stage: {path: hash}}, and the run that computed it, whoever's that was.
 
@@ -264,10 +285,10 @@ class PipelineRun:
         versions = {stage: version(made) for stage, made in outs.items()}
         found = {stage: self.tracker.find_stage_run(stage, made) for stage, made in versions.items()}
         run_ids = {stage: run_id for stage, run_id in found.items() if run_id}
-        self.tag({f"dvc.out.{stage}": made for stage, made in versions.items()})
-        self.tag({f"run_id.{stage}": run_id for stage, run_id in run_ids.items()})
+        tags = {f"dvc.out.{stage}": made for stage, made in versions.items()}
+        tags |= {f"run_id.{stage}": run_id for stage, run_id in run_ids.items()}
         everything = {path: md5 for made in outs.values() for path, md5 in made.items()}
-        self.tag({"mlflow.note.content": describe_run(self.tags, everything)})
+        self.tracker.set_tags(self.run_id, {**tags, "mlflow.note.content": describe_run(self.tags, everything)})
         return run_ids
 
     def log_results(self, metrics: Mapping[str, Any], files: Mapping[str, Path]) -> None:
@@ -277,7 +298,7 @@ class PipelineRun:
 
     def log_dataset(self, facts: Path, outs: Mapping[str, str]) -> None:
         """Log the data set of this dataset.json as an input."""
-        self.tracker.log_dataset(self.run_id, json.loads(facts.read_text()), version(outs), "training")
+        self.tracker.log_dataset(self.run_id, facts, version(outs), "training")
 
     def log_student(
         self, files: Mapping[str, Path], outs: Mapping[str, str], metrics: Mapping[str, Any], run_id: str | None
@@ -290,7 +311,7 @@ class PipelineRun:
         model_id = self.tracker.student_model(run_id or self.run_id, own, version(outs), {})
         self.tracker.link_model(self.run_id, model_id)
         numbers = {key: value for key, value in flat_numbers(metrics) if "/nfe_" in key}
-        self.tracker.log_numbers(self.run_id, numbers, model_id)
+        self.tracker.log_numbers(self.run_id, numbers, model_id=model_id)
 
 
 def shown_files(files: Mapping[str, Path]) -> dict[str, Path]:

@@ -154,7 +154,7 @@ def test_the_student_is_a_model_that_loads(root, tracker):
     made = run.data.tags["dvc.out"]
     again = tracker.student_model(run.info.run_id, {}, made, {})
     assert again == model_id, "the same weights are logged once"
-    tracker.log_numbers(run.info.run_id, {"fid_classifier/nfe_1": 2.5}, model_id)
+    tracker.log_numbers(run.info.run_id, {"fid_classifier/nfe_1": 2.5}, model_id=model_id)
     assert [m.key for m in tracker.client.get_logged_model(model_id).metrics] == ["fid_classifier/nfe_1"]
 
 
@@ -262,3 +262,26 @@ def test_a_tracking_server_out_of_reach_is_told_in_one_line(monkeypatch, tmp_pat
     with pytest.raises(UserError, match=r"MLflow at http://127\.0\.0\.1:9: ") as refused:
         Tracker(Path(tmp_path))
     assert "\n" not in str(refused.value)
+
+
+def test_a_stage_hears_of_it_when_tracking_fails(root, monkeypatch):
+    def refuse(self, origin):
+        raise UserError("MLflow is out of reach")
+
+    monkeypatch.setattr("flows.tracking.Tracker.__init__", refuse)
+    with pytest.raises(UserError, match="out of reach"):
+        running.run_stage("prepare", root)
+
+
+def test_a_training_does_not_end_for_a_number_that_could_not_be_written(root, monkeypatch, tracker, tmp_path):
+    monkeypatch.setenv("CM_STATE", str(tmp_path))
+
+    def refuse(self, *_, **__):
+        raise ConnectionError("gone for a while")
+
+    running.run_stage("prepare", root)
+    monkeypatch.setattr(Tracker, "log_numbers", refuse)
+    with pytest.raises(ConnectionError):
+        running.run_stage("teacher", root)
+    assert (root / "out/teacher/resumed.json").exists(), "it trained to its end all the same"
+    assert newest(tracker, "teacher").data.tags["dvc.out"] == dvc_md5(root / "out/teacher")
