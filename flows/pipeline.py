@@ -18,7 +18,7 @@ from prefect.context import TaskRunContext
 from prefect.futures import PrefectFuture
 from prefect.states import Completed
 
-from flows.dvcfiles import Cache, locked_outs, read_stages, stage_key, update_lock, upstream
+from flows.dvcfiles import Cache, Stage, locked_outs, read_stages, stage_key, update_lock, upstream
 from flows.embedded import embedded_prefect
 from flows.pipeline_artifacts import ProgressArtifact, show_metrics, show_pictures, show_tracking
 from flows.recipe import Recipe, flatten, write_active
@@ -90,11 +90,23 @@ def bring_up_all(workspace: Workspace, parent: PipelineRun) -> dict[str, dict[st
     for stage in stages.values():
         inputs = {earlier.name: futures[earlier.name] for earlier in upstream(stage, stages)}
         named = bring_up.with_options(task_run_name=stage.name)
-        futures[stage.name] = named.submit(stage.name, inputs, workspace, variables)
+        shared = {"OMP_NUM_THREADS": str(threads_for(stage, stages)), **variables}
+        futures[stage.name] = named.submit(stage.name, inputs, workspace, shared)
     try:
         return {stage: _outcome(stage, future, workspace) for stage, future in futures.items()}
     finally:
         workspace.stop()  # before the parent run ends, and with it all that runs for it
+
+
+def threads_for(stage: Stage, stages: Mapping[str, Stage]) -> int:
+    """Return how many threads a stage computes with: all cores, shared with the stages that read the same inputs.
+
+    Threads beyond the cores slow each other down several times. OMP_NUM_THREADS in the environment decides alone.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return int(os.environ["OMP_NUM_THREADS"])
+    beside = [other for other in stages.values() if upstream(other, stages) == upstream(stage, stages)]
+    return max(1, (os.cpu_count() or 1) // len(beside))
 
 
 def key_unless_gone(context: TaskRunContext, parameters: dict[str, Any]) -> str:

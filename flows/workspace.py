@@ -288,8 +288,6 @@ class Workspace:
             "PYTHONUNBUFFERED": "1",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             "DVC_NO_ANALYTICS": "1",
-            # Two stages may run side by side, and threads beyond the cores slow each other down several times.
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2))),
         }
 
     def stop(self) -> None:

@@ -11,9 +11,7 @@ import threading
 import httpx
 import pytest
 import yaml
-from miniature import REPOSITORY, git, make_workspace
 from rich.console import Console
-from test_workspace import runs, wait_for
 
 from cm_core.methods.ct import CT
 from flows import declare
@@ -23,6 +21,8 @@ from flows.recipe import Recipe, load_recipe, recipe_names, write_active
 from flows.stages.student import Student
 from flows.tracking import Tracker
 from flows.workspace import StageFailed
+from miniature import REPOSITORY, git, make_workspace
+from test_workspace import runs, wait_for
 
 
 def test_every_recipe_is_a_deployment_with_its_values_in_the_form():
