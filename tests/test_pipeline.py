@@ -15,7 +15,7 @@ from rich.console import Console
 
 from cm_core.methods.ct import CT
 from flows import declare
-from flows.dvcfiles import Cache, load_yaml, locked_outs
+from flows.dvcfiles import Cache, load_yaml, locked_outs, read_stages
 from flows.errors import UserError
 from flows.recipe import Recipe, load_recipe, recipe_names, write_active
 from flows.stages.student import Student
@@ -44,6 +44,16 @@ def pipeline():
 def test_runs_have_readable_names(pipeline):
     assert pipeline.title(Recipe(), "digits-cd") == "digits-cd · cd heun N=18"
     assert pipeline.title(Recipe(student=Student(method=CT())), "") == "ct s0=2 s1=150"
+
+
+def test_stages_side_by_side_share_the_cores(pipeline, monkeypatch):
+    stages = read_stages(REPOSITORY)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    threads = {name: pipeline.threads_for(stage, stages) for name, stage in stages.items()}
+    assert threads == {"prepare": 8, "features": 4, "teacher": 4, "student": 8, "sample": 8, "evaluate": 8}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert pipeline.threads_for(stages["teacher"], stages) == 3
 
 
 def test_progress_that_cannot_be_shown_ends_nothing(pipeline, monkeypatch, capsys):
