@@ -30,6 +30,13 @@ from flows.stages.student import Student
 from flows.stages.teacher import Teacher
 
 RECIPES_DIR, ACTIVE_FILE = Path("params/recipes"), Path("params/active.yaml")
+PATH_KEYS = (  # values that may name a local file or folder
+    "data.source.path",
+    "data.source.heldout_path",
+    "data.source.urls",
+    "features.weights",
+    "student.method.distance.weights",
+)
 
 
 class Recipe(Params):
@@ -97,6 +104,25 @@ def load_recipe(name: str, overrides: Sequence[str] = (), *, root: Path) -> Reci
     for override in overrides:
         tree = merge(tree, parse_override(override))
     return validate(tree, source=path, origins=[override.split("=", 1)[0] for override in overrides])
+
+
+def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
+    """Return the recipe with its local paths made absolute, `~` too: a flow run works in a clone, far from `base`."""
+    tree = recipe.model_dump(mode="json")
+    for key in PATH_KEYS:
+        *sections, name = key.split(".")
+        section = tree
+        for part in sections:
+            section = section.get(part) or {}
+        if section.get(name):
+            section[name] = _absolute(section[name], base)
+    return Recipe.model_validate(tree)
+
+
+def _absolute(path: str | list[str], base: Path) -> str | list[str]:
+    if isinstance(path, list):
+        return [_absolute(one, base) for one in path]
+    return path if "://" in path else str(base / Path(path).expanduser())
 
 
 def load_active(root: Path) -> Recipe:

@@ -19,6 +19,7 @@ from flows.recipe import (
     merge,
     parse_override,
     recipe_names,
+    with_absolute_paths,
     write_active,
 )
 
@@ -160,6 +161,23 @@ def test_active_recipe_round_trips(root):
     before = path.stat().st_mtime_ns
     write_active(recipe, root)
     assert path.stat().st_mtime_ns == before
+
+
+def test_local_paths_become_absolute_because_runs_work_in_a_clone(root, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    source = "data.source={kind: images, path: %s}"
+    found = {
+        path: with_absolute_paths(load_recipe("tiny", [source % path], root=root), root).data.source.path
+        for path in ("pictures.zip", "~/pictures", "/data/x", "s3://bucket/x/")
+    }
+    assert found == {
+        "pictures.zip": str(root / "pictures.zip"),
+        "~/pictures": "/home/someone/pictures",
+        "/data/x": "/data/x",
+        "s3://bucket/x/": "s3://bucket/x/",
+    }
+    plain = load_recipe("tiny", root=root)
+    assert with_absolute_paths(plain, root) == plain
 
 
 def test_scientific_notation_is_a_number(root):

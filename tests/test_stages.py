@@ -156,3 +156,10 @@ def test_lpips_without_its_weights_names_file_and_alternatives(tmp_path):
     assert isinstance(student.method.distance, Lpips)
     with pytest.raises(UserError, match=r"none\.pth"):
         _build_distance(student, None, tmp_path, None, Monitor())
+
+
+def test_strips_come_from_training_images_where_none_are_held_out(made, tmp_path):
+    recipe = small_recipe("digits-cd", "data.heldout_fraction=0")
+    run("prepare", recipe, tmp_path)
+    run("sample", recipe, tmp_path, teacher_dir=made / "teacher", student_dir=made / "student")
+    assert (tmp_path / "sample" / "strips.png").stat().st_size > 0

@@ -48,7 +48,8 @@ def check_image_shape(image_shape: Sequence[int], *, levels: int, kind: str) -> 
 
 def positional_frequencies(num: int, *, endpoint: bool) -> Tensor:
     """Return geometric angular frequencies [num] from 1 down to 1 / MAX_PERIOD, which `endpoint` includes."""
-    return MAX_PERIOD ** -(torch.arange(num) / (num - endpoint))
+    # On the CPU whatever the default device: on "meta" the division would import the compiler, for seconds.
+    return MAX_PERIOD ** -(torch.arange(num, device="cpu") / (num - endpoint))
 
 
 def one_hot(class_labels: Tensor | None, num_classes: int, like: Tensor) -> Tensor:

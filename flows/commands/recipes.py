@@ -70,9 +70,10 @@ def show(args: Namespace) -> None:
 
 def use(args: Namespace) -> None:
     """Write the resolved recipe to params/active.yaml."""
-    from flows.recipe import load_recipe, write_active
+    from flows.recipe import load_recipe, with_absolute_paths, write_active
 
-    path = write_active(load_recipe(args.recipe, args.overrides, root=home()), home())
+    recipe = load_recipe(args.recipe, args.overrides, root=home())
+    path = write_active(with_absolute_paths(recipe, Path.cwd()), home())
     print(f"{path}: holds {' '.join([args.recipe, *args.overrides])}; `cm why` says what `dvc repro` will do")
 
 

@@ -46,9 +46,9 @@ def stage(args: Namespace) -> None:
 
 def run(args: Namespace) -> None:
     """Run the pipeline and print what came of it."""
-    from flows.recipe import load_recipe
+    from flows.recipe import load_recipe, with_absolute_paths
 
-    recipe = load_recipe(args.recipe, args.overrides, root=home())
+    recipe = with_absolute_paths(load_recipe(args.recipe, args.overrides, root=home()), Path.cwd())
     name = " ".join([Path(args.recipe).stem, *args.overrides])
     result = run_pipeline(recipe, home(), name=name, keep=args.take_over)
     if args.json:

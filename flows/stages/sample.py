@@ -154,14 +154,16 @@ def _draw_row(
 
 @torch.no_grad()
 def _save_strips(spec: ModelSpec, f: Precond, dataset: Dataset, device: torch.device, path: Path) -> None:
-    """Held-out images at growing noise and what one network call makes of them."""
-    pixels = torch.from_numpy(np.array(dataset.heldout_images[:STRIP_IMAGES])).to(device)
+    """Held-out images, or training images where none are held out, noised more and more, and f of each."""
+    split = "heldout" if len(dataset.heldout_images) else "train"
+    images, classes = getattr(dataset, f"{split}_images"), getattr(dataset, f"{split}_labels")
+    pixels = torch.from_numpy(np.array(images[:STRIP_IMAGES])).to(device)
     x0 = from_pixels(pixels)
     eps = ImageNoise(0, range(len(x0)), spec.image_shape, device).draw()
     labels = None
     if spec.num_classes:
-        labels = torch.from_numpy(np.array(dataset.heldout_labels[:STRIP_IMAGES])).to(device)
-    rows = {"held-out": pixels.cpu().numpy()}
+        labels = torch.from_numpy(np.array(classes[:STRIP_IMAGES])).to(device)
+    rows = {split: pixels.cpu().numpy()}
     for sigma in STRIP_SIGMAS:
         x_t = x0 + sigma * eps
         rows[f"noised to {sigma:g}"] = to_pixels(x_t / max(1.0, sigma)).cpu().numpy()
