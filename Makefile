@@ -6,6 +6,11 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 
+# What the commands import: Python writes their byte code once, here, instead of in the first run of each.
+USED := import flows.pipeline, flows.run_stage, mlflow.store.tracking.sqlalchemy_store, dvc.commands.repro, \
+	prefect.server.api.server, matplotlib.pyplot, sklearn.datasets, cm_core.torchvision_shim as shim; \
+	shim.ensure_torchvision(); import torch_fidelity.metrics
+
 BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -22,14 +27,16 @@ install: $(INSTALLED) ## Make .venv; the other targets do so by themselves (3 mi
 
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
-	@echo "Making .venv (1 of 3): $$(grep -c == requirements.lock) packages of requirements.lock"
+	@echo "Making .venv (1 of 4): $$(grep -c == requirements.lock) packages of requirements.lock"
 	@$(PYTHON) -m venv .venv
 	@$(PIP_INSTALL) --constraint requirements.lock --upgrade pip # older ones take twice as long for the rest
 	@$(PIP_INSTALL) --no-deps -r requirements.lock
-	@echo "Making .venv (2 of 3): $(TORCH)"
+	@echo "Making .venv (2 of 4): $(TORCH)"
 	@$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
-	@echo "Making .venv (3 of 3): this project"
+	@echo "Making .venv (3 of 4): this project"
 	@$(PIP_INSTALL) --quiet --no-deps --no-build-isolation --editable . # twice quiet: setuptools warns of what is meant
+	@echo "Making .venv (4 of 4): byte code of the modules in use"
+	@PREFECT_HOME=$(CURDIR)/.cm/prefect $(BIN)/python -W ignore -c "$(USED)"
 	@touch $@
 
 demo: $(INSTALLED) ## Real images, a teacher, a distilled and an isolated student, their metrics (5 minutes on 2 cores)
