@@ -53,6 +53,8 @@ class Tracker:
         given = os.environ.get("MLFLOW_TRACKING_URI")
         self.uri = given or f"sqlite:///{origin / 'mlflow.db'}"
         mlflow.set_tracking_uri(self.uri)
+        if given is None:  # MLflow also writes it into the environment, where only the user's choice belongs
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
         self.client: MlflowClient = mlflow.MlflowClient(self.uri)
         self.experiment_id = self._open_experiment(None if given else (origin / "mlruns").as_uri())
 

@@ -20,6 +20,7 @@ SMALL = [
     "data.max_images=48",
     "sample.num_images=6",
     "sample.batch_size=4",
+    "sample.teacher_images=6",
     "sample.teacher_sampler.num_steps=2",
 ]
 TRAIN = {"num_steps": 4, "batch_size": 8, "log_every": 1, "save_every": 2, "grid_every": 2}

@@ -48,8 +48,8 @@ def check_image_shape(image_shape: Sequence[int], *, levels: int, kind: str) -> 
 
 def positional_frequencies(num: int, *, endpoint: bool) -> Tensor:
     """Return geometric angular frequencies [num] from 1 down to 1 / MAX_PERIOD, which `endpoint` includes."""
-    # On the CPU whatever the default device: on "meta" the division would import the compiler, for seconds.
-    return MAX_PERIOD ** -(torch.arange(num, device="cpu") / (num - endpoint))
+    # Numbers, not tensor arithmetic: on the device "meta", where recipes are checked, that imports the compiler.
+    return torch.tensor([MAX_PERIOD ** -(i / (num - endpoint)) for i in range(num)])
 
 
 def one_hot(class_labels: Tensor | None, num_classes: int, like: Tensor) -> Tensor:
