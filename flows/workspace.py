@@ -30,6 +30,7 @@ CLONE, EDITS_FILE, LIVE_FILE, DONE_FILE = "workspace", "edits.patch", "live", "d
 SOURCES = ("--", ".", f":(exclude){LOCK_FILE}", f":(exclude){PARAMS_FILE}")
 KEPT_DONE, KEPT_FAILED = 2, 5  # folders of finished runs; a failed one serves debugging
 MAX_UNTRACKED = 50 * 2**20  # bytes of new files that a run may capture
+MAX_NAME = 60  # characters of a run's name in its folder's; overrides can make it longer than a file system takes
 USER_ERROR = 2  # the exit code of `cm` for bad input
 DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
 DVC_CHATTER = (  # advice and bookkeeping that says nothing about the stage
@@ -133,7 +134,7 @@ def _make_folder(runs: Path, run_name: str) -> Path:
     runs.mkdir(parents=True, exist_ok=True)
     _clean(runs)
     safe = re.sub(r"[^\w.-]+", "-", run_name).strip("-.")
-    return Path(tempfile.mkdtemp(prefix=f"{safe}-", dir=runs))
+    return Path(tempfile.mkdtemp(prefix=f"{safe[:MAX_NAME]}-", dir=runs))
 
 
 def _clean(runs: Path) -> None:

@@ -296,3 +296,8 @@ def test_progress_is_passed_on_when_it_changes(tmp_path):
     progress.look()
     progress.look()
     assert seen == [{"done": 1}]
+
+
+def test_a_run_of_many_overrides_has_a_folder_all_the_same(tmp_path):
+    folder = workspace._make_folder(tmp_path, "cifar10-cd " + "data.source.path=/a/b/c " * 40)
+    assert folder.is_dir() and len(folder.name) < 80

@@ -3,6 +3,7 @@
 import gc
 import signal
 import sys
+import textwrap
 import time
 from argparse import Namespace
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from flows.workspace import home
 if TYPE_CHECKING:
     from flows.recipe import Recipe
 
+MAX_NAME = 120  # characters of a run's name, however many overrides it has
 DISTILLED, ISOLATED = "digits-cd", "digits-ct"  # the recipes of the demo
 CHARTS = "?workflowType=machine_learning&compareRunsMode=CHART"
 Metrics = Mapping[str, Mapping[str, float]]  # as in metrics.json: <metric>_<network> -> images -> value
@@ -52,7 +54,7 @@ def run(args: Namespace) -> None:
     from flows.recipe import load_recipe, with_absolute_paths
 
     recipe = with_absolute_paths(load_recipe(args.recipe, args.overrides, root=home()), Path.cwd())
-    name = " ".join([Path(args.recipe).stem, *args.overrides])
+    name = textwrap.shorten(" ".join([Path(args.recipe).stem, *args.overrides]), MAX_NAME, placeholder=" ...")
     result = run_pipeline(recipe, home(), name=name, keep=args.take_over)
     if args.json:
         print_json(result)
