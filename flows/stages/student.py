@@ -1,5 +1,6 @@
 """Stage `student`: train the consistency model, distilled from the teacher or in isolation."""
 
+import copy
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -91,17 +92,17 @@ def student(
     )
     origin = {"init_from": student.initial_weights, "seed": derive_seed(seed, "init")}
     monitor.remark(f"first weights: {origin['init_from']}")
-    model, target = (_first_weights(spec, student.train, origin, teacher_dir, device) for _ in range(2))
-    keeps_target = student.method.keeps_target
+    model = _first_weights(spec, student.train, origin, teacher_dir, device)
+    target = copy.deepcopy(model) if student.method.keeps_target else None
     models = Models(
         student=model,
-        target=target if keeps_target else model,
+        target=model if target is None else target,
         teacher=teacher,
         distance=_build_distance(student, dataset, state_dir, device, monitor),
     )
     out_dir.mkdir(parents=True, exist_ok=True)
     run_training(
-        TrainState.start(model, target if keeps_target else None, student.train),
+        TrainState.start(model, target, student.train),
         student.method,
         models,
         batches,
