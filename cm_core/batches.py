@@ -55,7 +55,8 @@ class Batches:
         """Return which images batch `step` holds, [B]; each epoch visits every image once."""
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, offsets = np.divmod(positions, len(self.images))
-        return np.array([self._order(int(e))[o] for e, o in zip(epochs, offsets, strict=True)])
+        orders = [self._order(int(epoch))[offsets[epochs == epoch]] for epoch in np.unique(epochs)]
+        return np.concatenate(orders)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng(derive_seed(self.seed, "order", epoch)).permutation(len(self.images))
