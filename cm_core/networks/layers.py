@@ -22,6 +22,7 @@ from cm_core.tensors import expand_like
 Filter = Literal["box", "fir"]
 
 EMB_MULT = 4  # width of the embedding in base channels: all published configurations
+KINDS_OF_BLOCKS = 64  # shapes, resamplings and modes of a network's blocks, each compiled once
 MAX_PERIOD = 10_000  # of the positional embedding (DDPM)
 
 
@@ -353,6 +354,14 @@ class UNet(nn.Module):
             elif isinstance(module, Attention):
                 yield module.proj
         yield self.output
+
+
+def compile_blocks(net: nn.Module) -> None:
+    """Let torch.compile make code for the repeated blocks, once for each kind of them, not for the whole network."""
+    blocks = [module for module in net.modules() if isinstance(module, Block)]
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS_OF_BLOCKS)
+    for block in blocks or [net]:
+        block.compile()
 
 
 def _encoder(
