@@ -115,6 +115,10 @@ class BoxDown(nn.Module):
     """Halve the resolution by 2x2 averaging."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if fuses(x):
+            from cm_core.networks.kernels import halve
+
+            return halve(x, 1 / 4)
         return F.avg_pool2d(x, 2)
 
 
@@ -122,6 +126,10 @@ class BoxUp(nn.Module):
     """Double the resolution by repeating each pixel."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if fuses(x):
+            from cm_core.networks.kernels import double
+
+            return double(x, 1.0)
         return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
