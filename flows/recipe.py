@@ -20,7 +20,7 @@ from cm_core.distances import Lpips, check_lpips_shape
 from cm_core.networks import Network, SongUNetParams
 from cm_core.noise import Noise
 from cm_core.params import Params
-from cm_core.sampling import check_levels
+from cm_core.sampling import TeacherSampler, check_levels
 from flows.errors import UserError
 from flows.stages.evaluate import Evaluate
 from flows.stages.features import ClassifierFeatures, Features
@@ -75,7 +75,22 @@ class Recipe(Params):
             self._fits(shape)
         for mid in self.sample.mid_sigmas:
             check_levels([self.noise.sigma_max, *mid], sigma_min=self.noise.sigma_min)
+        if self.teacher is not None:
+            self._can_guide("sample.teacher_sampler", self.sample.teacher_sampler, self.teacher)
+            self._can_guide("teacher.grid_sampler", self.teacher.grid_sampler, self.teacher)
         return self
+
+    def _can_guide(self, key: str, sampler: TeacherSampler, teacher: Teacher) -> None:
+        """Refuse guidance by a teacher that does not know images both with and without label."""
+        if sampler.guidance == 1:
+            return
+        if not self.conditional:
+            raise ValueError(f"{key}.guidance={sampler.guidance:g} needs labels, and conditional is false")
+        if teacher.method.label_dropout == 0:
+            raise ValueError(
+                f"{key}.guidance={sampler.guidance:g} needs a teacher that was trained without labels too, and "
+                "teacher.method.label_dropout is 0; 0.1 is usual"
+            )
 
     def _fits(self, shape: tuple[int, int, int]) -> None:
         """Refuse networks and distances that cannot work on images of this shape."""
