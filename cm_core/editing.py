@@ -139,6 +139,35 @@ def denoise(f: Denoiser, noise: Draws, x: Tensor, sigmas: Sequence[float], *, si
     return _walk(f, noise, x, sigmas, sigma_min=sigma_min, noisy=True)
 
 
+def interpolate_samples(
+    f: Denoiser, a: Draws, b: Draws, weights: Tensor, sigmas: Sequence[float], *, sigma_min: float
+) -> Tensor:
+    """Return samples on the way from what noise a is drawn to, weight 0, to what noise b is, weight 1, [F, C, H, W].
+
+    Both ends are the images that `multistep` draws at the same levels.
+    """
+    return _walk(f, InterpolatedNoise(a, b, weights), torch.zeros(()), sigmas, sigma_min=sigma_min)
+
+
+def interpolate_images(
+    f: Denoiser,
+    noise: Draws,  # of one image
+    a: Tensor,  # [1, C, H, W]
+    b: Tensor,
+    weights: Tensor,  # [F] in 0..1
+    sigmas: Sequence[float],
+    *,
+    sigma_min: float,
+) -> Tensor:
+    """Return images on the way between two, [F, C, H, W], which keep what survives noise of the first level.
+
+    Both get the same noise, so that the great circle between the two noisy images keeps its level in between.
+    """
+    frames = SharedNoise(noise, len(weights))
+    eps = sigmas[0] * frames.draw()
+    return _walk(f, frames, slerp(a + eps, b + eps, weights), sigmas, sigma_min=sigma_min, noisy=True)
+
+
 def _walk(
     f: Denoiser,
     noise: Draws,

@@ -22,6 +22,7 @@ from cm_core.noise import Noise
 from cm_core.params import Params
 from cm_core.sampling import TeacherSampler, check_levels
 from flows.errors import UserError
+from flows.stages.edit import Edit
 from flows.stages.evaluate import Evaluate
 from flows.stages.features import ClassifierFeatures, Features
 from flows.stages.prepare import Data
@@ -60,6 +61,8 @@ class Recipe(Params):
     """Training of the consistency model."""
     sample: Sample = Sample()
     """Images drawn for the evaluation."""
+    edit: Edit = Edit()
+    """The editing gallery."""
     evaluate: Evaluate = Evaluate()
     """Metrics and report."""
 
@@ -93,9 +96,10 @@ class Recipe(Params):
             )
 
     def _fits(self, shape: tuple[int, int, int]) -> None:
-        """Refuse networks and distances that cannot work on images of this shape."""
+        """Refuse networks, distances and edits that cannot work on images of this shape."""
         if isinstance(self.student.method.distance, Lpips):
             check_lpips_shape(shape)
+        self.edit.check(shape, self.noise)
         if self.student.dropout is not None and "dropout" not in type(self.network).model_fields:
             raise ValueError(
                 f"student.dropout={self.student.dropout}, and network.kind={self.network.kind} has no dropout"
@@ -239,7 +243,8 @@ def validate(tree: Mapping[str, Any], *, source: Path, origins: Sequence[str] = 
     try:
         return _build(Recipe, tree, "")
     except _Refused as refused:
-        place = f"--set {refused.key}" if _within(refused.key, origins) else f"{source}: {refused.key or 'recipe'}"
+        given = _within(refused.key, origins) or refused.key.startswith(tuple(f"{key}." for key in origins))
+        place = f"--set {refused.key}" if given else f"{source}: {refused.key or 'recipe'}"
         raise UserError(f"{place}{refused.value}: {refused.reason}") from None
 
 

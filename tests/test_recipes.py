@@ -94,6 +94,8 @@ REFUSED = [
     ("student.train.save_every=30", "student.train", "save_every=30 must be a multiple of log_every=100"),
     ("sample.mid_sigmas=[[90]]", "recipe", "must decrease and stay above sigma_min"),
     ("sample.teacher_sampler.guidance=2", "recipe", "guidance=2 needs labels, and conditional is false"),
+    ("edit.factor=3", "recipe", "edit.factor=3 does not divide images of 8x8 pixels"),
+    ("edit.tasks=[paint]", "--set edit.tasks", "'inpaint', 'colorize'"),
     ("student=3", "--set student=3", "must be a section with keys method"),
     ("teacher.train.emas=[]", "--set teacher.train.emas", "at least 1"),
     ("features=resnet", "--set features", "inception-v3-compat"),
