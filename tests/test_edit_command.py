@@ -21,7 +21,9 @@ MODELS = {
     "grey": {"form": "skip", "image_shape": (1, 8, 8)},
     "classes": {"form": "skip", "image_shape": (3, 8, 8), "num_classes": 3},
     "wide": {"form": "skip", "image_shape": (3, 4, 8)},
+    "unshifted": {"form": "unshifted", "image_shape": (3, 8, 8)},
     "teacher": {"form": "denoiser", "image_shape": (3, 8, 8)},
+    "halved": {"form": "euler", "image_shape": (3, 8, 8)},
 }
 
 
@@ -92,7 +94,7 @@ def opened(name):
     return np.asarray(Image.open(name).convert("RGB"))
 
 
-@pytest.mark.parametrize("model", ["student", "piecewise"])
+@pytest.mark.parametrize("model", ["student", "piecewise", "unshifted"])
 @pytest.mark.parametrize("mask", ["mask.png", "mask_palette.png", "mask_alpha.png"])
 def test_inpaint_keeps_every_known_pixel(edit, mask, model):
     results, said = edit("inpaint", "a.png", "--mask", mask, "--steps", "3", "--n", "4", "--model", f"out/{model}")
@@ -223,6 +225,7 @@ def test_options_speak_of_what_there_is():
         (("stroke", "photo.jpg", "--resize", "none"), ["photo.jpg", "40x60", "8x8"]),
         (("stroke", "a.png", "--model", "out/wide"), ["a.png", "8x8", "8x4"]),
         (("stroke", "a.png", "--model", "out/teacher"), ["out/teacher", "teacher", "consistency model"]),
+        (("stroke", "a.png", "--model", "out/halved"), ["out/halved", "progressive distillation"]),
         (("stroke", "a.png", "--model", "nowhere"), ["nowhere", "model.json"]),
         (("stroke", "a.png", "--sigma", "90"), ["--sigma 90", "80"]),
         (("stroke", "a.png", "--sigma", "nan"), ["--sigma nan"]),

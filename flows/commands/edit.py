@@ -127,7 +127,7 @@ def superres(args: Namespace) -> None:
 def _fill_in(editor: Editor, y: "Tensor", operator: "Operator", shown: "Mapping[str, np.ndarray]") -> None:
     from cm_core import editing
 
-    sigmas, sigma_min = editing.filling_sigmas(editor.spec.noise, editor.args.steps), editor.spec.noise.sigma_min
+    sigmas, sigma_min = editing.filling_sigmas(editor.spec.noise, editor.args.steps), editor.spec.boundary
 
     def make(f: "Denoiser", noise: "Draws", count: int) -> "Tensor":
         return editing.fill_in(f, noise, y.expand(count, -1, -1, -1), operator, sigmas, sigma_min=sigma_min)
@@ -145,7 +145,7 @@ def stroke(args: Namespace) -> None:
     y = editor.to_tensor(pixels)
 
     def make(f: "Denoiser", noise: "Draws", count: int) -> "Tensor":
-        return editing.repaint(f, noise, y.expand(count, -1, -1, -1), sigmas, sigma_min=editor.spec.noise.sigma_min)
+        return editing.repaint(f, noise, y.expand(count, -1, -1, -1), sigmas, sigma_min=editor.spec.boundary)
 
     editor.write(editor.draw(make), sigmas, {"image": pixels})
 
@@ -164,7 +164,7 @@ def denoise(args: Namespace) -> None:
     x = editor.to_tensor(pixels)
 
     def make(f: "Denoiser", noise: "Draws", count: int) -> "Tensor":
-        return editing.denoise(f, noise, x.expand(count, -1, -1, -1), sigmas, sigma_min=editor.spec.noise.sigma_min)
+        return editing.denoise(f, noise, x.expand(count, -1, -1, -1), sigmas, sigma_min=editor.spec.boundary)
 
     editor.write(editor.draw(make), sigmas, {"image": pixels})
 
@@ -190,7 +190,7 @@ def _interpolate_samples(editor: Editor) -> None:
 
     def make(f: "Denoiser", _: "Draws", count: int) -> "Tensor":
         weights = editor.weights(count)
-        return editing.interpolate_samples(f, a, b, weights, sigmas, sigma_min=editor.spec.noise.sigma_min)
+        return editing.interpolate_samples(f, a, b, weights, sigmas, sigma_min=editor.spec.boundary)
 
     editor.write(editor.draw(make, at_once=True), sigmas, {})
 
@@ -205,7 +205,7 @@ def _interpolate_pictures(editor: Editor) -> None:
 
     def make(f: "Denoiser", _: "Draws", count: int) -> "Tensor":
         weights = editor.weights(count)
-        return editing.interpolate_images(f, noise, a, b, weights, sigmas, sigma_min=editor.spec.noise.sigma_min)
+        return editing.interpolate_images(f, noise, a, b, weights, sigmas, sigma_min=editor.spec.boundary)
 
     shown = {f"image {name}": pixels for name, pixels in zip("AB", pictures, strict=True)}
     editor.write(editor.draw(make, at_once=True), sigmas, shown)

@@ -36,12 +36,14 @@ class Editor:
     """A student and the options of a command: reads pictures in its shape, draws results, writes them."""
 
     def __init__(self, args: Namespace) -> None:
+        from cm_core.editing import NOT_CONSISTENT
         from flows.stages.models import pick_device, to_device
 
         self.args, self.name = args, args.model or str(home() / "out" / "student")
         self.spec, net = load(self.name)
-        if self.spec.form == "denoiser":
-            raise UserError(f"{self.name}: is a teacher; editing needs a consistency model, such as out/student")
+        if self.spec.form in NOT_CONSISTENT:
+            what = "teacher" if self.spec.form == "denoiser" else "student of progressive distillation"
+            raise UserError(f"{self.name}: is a {what}; editing needs a consistency model")
         self._check_label()
         self.device = pick_device()
         self.net = to_device(net, self.device)
@@ -64,7 +66,7 @@ class Editor:
         if not sigma <= noise.sigma_max:
             raise UserError(f"--sigma {sigma:g}: the model knows noise up to {noise.sigma_max:g}")
         try:
-            check_levels(sigmas, sigma_min=noise.sigma_min)
+            check_levels(sigmas, sigma_min=self.spec.boundary)
         except ValueError as error:
             raise UserError(f"--sigma {sigma:g} --steps {self.args.steps}: {error}") from error
         return sigmas

@@ -121,6 +121,9 @@ def edit(edit: Edit, prepare_dir: Path, student_dir: Path, out_dir: Path, monito
 
 
 def _possible(edit: Edit, spec: ModelSpec, monitor: Monitor) -> list[str]:
+    if spec.form in editing.NOT_CONSISTENT:
+        monitor.remark("no gallery: the student is no consistency model")
+        return []
     if "colorize" in edit.tasks and spec.image_shape[0] != 3:
         monitor.remark("colorize is left out: the images are grey")
         return [name for name in edit.tasks if name != "colorize"]
@@ -135,7 +138,7 @@ def _some_images(dataset: Dataset, count: int, device: torch.device) -> Original
 
 
 def _tasks(edit: Edit, spec: ModelSpec, device: torch.device) -> dict[str, Task]:
-    sigma_min = spec.noise.sigma_min
+    sigma_min = spec.boundary
     filling, strokes = filling_sigmas(spec.noise, edit.num_steps), falling_sigmas(edit.stroke_sigma, STROKE_STEPS)
     operators = {
         "inpaint": editing.inpaint(_make_mask(edit, spec).to(device)),
@@ -234,7 +237,7 @@ def _interpolate(edit: Edit, spec: ModelSpec, f: Precond, device: torch.device, 
         ends = [ImageNoise(edit.seed, [index], spec.image_shape, device) for index in indices]
         labels = torch.full((FRAMES,), pair % spec.num_classes, device=device) if spec.num_classes else None
         labelled = partial(f, labels=labels)
-        drawn = editing.interpolate_samples(labelled, *ends, weights, sigmas, sigma_min=spec.noise.sigma_min)
+        drawn = editing.interpolate_samples(labelled, *ends, weights, sigmas, sigma_min=spec.boundary)
         rows["sample {} to {}".format(*indices)] = to_pixels(drawn).cpu().numpy()
     save_rows(rows, path)
     return {"picture": path.name, "nfe": len(sigmas), "sigmas": sigmas}
