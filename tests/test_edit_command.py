@@ -2,17 +2,14 @@
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from cm_core.editing import LUMINANCE
-from cm_core.model import ModelSpec, save_model
-from cm_core.networks import MLPParams
-from cm_core.noise import Noise
 from flows.commands.edit import RESIZES
 from flows.commands.editor import TRAITS as SAID
 from flows.images import RESIZE, TRAITS
 from flows.recipe import Recipe, write_active
+from miniature import save_untrained
 from test_cli import run
 
 MODELS = {
@@ -35,14 +32,7 @@ def workspace(tmp_path_factory):
     (root / "dvc.yaml").write_text("stages: {}\n")
     write_active(Recipe(), root)
     for name, what in MODELS.items():
-        spec = ModelSpec(network=MLPParams(), noise=Noise(), **what)
-        torch.manual_seed(0)
-        model = spec.build()
-        with torch.no_grad():
-            for weights in model.parameters():
-                weights.normal_(0, 0.1)
-        (root / "out" / name).mkdir(parents=True)
-        save_model(root / "out" / name, spec, model.state_dict())
+        save_untrained(root / "out" / name, **what)
     write_pictures(root)
     return root
 
