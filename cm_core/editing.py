@@ -197,10 +197,18 @@ def filling_sigmas(levels: Noise, num_steps: int) -> list[float]:
     return levels.grid(num_steps + 1).tolist()[:-1]
 
 
-def falling_sigmas(sigma: float, num_steps: int) -> list[float]:
-    """Return levels from `sigma` on, each the same part of the one before as in the paper's pair for strokes."""
+def falling_sigmas(levels: Noise, sigma: float, num_steps: int) -> list[float]:
+    """Return levels from `sigma` on, each the same part of the one before as in the paper's pair for strokes.
+
+    Raises ValueError where they leave the range that the model knows.
+    """
     ratio = STROKE_SIGMAS[1] / STROKE_SIGMAS[0]
-    return [sigma * ratio**step for step in range(num_steps)]
+    sigmas = [sigma * ratio**step for step in range(num_steps)]
+    if not levels.sigma_min < sigmas[-1] <= sigmas[0] <= levels.sigma_max:
+        words = " to ".join(f"{level:g}" for level in dict.fromkeys((sigmas[0], sigmas[-1])))
+        allowed = f"above sigma_min={levels.sigma_min:g} and up to sigma_max={levels.sigma_max:g}"
+        raise ValueError(f"noise levels must lie {allowed}, got {words}")
+    return sigmas
 
 
 class InterpolatedNoise:

@@ -151,8 +151,14 @@ def test_levels_out_of_order_are_refused(edit):
 
 
 def test_strokes_fall_in_the_papers_ratio():
-    assert falling_sigmas(5.38, 2) == pytest.approx([5.38, 2.24])
-    assert falling_sigmas(1.0, 3) == pytest.approx([1, 0.41636, 0.17336], abs=1e-5)
+    assert falling_sigmas(Noise(), 5.38, 2) == pytest.approx([5.38, 2.24])
+    assert falling_sigmas(Noise(), 1.0, 3) == pytest.approx([1, 0.41636, 0.17336], abs=1e-5)
+
+
+@pytest.mark.parametrize("sigma", [80.1, 0.002, 0.004, -1.0, float("nan")])
+def test_levels_outside_of_the_models_range_are_refused(sigma):
+    with pytest.raises(ValueError, match=r"must lie above sigma_min=0\.002 and up to sigma_max=80"):
+        falling_sigmas(Noise(), sigma, 2)
 
 
 def test_repainting_keeps_what_survives_the_first_level():

@@ -262,8 +262,9 @@ def test_edits_that_do_not_fit_the_images_are_refused(made, tmp_path):
     recipe = small_recipe("digits-cd")
     for change, reason in (
         ({"factor": 3}, "edit.factor=3 does not divide images of 8x8 pixels"),
-        ({"denoise_sigma": 0.001}, "edit.denoise_sigma=0.001: noise levels must decrease"),
-        ({"stroke_sigma": 0.003}, "edit.stroke_sigma=0.003: noise levels must decrease"),
+        ({"denoise_sigma": 0.001}, "edit.denoise_sigma=0.001: noise levels must lie above sigma_min=0.002"),
+        ({"stroke_sigma": 0.003}, "edit.stroke_sigma=0.003: noise levels must lie above sigma_min=0.002"),
+        ({"stroke_sigma": 81.0}, "edit.stroke_sigma=81: noise levels must lie .* up to sigma_max=80"),
     ):
         changed = recipe.model_copy(update={"edit": recipe.edit.model_copy(update=change)})
         with pytest.raises(UserError, match=reason):

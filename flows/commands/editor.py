@@ -60,16 +60,11 @@ class Editor:
     def levels(self, sigma: float) -> list[float]:
         """Return the noise levels from --sigma on, one a step; UserError where the model knows no such levels."""
         from cm_core.editing import falling_sigmas
-        from cm_core.sampling import check_levels
 
-        noise, sigmas = self.spec.noise, falling_sigmas(sigma, self.args.steps)
-        if not sigma <= noise.sigma_max:
-            raise UserError(f"--sigma {sigma:g}: the model knows noise up to {noise.sigma_max:g}")
         try:
-            check_levels(sigmas, sigma_min=self.spec.boundary)
+            return falling_sigmas(self.spec.noise, sigma, self.args.steps)
         except ValueError as error:
             raise UserError(f"--sigma {sigma:g} --steps {self.args.steps}: {error}") from error
-        return sigmas
 
     def size_of(self, path: Path) -> tuple[int, int]:
         """Return width and height of a picture, as seen."""

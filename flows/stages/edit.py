@@ -19,7 +19,7 @@ from cm_core.noise import Noise
 from cm_core.params import Params
 from cm_core.precond import Precond
 from cm_core.randomness import derive_seed, make_generator
-from cm_core.sampling import ImageNoise, check_levels
+from cm_core.sampling import ImageNoise
 from cm_core.solvers import Denoiser
 from cm_core.tensors import from_pixels, to_pixels
 from flows.dataset import Dataset, load_dataset
@@ -57,16 +57,13 @@ class Edit(Params):
     """Seed of all noise."""
 
     def check(self, image_shape: tuple[int, int, int], noise: Noise) -> None:
-        """Raise ValueError unless the patches fit the images and the levels lie above sigma_min."""
+        """Raise ValueError unless patches and noise levels fit the images."""
         _, height, width = image_shape
         if {"superres", "stroke"} & set(self.tasks) and (height % self.factor or width % self.factor):
             raise ValueError(f"edit.factor={self.factor} does not divide images of {width}x{height} pixels")
-        for key, sigmas in (
-            ("stroke_sigma", falling_sigmas(self.stroke_sigma, STROKE_STEPS)),
-            ("denoise_sigma", [self.denoise_sigma]),
-        ):
+        for key, num_steps in (("stroke_sigma", STROKE_STEPS), ("denoise_sigma", 1)):
             try:
-                check_levels(sigmas, sigma_min=noise.sigma_min)
+                falling_sigmas(noise, getattr(self, key), num_steps)
             except ValueError as error:
                 raise ValueError(f"edit.{key}={getattr(self, key):g}: {error}") from error
 
@@ -139,7 +136,8 @@ def _some_images(dataset: Dataset, count: int, device: torch.device) -> Original
 
 def _tasks(edit: Edit, spec: ModelSpec, device: torch.device) -> dict[str, Task]:
     sigma_min = spec.boundary
-    filling, strokes = filling_sigmas(spec.noise, edit.num_steps), falling_sigmas(edit.stroke_sigma, STROKE_STEPS)
+    filling = filling_sigmas(spec.noise, edit.num_steps)
+    strokes = falling_sigmas(spec.noise, edit.stroke_sigma, STROKE_STEPS)
     operators = {
         "inpaint": editing.inpaint(_make_mask(edit, spec).to(device)),
         "colorize": editing.colorize(device=device),
