@@ -79,4 +79,6 @@ def report(args: argparse.Namespace, facts: dict[str, Any], rows: list[dict[str,
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:,.3g}" if isinstance(value, float) and value < 100 else f"{value:,.0f}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.3g}" if value < 100 else f"{value:,.0f}"

@@ -1,7 +1,7 @@
 """Time the evaluation of generated images against real ones with classifier features, each part on its own.
 
-    python -m benchmarks.evaluate                                          # 50,000 against 50,000, on the GPU
-    python -m benchmarks.evaluate --images 1347 --size 8 --width 16        # the digits, on a laptop
+python -m benchmarks.evaluate                                          # 50,000 against 50,000, on the GPU
+python -m benchmarks.evaluate --images 1347 --size 8 --width 16        # the digits, on a laptop
 """
 
 import argparse
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks.common import hardware, report, synchronise
 from cm_core.evaluation import MetricParams, Reference, compare

@@ -1,7 +1,7 @@
 """Time sampling: images drawn by one network call each, quantised and written as one array; and the multistep samplers.
 
-    python -m benchmarks.sample                                  # 50,000 images of DDPM++, on the GPU
-    python -m benchmarks.sample --channels 16 --blocks 1 --size 8 --images 32 --batch-size 16     # a laptop, seconds
+python -m benchmarks.sample                                  # 50,000 images of DDPM++, on the GPU
+python -m benchmarks.sample --channels 16 --blocks 1 --size 8 --images 32 --batch-size 16     # a laptop, seconds
 """
 
 import tempfile
@@ -21,6 +21,7 @@ from cm_core.sampling import ImageNoise, TeacherSampler, multistep
 from flows.stages.models import pick_device, to_device
 from flows.stages.sample import write_images
 
+VARIANTS = ("fused", "fp32", "autocast")
 SAMPLERS = {"one step": (1, [80.0]), "two steps": (2, [80.0, 0.821]), "heun, 18 levels": (35, None)}
 
 
@@ -60,7 +61,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--images", type=int, default=50_000)
     arguments.add_argument("--batch-size", type=int, default=1000)
-    arguments.add_argument("--variants", nargs="+", choices=("fused", "fp32", "autocast"), default=["fused", "autocast"])
+    arguments.add_argument(
+        "--variants", nargs="+", choices=("fused", "fp32", "autocast"), default=["fused", "autocast"]
+    )
     args = arguments.parse_args(argv)
     device, rows = pick_device(), []
     for name in SAMPLERS:

@@ -53,7 +53,7 @@ class Step:
         teacher = self._model(variant, device).eval().requires_grad_(False) if method.needs_teacher else None
         distance = method.distance.build(shape) if hasattr(method, "distance") else None
         self.method, self.models = method, Models(student.train(), student, teacher, distance)
-        self.state = TrainState.start(student, None, self.train)
+        self.state = TrainState(student, self.train)
         pixels = np.random.default_rng(0).integers(0, 256, (max(NUM_IMAGES, args.batch_size), *shape[1:], 3), np.uint8)
         self.batches = Batches(pixels, None, batch_size=args.batch_size, seed=0, device=device, flip=True)
 
@@ -74,7 +74,7 @@ class Step:
         step = self.state.step
         generator = make_generator(self.batches.device, 0, "step", step)
         context = StepContext(step, self.train.num_steps, NOISE, generator, step)
-        train_step(self.state, self.method, self.models, self.batches, context, self.train)
+        train_step(self.state, self.method, self.models, self.batches, context)
 
 
 class DiffusersUNet(nn.Module):
@@ -99,7 +99,9 @@ class DiffusersUNet(nn.Module):
             norm_num_groups=min(32, widths[0] // 4),
         )
 
-    def forward(self, x: Tensor, noise_labels: Tensor, class_labels: None = None, augment_labels: None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, noise_labels: Tensor, class_labels: None = None, augment_labels: None = None
+    ) -> Tensor:
         return self.unet(x, noise_labels).sample
 
 

@@ -1,4 +1,4 @@
-"""Replay a network's passes as CUDA graphs: one launch for hundreds of kernels, where the host would be the slower one."""
+"""Replay a network's passes as CUDA graphs: one launch for hundreds of kernels, where the host would be slower."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ def replay_passes(net: nn.Module) -> None:
     """Let `net` record each kind of pass when it comes for the second time, and replay it from then on.
 
     A pass is of one kind with another if shapes, mode and precision agree; grids and last batches of other sizes run as
-    before. Parameters may change in place between passes. A pass with gradients has to be followed by its backward pass
-    and the optimiser's step before the next, because gradients are handed out where the graph writes them: no
-    accumulation over several batches.
+    before. Parameters may change in place between passes. A pass whose backward pass is still to come keeps its graph
+    to itself, and gradients are handed out where the graph writes them: further passes, and passes that add to
+    gradients that are already there, run as before.
     """
     plain, seen, recorded = net.forward, set(), {}
     trained = [p for p in net.parameters() if p.requires_grad]
@@ -29,6 +29,8 @@ def replay_passes(net: nn.Module) -> None:
         if kind not in recorded:
             recorded[kind] = _Pass(plain, trained if torch.is_grad_enabled() else [], args)
         found = recorded[kind]
+        if found.is_taken():
+            return plain(*args)
         return _Replay.apply(found, args, *found.parameters)
 
     net.forward = forward
@@ -49,7 +51,7 @@ class _Pass:
     """A recorded forward pass and, where there are parameters to train, its backward pass."""
 
     def __init__(self, forward: Any, parameters: list[Tensor], args: tuple[Tensor | None, ...]) -> None:
-        self.parameters = parameters
+        self.parameters, self._awaits_backward = parameters, False
         self.inputs = [None if arg is None else arg.detach().clone() for arg in args]
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._forward, capture_error_mode="thread_local"):
@@ -61,7 +63,12 @@ class _Pass:
                 self._gradients = torch.autograd.grad(self._out, parameters, self._d_out, allow_unused=True)
         self._out = self._out.detach()
 
+    def is_taken(self) -> bool:
+        """Whether a replay would write over activations or gradients that are still needed."""
+        return self._awaits_backward or any(p.grad is not None for p in self.parameters)
+
     def forward(self, args: tuple[Tensor | None, ...]) -> Tensor:
+        self._awaits_backward = bool(self.parameters)
         for held, arg in zip(self.inputs, args, strict=True):
             if arg is not None:
                 held.copy_(arg)
@@ -69,6 +76,7 @@ class _Pass:
         return self._out.clone()
 
     def backward(self, d_out: Tensor) -> list[Tensor | None]:
+        self._awaits_backward = False
         self._d_out.copy_(d_out)
         self._backward.replay()
         return [None if gradient is None else gradient.detach() for gradient in self._gradients]

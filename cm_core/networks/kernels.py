@@ -314,7 +314,9 @@ def _norm_backward(
         d_before = rstd * (scale * sum_dz - pixels * mean_dz - sum_normed * mean_dz_normed)
         tl.store(d_before_ptr + image * channels + channel, d_before, mask=valid)
     if whole:
-        normed, dz = _normed_and_dz(x, dy, mask, mean, rstd, scale, shift, silu)  # computed again: holding them costs more
+        normed, dz = _normed_and_dz(
+            x, dy, mask, mean, rstd, scale, shift, silu
+        )  # computed again: holding them costs more
         _store_dx(dx_ptr, normed, dz, mean_dz, mean_dz_normed, rstd, scale, pixel, channel, channels, mask)
     else:
         for start in range(0, pixels, height):

@@ -50,9 +50,14 @@ def forward_mode_attention() -> Iterator[None]:
         yield
 
 
+def is_plain() -> bool:
+    """Whether `plain_layers` is in force."""
+    return _plain.get()
+
+
 def fuses(x: Tensor) -> bool:
     """Whether layers run `x` through the kernels of this package: on a GPU, unless torch.compile makes its own."""
-    return x.is_cuda and not torch.compiler.is_compiling() and not _plain.get()
+    return x.is_cuda and not torch.compiler.is_compiling() and not is_plain()
 
 
 def conv_without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
