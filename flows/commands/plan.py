@@ -11,7 +11,7 @@ from flows.workspace import home
 if TYPE_CHECKING:
     from flows.recipe import Recipe
 
-# bf16 matrix products, FLOP/s, and memory, bytes: H100 and H200 as measured (docs/performance.md), A100 by its data sheet.
+# bf16 matrix products, FLOP/s, and memory, bytes. H100 and H200 as measured (docs/performance.md), A100 by its sheet.
 GPUS = {"a100": (312e12, 80 << 30), "h100": (798e12, 80 << 30), "h200": (787e12, 140 << 30)}
 EXPECTED_SHARE = 0.5  # of these products, in bf16: measured 0.47 to 0.55 (docs/performance.md)
 FP32_SHARE = 0.05  # the same in fp32
