@@ -113,7 +113,14 @@ def add_augment(emb: Tensor, layer: nn.Linear | None, augment_labels: Tensor | N
 def group_norm(channels: int, *, eps: float) -> nn.GroupNorm:
     """Normalise over min(32, channels / 4) groups, or the next smaller number that divides `channels`."""
     groups = next(n for n in range(min(32, channels // 4), 0, -1) if channels % n == 0)
-    return nn.GroupNorm(groups, channels, eps=eps)
+    return GroupNorm(groups, channels, eps=eps)
+
+
+class GroupNorm(nn.GroupNorm):
+    """In fp32 under autocast on every device: on the CPU its forward-mode derivative is fp32 beside a bf16 value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.dtype.itemsize >= 4 else x.float())
 
 
 class BoxDown(nn.Module):

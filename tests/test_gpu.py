@@ -1,0 +1,130 @@
+"""What only a GPU can show: kernels, graphs and masks. Skipped where there is none; a minute where there is one."""
+
+import copy
+
+import pytest
+import torch
+
+from cm_core.graphs import replay_passes
+from cm_core.methods.base import Batch, Models, StepContext
+from cm_core.methods.scm import SCM
+from cm_core.model import ModelSpec
+from cm_core.networks import DhariwalUNetParams, SongUNetParams
+from cm_core.networks.layers import plain_layers
+from cm_core.noise import Noise
+from cm_core.randomness import dropout_seed
+from cm_core.sampling import ImageNoise
+from flows.stages.models import to_device
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+CUDA, SHAPE, BATCH = torch.device("cuda"), (3, 32, 32), 32
+SMALL = {"channels": 32, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (16,)}
+NETWORKS = {
+    "ddpmpp": SongUNetParams(**SMALL),
+    "ncsnpp": SongUNetParams(**SMALL, encoder="residual", resample_filter="fir", fourier_scale=0.02),
+    "adm": DhariwalUNetParams(**SMALL, channels_per_head=16),
+    "adm_added": DhariwalUNetParams(**SMALL, channels_per_head=16, scale_shift=False),
+}
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """No TF32, which would hide differences."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def build(network, *, form="unshifted", dropout=0.0, autocast=None, noise=None):
+    """A model whose residual branches are not near zero, as they are at the start, so that everything shows."""
+    noise = noise or Noise()
+    params = network.model_copy(update={"dropout": dropout})
+    spec = ModelSpec(form=form, network=params, noise=noise, image_shape=SHAPE)
+    model = spec.build(autocast=autocast)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.05 * torch.randn(p.shape, generator=generator) + (p if p.ndim == 1 else 0))
+    return to_device(model, CUDA)
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    x0 = torch.randn(BATCH, *SHAPE, generator=generator).to(CUDA)
+    return x0, torch.logspace(-2, 1.8, BATCH).to(CUDA)
+
+
+def pass_through(model, seed=3):
+    x, sigma = inputs()
+    model.zero_grad()
+    with dropout_seed(seed, CUDA):
+        out = model(x, sigma)
+    out.square().mean().backward()
+    return [out.detach().clone(), *(p.grad.clone() for p in model.parameters())]
+
+
+def relative(found, expected):
+    """|found - expected| / |expected| over all tensors of a list."""
+    difference = sum((a.double() - b.double()).square().sum() for a, b in zip(found, expected, strict=True))
+    return (difference / sum(b.double().square().sum() for b in expected)).sqrt().item()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("autocast", "tolerance"), [(None, 1e-5), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"])
+def test_kernels_compute_what_the_plain_network_computes(name, autocast, tolerance):
+    model = build(NETWORKS[name], dropout=0.0)
+    with plain_layers():
+        expected = pass_through(model)
+    model.autocast = autocast
+    found = pass_through(model)
+    assert relative(found[:1], expected[:1]) < tolerance
+    assert relative(found[1:], expected[1:]) < tolerance
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_passes_with_and_without_gradients_recorded_or_not_drop_the_same(autocast):
+    model = build(NETWORKS["ddpmpp"], dropout=0.5, autocast=autocast).train()
+    x, sigma = inputs()
+    first = None
+    for replayed in (False, True):
+        if replayed:
+            replay_passes(model.net)
+        for _ in range(3):  # once plainly, once recording, once replaying
+            with dropout_seed(3, CUDA):
+                trained = model(x, sigma).detach()
+            with torch.no_grad(), dropout_seed(3, CUDA):
+                target = model(x, sigma)
+            first = trained if first is None else first
+            torch.testing.assert_close(trained, first, rtol=1e-2, atol=1e-2)
+            torch.testing.assert_close(target, first, rtol=1e-2, atol=1e-2)
+    with dropout_seed(4, CUDA):
+        assert (model(x, sigma) - first).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_derivative_sees_the_mask_of_the_pass_that_is_trained(autocast):
+    """sCM's forward-mode pass runs the plain layers, its trained pass the kernels: the same activations must go."""
+    model = build(NETWORKS["ddpmpp"], dropout=0.5, autocast=autocast, noise=Noise(c_noise="angle")).train()
+    x0, sigma = inputs()
+    context = StepContext(0, 1, Noise(), torch.Generator(CUDA).manual_seed(0), dropout_seed=5)
+    with torch.no_grad():
+        x_in, f_minus, g = SCM().tangent_at(Models(model, model), Batch(x0, None), context, sigma, 1.0)
+    with dropout_seed(5, CUDA):
+        f = -model.raw(x_in, sigma)
+    assert g.isfinite().all()
+    assert relative([f.detach()], [f_minus]) < (1e-4 if autocast is None else 3e-2)
+
+
+def test_the_network_agrees_with_the_cpu():
+    model = build(NETWORKS["ddpmpp"])
+    x, sigma = inputs()
+    with torch.no_grad():
+        found, expected = model(x, sigma).cpu(), copy.deepcopy(model).cpu()(x.cpu(), sigma.cpu())
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_noise_of_an_image_is_the_same_on_every_device():
+    a, b = (ImageNoise(7, range(100, 140), SHAPE, torch.device(device)) for device in ("cpu", "cuda"))
+    for _ in range(2):
+        torch.testing.assert_close(a.draw(), b.draw().cpu(), rtol=1e-6, atol=1e-6)
