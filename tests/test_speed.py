@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import fused_formulas
-from cm_core.cost import step_cost
+from cm_core.cost import StepCost, advice, step_cost
+from cm_core.loop import Train
 from cm_core.memory import recompute_blocks, split_passes
 from cm_core.methods.base import grid_on
 from cm_core.methods.cd import CD
@@ -20,7 +21,9 @@ from cm_core.model import ModelSpec
 from cm_core.networks import DhariwalUNetParams, SongUNetParams, layers
 from cm_core.noise import Noise
 from cm_core.philox import normals, philox
+from cm_core.profiling import RECORDED, SKIPPED, profiled
 from cm_core.randomness import dropout_seed
+from flows.cli import main
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -139,6 +142,46 @@ def test_published_network_costs_what_the_paper_counts():
     cost = step_cost(EDM(), spec, num_emas=1, bytes_per_value=2)
     assert cost.parameters == 55_732_739
     assert cost.flops_per_image == pytest.approx(3 * 42.4e9, rel=0.01)
+
+
+def test_advice_names_the_mildest_change_under_which_a_training_fits():
+    cost = StepCost(
+        parameters=1, flops_per_image=8, forward_flops=2, state_bytes=100, image_bytes=10, checkpointed_image_bytes=4
+    )
+    train = Train(batch_size=12)
+    whole = cost.peak_bytes(train)
+    assert advice(cost, train, whole, "student") is None
+    assert "it would with student.train.accumulate=2" in advice(cost, train, whole - 1, "student")
+    assert advice(cost, train, whole - 110, "student").endswith("accumulate=12")
+    in_both_ways = advice(cost, train, whole - 116, "teacher")
+    assert in_both_ways.endswith("teacher.train.accumulate=12 teacher.train.checkpoint_activations=true")
+    assert "not even one image at a time" in advice(cost, train, whole - 117, "student")
+    assert cost.flops_per_train_image(train.model_copy(update={"accumulate": 2, "checkpoint_activations": True})) == 12
+
+
+def test_parts_have_to_divide_the_batch():
+    with pytest.raises(ValueError, match="accumulate=5 must divide batch_size=12"):
+        Train(batch_size=12, accumulate=5)
+
+
+@pytest.mark.slow
+def test_plan_prints_what_the_trainings_of_a_recipe_cost(capsys):
+    assert main(["plan", "digits-cd", "--gpu", "h200", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    teacher, student = planned["trainings"]
+    assert (planned["gpu"], teacher["training"], student["training"]) == ("h200", "teacher", "student")
+    assert student["flops_per_image"] == pytest.approx(2 * teacher["flops_per_image"], rel=0.05)  # six passes, three
+    assert student["advice"] is None
+
+
+@pytest.mark.slow
+def test_a_profile_is_written_where_the_variable_points(tmp_path):
+    with profiled(tmp_path / "profile") as on_step:
+        for _ in range(SKIPPED + 1 + RECORDED):
+            torch.ones(8) + 1
+            on_step()
+    assert "aten::add" in (tmp_path / "profile" / "kernels.txt").read_text()
+    assert json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
 
 
 BENCHMARKS = {

@@ -70,6 +70,7 @@ def run_training(
     _resume(state, state_dir, monitor)
     log = _TrainingLog(state_dir / "log", before=state.step)
     averaged = to_device(spec.build(autocast=train.autocast), batches.device).eval().requires_grad_(False)
+    _keep_compiled(state_dir.parent / "compiled", batches.device)
     _prepare_passes(models, train)
     speed = _checked_speed(state, method, spec, batches.device, out_dir.name)
     profile_dir = Path(os.environ[PROFILE_VARIABLE]) if PROFILE_VARIABLE in os.environ else None
@@ -100,6 +101,13 @@ def _checked_speed(state: TrainState, method: Method, spec: ModelSpec, device: t
         if problem:
             raise UserError(f"{torch.cuda.get_device_name(device)}: {problem}")
     return speed
+
+
+def _keep_compiled(folder: Path, device: torch.device) -> None:
+    """Keep compiled kernels beside the training states: files named by content, good on any GPU of the kind."""
+    if device.type == "cuda":
+        for variable, compiler in (("TRITON_CACHE_DIR", "triton"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
+            os.environ.setdefault(variable, str(folder / compiler))
 
 
 def _prepare_passes(models: Models, train: Train) -> None:
