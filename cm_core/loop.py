@@ -212,7 +212,8 @@ def train_step(
     if state.target is not None:
         update_target(state.target, state.model, decay=method.target_decay_at(context.step, context.num_steps))
     state.step = context.step + 1
-    return loss, grad_norm
+    # Without its graph, which would outlive this step: the next pass could not be recorded (graphs.py) beside it.
+    return loss._replace(per_sample=loss.per_sample.detach()), grad_norm
 
 
 def fit(
@@ -241,7 +242,7 @@ def fit(
         generator = make_generator(batches.device, seed, "step", step)
         context = StepContext(step, train.num_steps, noise, generator, derive_seed(seed, "dropout", step))
         loss, grad_norm = train_step(state, method, models, batches, context)
-        window.append((step, Loss(loss.per_sample.detach(), loss.sigma, loss.scalars), grad_norm))
+        window.append((step, loss, grad_norm))
         on_step()
         if state.step % train.log_every == 0 or state.step == train.num_steps:
             yield _summarise(window)
