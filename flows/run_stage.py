@@ -3,10 +3,13 @@
 import gc
 import importlib
 import inspect
+import os
 import shutil
 import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from flows.tracking import (
     recipe_name,
     shown_files,
 )
-from flows.workspace import cache_of, describe_code, origin
+from flows.workspace import LIFELINE_VARIABLE, cache_of, describe_code, origin
 
 PREPARED, FACTS_FILE = "out/prepare", "dataset.json"
 TRAINS = ("features", "teacher", "student")
@@ -49,6 +52,8 @@ def run_stage(name: str, root: Path) -> None:
     inputs = {path: dvc_md5(root / path) for path in stages[name].deps if path.startswith("out/")}
     parameters = inspect.signature(function).parameters
     with _Signals(deferred="state_dir" in parameters) as signals, ExitStack() as stack:
+        if LIFELINE_VARIABLE in os.environ:
+            threading.Thread(target=_end_with_caller, daemon=True).start()
         run = stack.enter_context(_tracked_run(stages[name], root, recipe, inputs))
         monitor = StageMonitor(name, run, signals.received)
         given: dict[str, Any] = {"out_dir": _emptied(root / "out" / name), "monitor": monitor}
@@ -100,6 +105,19 @@ def _state(stage: Stage, root: Path, inputs: Mapping[str, str], monitor: Monitor
         yield folder
 
 
+def _end_with_caller() -> None:
+    """Wait for the end of standard input, which comes when the flow's process is gone; then ask the stage to end.
+
+    Nobody reads its output any more, and a line that cannot be written must not keep a training from being saved.
+    """
+    while os.read(sys.stdin.fileno(), 1024):
+        pass
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 class _Signals:
     """SIGINT and SIGTERM while a stage runs: noted once for a stage that looks for them, else an exit at once."""
 
@@ -132,7 +150,8 @@ class _Signals:
         if not self._deferred or self._number:  # the second signal is for the impatient
             raise SystemExit(128 + number)
         self._number = number
-        print("stopping: the training state is being saved; a second signal stops at once", flush=True)
+        with suppress(BrokenPipeError):  # nobody listens any more
+            print("stopping: the training state is being saved; a second signal stops at once", flush=True)
 
 
 @contextmanager

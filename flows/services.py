@@ -1,0 +1,422 @@
+"""The services of one machine, as children of `cm up`: Prefect server, MLflow server, a worker for either pool.
+
+All they keep lies in the workspace: Prefect's database in .cm/prefect and MLflow's in mlflow.db, the same files that a
+run without servers uses, so that each shows the other's runs; logs and this module's own notes in .cm/services.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.deploy import HEARTBEAT_SECONDS, deploy, here
+from flows.devices import visible_devices
+from flows.dvcfiles import CPU, GPU
+from flows.errors import UserError
+from flows.locks import try_lock
+from flows.process import GRACE
+
+if TYPE_CHECKING:
+    import psutil
+
+HOST = "127.0.0.1"
+PREFECT_PORT, MLFLOW_PORT = 4200, 5000
+START_SECONDS = 180  # until a server answers; the first start makes its database
+WORKER_SECONDS = 3 * GRACE  # for flow runs to end their stages, which save their states, and to say so
+LOG_LINES = 15  # of a service that ended, shown to the user
+MLFLOW_SCHEMA = "mlflow"  # of PostgreSQL: both servers call a table alembic_version
+CPU_RUNS = 4  # flow runs at once in the pool `cpu`
+
+
+class ServiceEnded(RuntimeError):
+    """A service has ended that should run; the message says which, and the end of its log."""
+
+
+@dataclass(frozen=True)
+class Services:
+    """Where the services of a workspace are, or are to be."""
+
+    prefect: str
+    """Address of the Prefect server."""
+    mlflow: str
+    """Address of the MLflow server."""
+
+    @property
+    def prefect_api(self) -> str:
+        """Address of Prefect's API."""
+        return f"{self.prefect}/api"
+
+
+def folder_of(root: Path) -> Path:
+    """Return the folder of logs and notes."""
+    return root / ".cm" / "services"
+
+
+def client_variables(root: Path, services: Services) -> dict[str, str]:
+    """Return the environment variables with which a process of this workspace uses the services."""
+    return {
+        "PREFECT_API_URL": services.prefect_api,
+        "PREFECT_HOME": str(root / ".cm" / "prefect"),
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
+        "MLFLOW_TRACKING_URI": services.mlflow,
+        "DO_NOT_TRACK": "true",  # Prefect, MLflow
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DVC_NO_ANALYTICS": "1",
+    }
+
+
+def server_variables(root: Path, services: Services, database: str | None) -> dict[str, str]:
+    """Return what the servers' environment says beyond that; passwords stand here, not in a command line."""
+    port = services.prefect.rpartition(":")[2]
+    prefect_database, mlflow_database = _database_urls(root, database)
+    return {
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_API_HOST": HOST,
+        "PREFECT_SERVER_API_PORT": port,  # --port alone would leave the browser asking 4200
+        "PREFECT_SERVER_UI_API_URL": services.prefect_api,
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": prefect_database,
+        # Kept in memory, as is Prefect's habit, a restart would lose whose the slots are and never free them.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        "MLFLOW_BACKEND_STORE_URI": mlflow_database,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # 2 GB for jobs of language models
+    }
+
+
+def _database_urls(root: Path, database: str | None) -> tuple[str, str]:
+    """Return Prefect's and MLflow's database."""
+    if database is None:
+        return f"sqlite+aiosqlite:///{root / '.cm' / 'prefect' / 'prefect.db'}", f"sqlite:///{root / 'mlflow.db'}"
+    from sqlalchemy import make_url
+
+    url = make_url(database)
+    schema = {"options": f"-csearch_path={MLFLOW_SCHEMA}"}
+    urls = url.set(drivername="postgresql+asyncpg"), url.set(drivername="postgresql+psycopg2", query=schema)
+    return urls[0].render_as_string(hide_password=False), urls[1].render_as_string(hide_password=False)
+
+
+def prepare_database(database: str) -> None:
+    """Make MLflow's schema in a PostgreSQL database. Raises UserError where it cannot be reached or is none."""
+    import psycopg2
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(database)
+    except ArgumentError:
+        raise UserError("--database: not an address; expected postgresql://user:password@host:port/name") from None
+    shown = url.render_as_string(hide_password=True)
+    if url.drivername != "postgresql" or not url.database or url.query:
+        raise UserError(f"--database {shown}: expected postgresql://user:password@host:port/name")
+    try:
+        connection = psycopg2.connect(url.render_as_string(hide_password=False))
+    except psycopg2.OperationalError as error:
+        raise UserError(f"--database {shown}: {' '.join(str(error).split())}") from None
+    with connection, connection.cursor() as cursor:
+        cursor.execute(f"create schema if not exists {MLFLOW_SCHEMA}")
+    connection.close()
+
+
+def choose_port(port: int, option: str) -> int:
+    """Return a port that nobody listens on: this one, or for 0 any. Raises UserError where it is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise UserError(f"{option} {port}: {error.strerror}; choose another, or 0 for a free one") from None
+        return probe.getsockname()[1]
+
+
+class Child:
+    """A service: a process whose output goes to a log of its own."""
+
+    def __init__(self, name: str, command: Sequence[str], *, cwd: Path, env: Mapping[str, str], logs: Path) -> None:
+        self.name, self.log = name, logs / f"{name}.log"
+        if self.log.exists():
+            self.log.replace(logs / f"{name}.log.1")
+        with self.log.open("wb") as file:
+            # A session of its own: Ctrl-C in the terminal is for `cm up` alone, which ends its children in order.
+            self._popen = subprocess.Popen(
+                [sys.executable, "-m", *command],
+                cwd=cwd,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.pid = self._popen.pid
+
+    def check(self) -> None:
+        """Raise ServiceEnded if it has."""
+        code = self._popen.poll()
+        if code is not None:
+            last = self.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+            raise ServiceEnded(f"{self.name} ended with code {code}; the end of {self.log}:\n" + "\n".join(last))
+
+
+def up(
+    root: Path,
+    *,
+    prefect_port: int,
+    mlflow_port: int,
+    database: str | None,
+    on_start: Callable[[str], None],
+    on_ready: Callable[[Services], None],
+) -> None:
+    """Run the services until SIGINT or SIGTERM, then end them, trainings with their state saved.
+
+    `on_start` gets the name of each as it is started, `on_ready` the addresses once all answer. Raises UserError where
+    they run already or cannot, ServiceEnded when one of them ends by itself.
+    """
+    with _hold(root), _stop_signal() as stop:
+        services = Services(
+            f"http://{HOST}:{choose_port(prefect_port, '--prefect-port')}",
+            f"http://{HOST}:{choose_port(mlflow_port, '--mlflow-port')}",
+        )
+        if database:
+            prepare_database(database)
+        _run(root, services, database, on_start, on_ready, stop)
+
+
+def _run(
+    root: Path,
+    services: Services,
+    database: str | None,
+    on_start: Callable[[str], None],
+    on_ready: Callable[[Services], None],
+    stop: threading.Event,
+) -> None:
+    env = {**os.environ, **client_variables(root, services)}
+    servers, workers = [], []
+    try:
+        for name, command in _server_commands(root, services).items():
+            on_start(name)
+            server_env = {**env, **server_variables(root, services, database)}
+            servers.append(_start(root, services, name, command, server_env, servers))
+        _wait_for_answers(services, servers, stop)
+        if not stop.is_set():
+            os.environ.update(client_variables(root, services))
+            gpus = max(1, len(visible_devices()))
+            deploy(root, gpus=gpus, pool_type="process", pull_steps=here(root))
+            for name, command in _worker_commands(gpus).items():
+                on_start(name)
+                workers.append(_start(root, services, name, command, env, servers + workers))
+            on_ready(services)
+        while not stop.wait(0.5):
+            for child in servers + workers:
+                child.check()
+    finally:
+        _end_workers([child.pid for child in workers])
+        _end_all([child.pid for child in servers], GRACE)
+
+
+def _server_commands(root: Path, services: Services) -> dict[str, list[str]]:
+    artifacts = (root / "mlruns").as_uri()  # as without a server, so that every run's files are found by both
+    return {
+        "prefect": ["prefect", "server", "start"],
+        "mlflow": [
+            *("mlflow", "server", "--host", HOST, "--port", services.mlflow.rpartition(":")[2], "--workers", "1"),
+            *("--no-serve-artifacts", "--default-artifact-root", artifacts),
+        ],
+    }
+
+
+def _worker_commands(gpus: int) -> dict[str, list[str]]:
+    """Return the worker of each pool. One run more than GPUs may go on: its other work overlaps their trainings."""
+    limits = {GPU: gpus + 1, CPU: CPU_RUNS}
+    return {
+        f"worker-{pool}": [
+            *("prefect", "worker", "start", "--pool", pool, "--name", f"{pool}@{socket.gethostname()}"),
+            *("--type", "process", "--limit", str(limit), "--install-policy", "never"),
+        ]
+        for pool, limit in limits.items()
+    }
+
+
+def _start(
+    root: Path, services: Services, name: str, command: list[str], env: Mapping[str, str], others: Sequence[Child]
+) -> Child:
+    logs = folder_of(root) / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    child = Child(name, command, cwd=root, env=env, logs=logs)
+    _write_note(root, services, [*others, child])
+    return child
+
+
+def _wait_for_answers(services: Services, servers: Sequence[Child], stop: threading.Event) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not all(answering(services).values()) and not stop.wait(0.5):
+        for child in servers:
+            child.check()
+        if time.monotonic() > deadline:
+            silent = ", ".join(name for name, answers in answering(services).items() if not answers)
+            raise ServiceEnded(f"no answer from {silent} within {START_SECONDS} s; see its log")
+
+
+def answering(services: Services) -> dict[str, bool]:
+    """Return for each server whether it answers."""
+    return {
+        "prefect": _answers(f"{services.prefect_api}/health"),
+        "mlflow": _answers(f"{services.mlflow}/health"),
+    }
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def _stop_signal() -> Iterator[threading.Event]:
+    """Yield an event that SIGINT and SIGTERM set."""
+    stop = threading.Event()
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _hold(root: Path) -> Iterator[None]:
+    """Be the one `cm up` of this workspace, after ending what a killed one has left."""
+    folder = folder_of(root)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a") as lock:
+        if not try_lock(lock):
+            note = read_note(root)
+            raise UserError(
+                f"the services run already: Prefect {note['prefect']}, MLflow {note['mlflow']}; `cm down` stops them"
+            )
+        _end_leftovers(root)
+        try:
+            yield
+        finally:
+            _note_file(root).unlink(missing_ok=True)
+
+
+def is_running(root: Path) -> bool:
+    """Whether a `cm up` of this workspace runs."""
+    lock = folder_of(root) / "lock"
+    if not lock.exists():
+        return False
+    with lock.open("a") as file:
+        return not try_lock(file)
+
+
+def running(root: Path) -> Services | None:
+    """Return where the services of this workspace are, if they run."""
+    if not is_running(root) or not _note_file(root).exists():
+        return None
+    note = read_note(root)
+    return Services(note["prefect"], note["mlflow"])
+
+
+def use_running(root: Path) -> None:
+    """Make this process use the services of the workspace, if they run and the environment names no other server."""
+    services = running(root)
+    if services and "PREFECT_API_URL" not in os.environ and all(answering(services).values()):
+        for name, value in client_variables(root, services).items():
+            os.environ.setdefault(name, value)
+
+
+def down(root: Path) -> bool:
+    """Stop the `cm up` of this workspace and wait for its end; return whether there was one."""
+    was_running = is_running(root)
+    if was_running:
+        os.kill(read_note(root)["pid"], signal.SIGTERM)
+    while is_running(root):
+        time.sleep(0.2)
+    _end_leftovers(root)
+    return was_running
+
+
+def _note_file(root: Path) -> Path:
+    return folder_of(root) / "services.json"
+
+
+def read_note(root: Path) -> dict[str, Any]:
+    """Return what the `cm up` of this workspace has noted: addresses, its own process id, its children's."""
+    return json.loads(_note_file(root).read_text())
+
+
+def _write_note(root: Path, services: Services, children: Sequence[Child]) -> None:
+    import psutil
+
+    known = {
+        child.name: {"pid": child.pid, "created": psutil.Process(child.pid).create_time(), "log": str(child.log)}
+        for child in children
+    }
+    partial = _note_file(root).with_suffix(".partial")
+    partial.write_text(json.dumps({"pid": os.getpid(), **asdict(services), "children": known}))
+    partial.replace(_note_file(root))
+
+
+def _end_leftovers(root: Path) -> None:
+    """End the children that a killed `cm up` has left behind."""
+    import psutil
+
+    if not _note_file(root).exists():
+        return
+    for child in reversed(read_note(root)["children"].values()):
+        if psutil.pid_exists(child["pid"]) and psutil.Process(child["pid"]).create_time() == child["created"]:
+            _end_all([child["pid"]], GRACE)
+    _note_file(root).unlink()
+
+
+def _end_workers(pids: Sequence[int]) -> None:
+    """End workers and their flow runs: these end their stages and say what has become of them."""
+    everything = _trees(pids)
+    for process in everything:
+        if process.pid in pids or process.ppid() in pids:
+            _signal(process, signal.SIGTERM)
+    _kill_after(everything, WORKER_SECONDS)
+
+
+def _end_all(pids: Sequence[int], seconds: float) -> None:
+    """End processes and all they have started: SIGTERM, then SIGKILL."""
+    everything = _trees(pids)
+    for process in everything:
+        _signal(process, signal.SIGTERM)
+    _kill_after(everything, seconds)
+
+
+def _trees(pids: Sequence[int]) -> "list[psutil.Process]":
+    """Return these processes and all below them."""
+    import psutil
+
+    alive = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    return [process for top in alive for process in (top, *top.children(recursive=True))]
+
+
+def _signal(process: "psutil.Process", number: int) -> None:
+    import psutil
+
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        pass
+
+
+def _kill_after(processes: "Sequence[psutil.Process]", seconds: float) -> None:
+    import psutil
+
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    for process in alive:
+        _signal(process, signal.SIGKILL)
+    psutil.wait_procs(alive, timeout=GRACE)
