@@ -33,6 +33,7 @@ HOST = "127.0.0.1"
 PREFECT_PORT, MLFLOW_PORT = 4200, 5000
 START_SECONDS = 180  # until a server answers; the first start makes its database
 WORKER_SECONDS = 3 * GRACE  # for flow runs to end their stages, which save their states, and to say so
+LOOK_EVERY = 0.5  # seconds between two looks whether all is well
 LOG_LINES = 15  # of a service that ended, shown to the user
 MLFLOW_SCHEMA = "mlflow"  # of PostgreSQL: both servers call a table alembic_version
 CPU_RUNS = 4  # flow runs at once in the pool `cpu`
@@ -40,6 +41,18 @@ CPU_RUNS = 4  # flow runs at once in the pool `cpu`
 
 class ServiceEnded(RuntimeError):
     """A service has ended that should run; the message says which, and the end of its log."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `cm up` is asked for."""
+
+    prefect_port: int = PREFECT_PORT
+    mlflow_port: int = MLFLOW_PORT
+    database: str | None = None
+    """A PostgreSQL database for both servers; None: files in the workspace."""
+    workers: bool = True
+    """Whether workers are started, or the servers alone."""
 
 
 @dataclass(frozen=True)
@@ -165,15 +178,7 @@ class Child:
             raise ServiceEnded(f"{self.name} ended with code {code}; the end of {self.log}:\n" + "\n".join(last))
 
 
-def up(
-    root: Path,
-    *,
-    prefect_port: int,
-    mlflow_port: int,
-    database: str | None,
-    on_start: Callable[[str], None],
-    on_ready: Callable[[Services], None],
-) -> None:
+def up(root: Path, options: Options, *, on_start: Callable[[str], None], on_ready: Callable[[Services], None]) -> None:
     """Run the services until SIGINT or SIGTERM, then end them, trainings with their state saved.
 
     `on_start` gets the name of each as it is started, `on_ready` the addresses once all answer. Raises UserError where
@@ -181,44 +186,69 @@ def up(
     """
     with _hold(root), _stop_signal() as stop:
         services = Services(
-            f"http://{HOST}:{choose_port(prefect_port, '--prefect-port')}",
-            f"http://{HOST}:{choose_port(mlflow_port, '--mlflow-port')}",
+            f"http://{HOST}:{choose_port(options.prefect_port, '--prefect-port')}",
+            f"http://{HOST}:{choose_port(options.mlflow_port, '--mlflow-port')}",
         )
-        if database:
-            prepare_database(database)
-        _run(root, services, database, on_start, on_ready, stop)
+        if options.database:
+            prepare_database(options.database)
+        children = _Children(root, services, on_start)
+        try:
+            children.start_servers(options.database, stop)
+            if not stop.is_set():
+                os.environ.update(client_variables(root, services))
+                gpus = max(1, len(visible_devices()))
+                deploy(root, gpus=gpus, pool_type="process", pull_steps=here(root))
+                children.start_workers(_worker_commands(gpus) if options.workers else {})
+                on_ready(services)
+            while not stop.wait(LOOK_EVERY):
+                children.check()
+        finally:
+            children.end()
 
 
-def _run(
-    root: Path,
-    services: Services,
-    database: str | None,
-    on_start: Callable[[str], None],
-    on_ready: Callable[[Services], None],
-    stop: threading.Event,
-) -> None:
-    env = {**os.environ, **client_variables(root, services)}
-    servers, workers = [], []
-    try:
-        for name, command in _server_commands(root, services).items():
-            on_start(name)
-            server_env = {**env, **server_variables(root, services, database)}
-            servers.append(_start(root, services, name, command, server_env, servers))
-        _wait_for_answers(services, servers, stop)
-        if not stop.is_set():
-            os.environ.update(client_variables(root, services))
-            gpus = max(1, len(visible_devices()))
-            deploy(root, gpus=gpus, pool_type="process", pull_steps=here(root))
-            for name, command in _worker_commands(gpus).items():
-                on_start(name)
-                workers.append(_start(root, services, name, command, env, servers + workers))
-            on_ready(services)
-        while not stop.wait(0.5):
-            for child in servers + workers:
-                child.check()
-    finally:
-        _end_workers([child.pid for child in workers])
-        _end_all([child.pid for child in servers], GRACE)
+class _Children:
+    """The processes that `cm up` has started."""
+
+    def __init__(self, root: Path, services: Services, on_start: Callable[[str], None]) -> None:
+        self._root, self._services, self._on_start = root, services, on_start
+        self._env = {**os.environ, **client_variables(root, services)}
+        self._servers: list[Child] = []
+        self._workers: list[Child] = []
+
+    def start_servers(self, database: str | None, stop: threading.Event) -> None:
+        """Start the servers and wait until they answer. Raises ServiceEnded where one does not."""
+        env = {**self._env, **server_variables(self._root, self._services, database)}
+        for name, command in _server_commands(self._root, self._services).items():
+            self._servers.append(self._start(name, command, env))
+        deadline = time.monotonic() + START_SECONDS
+        while not all((answers := answering(self._services)).values()) and not stop.wait(LOOK_EVERY):
+            self.check()
+            if time.monotonic() > deadline:
+                silent = ", ".join(name for name, answered in answers.items() if not answered)
+                raise ServiceEnded(f"no answer from {silent} within {START_SECONDS} s; see its log")
+
+    def start_workers(self, commands: Mapping[str, Sequence[str]]) -> None:
+        """Start workers, which need a server that answers."""
+        for name, command in commands.items():
+            self._workers.append(self._start(name, command, self._env))
+
+    def check(self) -> None:
+        """Raise ServiceEnded if one of them has ended."""
+        for child in self._servers + self._workers:
+            child.check()
+
+    def end(self) -> None:
+        """End the workers and what runs on them, which then still has servers to report to; last the servers."""
+        _end_workers([child.pid for child in self._workers])
+        _end_all([child.pid for child in self._servers], GRACE)
+
+    def _start(self, name: str, command: Sequence[str], env: Mapping[str, str]) -> Child:
+        self._on_start(name)
+        logs = folder_of(self._root) / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        child = Child(name, command, cwd=self._root, env=env, logs=logs)
+        _write_note(self._root, self._services, [*self._servers, *self._workers, child])
+        return child
 
 
 def _server_commands(root: Path, services: Services) -> dict[str, list[str]]:
@@ -242,26 +272,6 @@ def _worker_commands(gpus: int) -> dict[str, list[str]]:
         ]
         for pool, limit in limits.items()
     }
-
-
-def _start(
-    root: Path, services: Services, name: str, command: list[str], env: Mapping[str, str], others: Sequence[Child]
-) -> Child:
-    logs = folder_of(root) / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    child = Child(name, command, cwd=root, env=env, logs=logs)
-    _write_note(root, services, [*others, child])
-    return child
-
-
-def _wait_for_answers(services: Services, servers: Sequence[Child], stop: threading.Event) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while not all(answering(services).values()) and not stop.wait(0.5):
-        for child in servers:
-            child.check()
-        if time.monotonic() > deadline:
-            silent = ", ".join(name for name, answers in answering(services).items() if not answers)
-            raise ServiceEnded(f"no answer from {silent} within {START_SECONDS} s; see its log")
 
 
 def answering(services: Services) -> dict[str, bool]:
