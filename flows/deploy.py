@@ -53,17 +53,17 @@ def read_template(root: Path, pool_type: str) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-def here(root: Path) -> Steps:
-    """Return the steps of a worker that shares this machine's folders: it works in the workspace itself."""
-    return [{"prefect.deployments.steps.set_working_directory": {"directory": str(root)}}]
+def in_folder(workspace: Path) -> Steps:
+    """Return the steps of a worker that has the workspace already, in this folder of its machine or image."""
+    return [{"prefect.deployments.steps.set_working_directory": {"directory": str(workspace)}}]
 
 
 def from_repository(url: str, branch: str) -> Steps:
     """Return the steps of a worker that has nothing: it clones a git repository first.
 
-    A private one is read with the token in the server's Secret block `git-token`.
+    One that is read over https needs the server's Secret block `git-token`; over ssh, the worker's own key.
     """
-    token = {"access_token": "{{ prefect.blocks.secret.git-token }}"} if "://" in url and "@" not in url else {}
+    token = {"access_token": "{{ prefect.blocks.secret.git-token }}"} if url.startswith("https://") else {}
     return [{"prefect.deployments.steps.git_clone": {"repository": url, "branch": branch, **token}}]
 
 

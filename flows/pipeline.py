@@ -75,7 +75,9 @@ def consistency(recipe: Recipe, name: str = "") -> dict[str, Any]:
         write_active(recipe, workspace.root)
         tags = {**describe_code(root), "recipe": name, **_flow_tags()}
         params = flatten(recipe.model_dump(mode="json"))
-        with PipelineRun(Tracker(workspace.origin), title(recipe, name), tags, params) as parent:
+        tracker = Tracker(workspace.origin)
+        end_lost_runs(tracker)
+        with PipelineRun(tracker, title(recipe, name), tags, params) as parent:
             stages = bring_up_all(workspace, parent)
             return finish(workspace, parent, stages, name)
 
@@ -85,6 +87,13 @@ def _flow_tags() -> dict[str, str]:
     tags = {"prefect.flow_run": runtime.flow_run.name, "prefect.flow_run_id": runtime.flow_run.id}
     page = runtime.flow_run.ui_url if os.environ.get("PREFECT_API_URL") else None
     return {**tags, **({"prefect.url": page} if page else {})}
+
+
+def end_lost_runs(tracker: Tracker) -> None:
+    """Say in MLflow of what an earlier start of this flow run has left open that it does not run any more."""
+    query = f"tags.`prefect.flow_run_id` = '{runtime.flow_run.id}' and attributes.status = 'RUNNING'"
+    for lost in tracker.client.search_runs([tracker.experiment_id], query):
+        tracker.client.set_terminated(lost.info.run_id, "KILLED")
 
 
 def bring_up_all(workspace: Workspace, parent: PipelineRun) -> dict[str, dict[str, Any]]:

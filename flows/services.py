@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.deploy import HEARTBEAT_SECONDS, deploy, here
+from flows.deploy import HEARTBEAT_SECONDS, deploy, in_folder
 from flows.devices import visible_devices
 from flows.dvcfiles import CPU, GPU
 from flows.errors import UserError
@@ -197,7 +197,7 @@ def up(root: Path, options: Options, *, on_start: Callable[[str], None], on_read
             if not stop.is_set():
                 os.environ.update(client_variables(root, services))
                 gpus = max(1, len(visible_devices()))
-                deploy(root, gpus=gpus, pool_type="process", pull_steps=here(root))
+                deploy(root, gpus=gpus, pool_type="process", pull_steps=in_folder(root))
                 children.start_workers(_worker_commands(gpus) if options.workers else {})
                 on_ready(services)
             while not stop.wait(LOOK_EVERY):

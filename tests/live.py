@@ -25,7 +25,7 @@ data: {source: digits, max_images: 64}
 network: {kind: song_unet, channels: 8, channel_mult: [1], num_blocks: 1, attn_resolutions: []}
 features: {kind: classifier, num_steps: 20, batch_size: 32}
 teacher: {train: {num_steps: 4, batch_size: 8, log_every: 1, save_every: 2, grid_every: 2}}
-student: {train: {num_steps: 4, batch_size: 8, log_every: 1, save_every: 2, grid_every: 2}}
+student: {train: {num_steps: 3000, batch_size: 8, log_every: 10, save_every: 100, grid_every: 1000}}
 sample: {num_images: 16, batch_size: 16, teacher_images: 8, teacher_sampler: {num_steps: 2}}
 """
 
@@ -131,13 +131,13 @@ class Up:
         answer.raise_for_status()
         return answer.json()
 
-    def submit(self, recipe: dict) -> str:
-        """Start a run of the deployment `tiny` with sections of its recipe laid over the page's; return its id."""
+    def submit(self, override: str) -> str:
+        """Start a run of the deployment `tiny` with one value changed, `key=value`; return its id."""
+        from flows.recipe import merge, parse_override
+
         deployment = self.get("/deployments/name/consistency/tiny")
-        merged = deployment["parameters"]["recipe"]
-        for section, values in recipe.items():
-            merged[section] = {**merged[section], **values}
-        parameters = {"recipe": merged, "name": "tiny"}
+        recipe = merge(deployment["parameters"]["recipe"], parse_override(override))
+        parameters = {"recipe": recipe, "name": "tiny"}
         return self.post(f"/deployments/{deployment['id']}/create_flow_run", parameters=parameters)["id"]
 
     def flow_run(self, run_id: str) -> dict:
@@ -156,13 +156,16 @@ class Up:
         found = self.post("/artifacts/filter", artifacts={"flow_run_id": {"any_": [run_id]}}, limit=200)
         return {artifact["key"]: artifact for artifact in found}
 
-    def wait_for(self, run_id: str, *names: str, seconds: float = 180) -> str:
-        """Wait until a run is in one of these states; return which."""
-        ends = {"Completed", "Failed", "Crashed", "Cancelled"} | set(names)
-        wait_until(lambda: self.flow_run(run_id)["state_name"] in ends, seconds)
+    def wait_for(self, run_id: str, name: str, seconds: float) -> None:
+        """Wait until a run is in this state."""
+        wait_until(lambda: self.flow_run(run_id)["state_name"] in (name, "Failed"), seconds, every=1)
         state = self.flow_run(run_id)["state"]
-        assert state["name"] in names, (state, self.said(run_id)[-20:])
-        return state["name"]
+        assert state["name"] == name, (state, self.said(run_id)[-20:])
+
+    def states(self, run_id: str) -> list[str]:
+        """Return the names of a run's states, the first one first."""
+        found = self.get(f"/flow_run_states/?flow_run_id={run_id}")
+        return [state["name"] for state in sorted(found, key=lambda state: state["timestamp"])]
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import os
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from flows.commands.output import CHARTS, add_json_option, positive, print_json, print_table
@@ -47,7 +48,9 @@ def add_parsers(commands: Any) -> None:
     parser.add_argument(
         "--gpus", type=positive, required=True, metavar="N", help="heavy stages at once, all workers' together"
     )
-    parser.add_argument("--repository", metavar="URL", help="what workers clone; without it they work in this folder")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--folder", type=Path, metavar="PATH", help="the workspace on the workers; without it, this one")
+    place.add_argument("--repository", metavar="URL", help="what workers clone instead")
     parser.add_argument("--branch", default="main", metavar="NAME", help="of the repository")
     parser.set_defaults(command=register)
 
@@ -133,9 +136,9 @@ def register(args: Namespace) -> None:
     """Register everything and say what."""
     if not os.environ.get("PREFECT_API_URL"):
         raise UserError("PREFECT_API_URL is not set; `cm up` registers with its own server by itself")
-    from flows.deploy import deploy, from_repository, here
+    from flows.deploy import deploy, from_repository, in_folder
 
     root = home()
-    steps = from_repository(args.repository, args.branch) if args.repository else here(root)
+    steps = from_repository(args.repository, args.branch) if args.repository else in_folder(args.folder or root)
     names = deploy(root, gpus=args.gpus, pool_type=args.pool_type, pull_steps=steps)
     print("\n".join([*names, f"registered with {os.environ['PREFECT_API_URL']}; {args.gpus} heavy stages at once"]))
