@@ -77,7 +77,7 @@ def submitted(up, workers, page, shoot):
     page.get_by_text("-1 is less than the minimum of 0").first.wait_for()
     shoot("refused")
     assert up.post("/flow_runs/count") == 0
-    page.locator(".p-toast").get_by_role("button").first.click()
+    page.get_by_text("-1 is less than the minimum of 0").first.wait_for(state="hidden")
     seed.fill("7")
 
     page.get_by_role("button", name="ct", exact=True).click()
