@@ -92,6 +92,38 @@ def test_a_stopped_training_resumes_and_writes_the_same_bytes(made, tmp_path):
     assert files(tmp_path / "student") == files(made / "student")
 
 
+METHODS = {
+    "ict": {"nfe_1", "nfe_2"},
+    "ect": {"nfe_1", "nfe_2"},
+    "scm": {"nfe_1", "nfe_2"},
+    "{kind: pd, start_steps: 4, end_steps: 2}": {"nfe_2"},
+    "cm_inf": {"nfe_1", "nfe_2"},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_resumes_to_the_same_bytes_and_samples(made, tmp_path, method):
+    class StopAtTwo(Monitor):
+        seen = 0
+
+        def metrics(self, values, step):
+            self.seen = step
+
+        def stop_requested(self):
+            return self.seen == 2
+
+    recipe = small_recipe("digits-cd", f"student.method={method}", "sample.teacher_images=0")
+    places = {name: made / name.removesuffix("_dir") for name in ("prepare_dir", "teacher_dir")}
+    run("student", recipe, tmp_path / "whole", **places)
+    with pytest.raises(StageStopped, match="stopped after step 2"):
+        run("student", recipe, tmp_path / "stopped", StopAtTwo(), **places)
+    run("student", recipe, tmp_path / "stopped", **places)
+    assert files(tmp_path / "whole" / "student") == files(tmp_path / "stopped" / "student")
+    run("sample", recipe, tmp_path / "whole", **places)
+    index = json.loads((tmp_path / "whole" / "sample" / "samples.json").read_text())
+    assert {row["name"] for row in index["rows"]} == METHODS[method] | {"untrained"}
+
+
 def test_samples_have_their_rows_and_do_not_depend_on_the_batch(made, tmp_path):
     index = json.loads((made / "sample" / "samples.json").read_text())
     rows = {row["name"]: row for row in index["rows"]}

@@ -28,7 +28,7 @@ class CD(Method):
     """Make f agree along the teacher's trajectories: one solver step from t to r, f(x_t, t) pulled to f(x_r, r)."""
 
     model_config = ConfigDict(title="cd")
-    needs_teacher: ClassVar[bool] = True
+    starts_from: ClassVar[Literal["teacher", "random"]] = "teacher"
 
     kind: Literal["cd"] = "cd"
     """Name of the method."""
@@ -42,6 +42,11 @@ class CD(Method):
     """Decay mu of the target's average; 0: the student's current weights (CM, Table 3)."""
     form: Literal["skip", "piecewise"] = "skip"
     """How the boundary f(x, sigma_min) = x is built in (CM, eq. 5 or eq. 4)."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Always: the trajectories are the teacher's."""
+        return True
 
     def loss(self, models: Models, batch: Batch, context: StepContext) -> Loss:
         """Return d(f(x_t, t), f_target(x_r, r)), x_r by one step of the teacher's ODE (CM, Algorithm 2)."""
