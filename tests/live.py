@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,13 +61,18 @@ def free_port() -> int:
 
 
 @contextmanager
-def postgres(folder: Path) -> Iterator[str]:
-    """Run a PostgreSQL server with a database `cm`; yield its address. It refuses to run as root."""
-    own = {"user": "postgres", "group": "postgres"} if os.getuid() == 0 else {}
-    if own:
-        shutil.chown(folder, "postgres", "postgres")
-        for parent in folder.parents:
-            parent.stat().st_mode & 0o001 or parent.chmod(parent.stat().st_mode | 0o001)
+def postgres() -> Iterator[str]:
+    """Run a PostgreSQL server with a database `cm`; yield its address. As root, it runs as the user postgres."""
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
+        own = {"user": "postgres", "group": "postgres"} if os.getuid() == 0 else {}
+        if own:
+            shutil.chown(folder, "postgres", "postgres")
+        with _postgres_server(Path(folder), own) as port:
+            yield f"postgresql://cm:secret@127.0.0.1:{port}/cm"
+
+
+@contextmanager
+def _postgres_server(folder: Path, own: dict[str, str]) -> Iterator[int]:
     data, port = folder / "data", free_port()
     initdb = ["initdb", "--pgdata", str(data), "--username", "cm", "--auth", "trust", "--no-sync"]
     subprocess.run(initdb, check=True, stdout=subprocess.DEVNULL, cwd=folder, **own)
@@ -75,7 +81,7 @@ def postgres(folder: Path) -> Iterator[str]:
         server = subprocess.Popen(["postgres", "-D", str(data), *options], stdout=log, stderr=log, cwd=folder, **own)
     try:
         _create_database(port)
-        yield f"postgresql://cm:secret@127.0.0.1:{port}/cm"
+        yield port
     finally:
         server.send_signal(signal.SIGINT)
         server.wait()

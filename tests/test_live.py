@@ -23,7 +23,7 @@ EARLY = ("prepare", "features", "teacher")
 def up(tmp_path_factory):
     """`cm up` on PostgreSQL, the servers alone."""
     root = make_live_workspace(tmp_path_factory.mktemp("live") / "workspace")
-    with postgres(tmp_path_factory.mktemp("postgres")) as database:
+    with postgres() as database:
         services = Up(root, "--database", database, "--no-workers")
         yield services
         assert services.stop() == 0
