@@ -68,20 +68,22 @@ def run_training(
         if state.target is not None:
             state.target.net.compile()
     started, first = time.monotonic(), state.step
-    for metrics in fit(state, method, models, batches, noise=spec.noise, seed=seed):
+    stop_requested = monitor.stop_requested
+    for metrics in fit(state, method, models, batches, noise=spec.noise, seed=seed, stop_requested=stop_requested):
         step = state.step
-        log.append(metrics)
-        images_per_s = (step - first) * train.batch_size / (time.monotonic() - started)
-        monitor.metrics({**metrics, "images_per_s": images_per_s}, step)
-        monitor.progress(step, train.num_steps, "steps")
+        if metrics:
+            log.append(metrics)
+            images_per_s = (step - first) * train.batch_size / (time.monotonic() - started)
+            monitor.metrics({**metrics, "images_per_s": images_per_s}, step)
+            monitor.progress(step, train.num_steps, "steps")
         if step % train.grid_every == 0 or step == train.num_steps:
             averaged.load_state_dict(state.averaged())
             save_grid(draw(averaged), log.grid(step), columns=8)
             monitor.image("samples", log.grid(step), step)
-        if step % train.save_every == 0 or monitor.stop_requested():
+        if step % train.save_every == 0 or stop_requested():
             state.save(state_dir)
             monitor.state_saved(state_dir)
-        if monitor.stop_requested() and step < train.num_steps:
+        if stop_requested() and step < train.num_steps:
             raise StageStopped(f"stopped after step {step}; the training state is saved")
     _write_artifact(state, spec, out_dir)
     log.move_to(out_dir)
