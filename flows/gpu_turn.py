@@ -53,7 +53,7 @@ def _slot(stage: Stage, workspace: Workspace, say: Callable[[str], None]) -> Ite
         finally:
             over.set()
             renewal.join()
-            client.release_concurrency_slots_with_lease(lease)
+            _release(client, lease)
 
 
 def _take_slot(client: SyncPrefectClient, stage: Stage, workspace: Workspace, say: Callable[[str], None]) -> UUID:
@@ -87,6 +87,13 @@ def _renew(client: SyncPrefectClient, lease: UUID, over: threading.Event) -> Non
             client.renew_concurrency_lease(lease, LEASE_SECONDS)
         except httpx.HTTPError as error:
             print(f"the slot of the limit `{GPU}` could not be renewed: {error}")
+
+
+def _release(client: SyncPrefectClient, lease: UUID) -> None:
+    try:
+        client.release_concurrency_slots_with_lease(lease)
+    except httpx.HTTPError as error:  # it comes back by itself, and what was computed is good
+        print(f"the slot of the limit `{GPU}` could not be given back: {error}")
 
 
 def _refuse_if_ending(stage: Stage, workspace: Workspace) -> None:

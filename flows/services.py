@@ -307,12 +307,14 @@ def _hold(root: Path) -> Iterator[None]:
     """Be the one `cm up` of this workspace, after ending what a killed one has left."""
     folder = folder_of(root)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a") as lock:
+    with (folder / "lock").open("a+") as lock:
         if not try_lock(lock):
-            note = read_note(root)
-            raise UserError(
-                f"the services run already: Prefect {note['prefect']}, MLflow {note['mlflow']}; `cm down` stops them"
-            )
+            known = running(root)
+            where = f"Prefect {known.prefect}, MLflow {known.mlflow}" if known else "they are just starting or ending"
+            raise UserError(f"the services run already: {where}; `cm down` stops them")
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
         _end_leftovers(root)
         try:
             yield
@@ -349,7 +351,7 @@ def down(root: Path) -> bool:
     """Stop the `cm up` of this workspace and wait for its end; return whether there was one."""
     was_running = is_running(root)
     if was_running:
-        os.kill(read_note(root)["pid"], signal.SIGTERM)
+        os.kill(int((folder_of(root) / "lock").read_text()), signal.SIGTERM)
     while is_running(root):
         time.sleep(0.2)
     _end_leftovers(root)
@@ -361,7 +363,7 @@ def _note_file(root: Path) -> Path:
 
 
 def read_note(root: Path) -> dict[str, Any]:
-    """Return what the `cm up` of this workspace has noted: addresses, its own process id, its children's."""
+    """Return what the `cm up` of this workspace has noted: addresses, children with process id and log."""
     return json.loads(_note_file(root).read_text())
 
 
@@ -373,7 +375,7 @@ def _write_note(root: Path, services: Services, children: Sequence[Child]) -> No
         for child in children
     }
     partial = _note_file(root).with_suffix(".partial")
-    partial.write_text(json.dumps({"pid": os.getpid(), **asdict(services), "children": known}))
+    partial.write_text(json.dumps({**asdict(services), "children": known}))
     partial.replace(_note_file(root))
 
 

@@ -10,6 +10,7 @@ import httpx
 import psutil
 import pytest
 
+from flows.devices import visible_devices
 from live import CHROMIUM, POSTGRES, Up, make_live_workspace, postgres, wait_until, worker
 
 pytestmark = [
@@ -92,13 +93,13 @@ def submitted(up, workers, page, shoot):
 @pytest.fixture(scope="module")
 def moved(up, submitted, workers):
     """The same run, completed on another worker after its own was killed in the middle of the student's training."""
-    wait_until(lambda: saved_steps(up.root), 240)
+    wait_until(lambda: saved_steps(up.root), 600)
     (training,) = trainings(up.root)
     first = next(process for process in workers.values() if process.children())
     for process in (*first.children(), first):  # the flow's engine and the worker, not the training
         process.kill()
     assert not psutil.wait_procs([training], timeout=20)[1], "a training whose flow is gone ends"
-    up.wait_for(submitted, "Completed", 300)
+    up.wait_for(submitted, "Completed", 900)
     return submitted
 
 
@@ -123,12 +124,19 @@ def test_a_run_has_what_was_chosen_in_its_form(up, submitted):
     assert recipe["student"]["method"]["kind"] == "ct" and recipe["student"]["method"]["s1"] == 12
 
 
+def test_stages_that_need_a_gpu_wait_for_each_other(up, submitted):
+    """Features and teacher could begin at once; this machine's limit lets one of them."""
+    if len(visible_devices()) > 1:
+        pytest.skip("more than one GPU: nobody has to wait")
+    wait_until(lambda: any("waits for a slot of the limit `gpu`" in line for line in up.said(submitted)), 600)
+
+
 def test_progress_moves(up, submitted):
     def percent():
         return up.artifacts(submitted).get("progress-student", {}).get("data", 0)
 
-    first = wait_until(percent, 240)
-    assert wait_until(lambda: percent() > first, 60)
+    first = wait_until(percent, 600)
+    assert wait_until(lambda: percent() > first, 300)
 
 
 def test_a_run_whose_worker_died_goes_on_elsewhere_from_its_last_state(up, moved):
@@ -174,15 +182,15 @@ def test_its_page_shows_progress_metrics_pictures_and_the_way_to_mlflow_and_back
 def cancelled(up, moved):
     """The id of a run that was cancelled in the middle of its student's training."""
     run_id = up.submit("student.train.num_steps=3010")
-    (training,) = wait_until(lambda: trainings(up.root), 120)
-    wait_until(lambda: up.artifacts(run_id).get("progress-student"), 60)
+    (training,) = wait_until(lambda: trainings(up.root), 600)
+    wait_until(lambda: up.artifacts(run_id).get("progress-student"), 300)
     up.post(f"/flow_runs/{run_id}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
     assert not psutil.wait_procs([training], timeout=10)[1], "the training is gone within 10 seconds"
     return run_id
 
 
 def test_a_cancelled_training_leaves_its_state(up, cancelled):
-    up.wait_for(cancelled, "Cancelled", 60)
+    up.wait_for(cancelled, "Cancelled", 300)
     assert 0 < saved_steps(up.root)[-1] < 3010
 
 
