@@ -5,11 +5,8 @@ import importlib
 import inspect
 import os
 import shutil
-import signal
-import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from flows.errors import UserError
 from flows.monitor import Monitor
 from flows.recipe import Recipe, flatten, load_active
 from flows.stage_monitor import StageMonitor
+from flows.stage_signals import StageSignals, end_with_caller
 from flows.state import drop_finished, hold_state, mark_finished
 from flows.tracking import (
     MODEL_FILES,
@@ -51,9 +49,9 @@ def run_stage(name: str, root: Path) -> None:
     recipe, function = load_active(root), _stage_function(name)
     inputs = {path: dvc_md5(root / path) for path in stages[name].deps if path.startswith("out/")}
     parameters = inspect.signature(function).parameters
-    with _Signals(deferred="state_dir" in parameters) as signals, ExitStack() as stack:
+    with StageSignals(deferred="state_dir" in parameters) as signals, ExitStack() as stack:
         if LIFELINE_VARIABLE in os.environ:
-            threading.Thread(target=_end_with_caller, daemon=True).start()
+            end_with_caller()
         run = stack.enter_context(_tracked_run(stages[name], root, recipe, inputs))
         monitor = StageMonitor(name, run, signals.received)
         given: dict[str, Any] = {"out_dir": _emptied(root / "out" / name), "monitor": monitor}
@@ -103,55 +101,6 @@ def _state(stage: Stage, root: Path, inputs: Mapping[str, str], monitor: Monitor
 
     with hold_state(home, stage.name, stage_key(root, stage, inputs), on_wait) as folder:
         yield folder
-
-
-def _end_with_caller() -> None:
-    """Wait for the end of standard input, which comes when the flow's process is gone; then ask the stage to end.
-
-    Nobody reads its output any more, and a line that cannot be written must not keep a training from being saved.
-    """
-    while os.read(sys.stdin.fileno(), 1024):
-        pass
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(nowhere, stream.fileno())
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-class _Signals:
-    """SIGINT and SIGTERM while a stage runs: noted once for a stage that looks for them, else an exit at once."""
-
-    def __init__(self, *, deferred: bool) -> None:
-        self._deferred, self._number = deferred, 0
-
-    def __enter__(self) -> "_Signals":
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def received(self) -> bool:
-        """Whether the stage is asked to end."""
-        return self._number != 0
-
-    @contextmanager
-    def as_exit(self) -> Iterator[None]:
-        """Turn the error with which a stage answers to a signal into the exit code of that signal."""
-        try:
-            yield
-        except Exception as error:
-            if not self._number:
-                raise
-            raise SystemExit(128 + self._number) from error
-
-    def _handle(self, number: int, _: object) -> None:
-        if not self._deferred or self._number:  # the second signal is for the impatient
-            raise SystemExit(128 + number)
-        self._number = number
-        with suppress(BrokenPipeError):  # nobody listens any more
-            print("stopping: the training state is being saved; a second signal stops at once", flush=True)
 
 
 @contextmanager
