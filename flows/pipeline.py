@@ -19,6 +19,7 @@ from prefect.futures import PrefectFuture
 from prefect.states import Completed
 
 from flows.dvcfiles import Cache, Stage, locked_outs, read_stages, stage_key, update_lock, upstream
+from flows.earlier_starts import end_earlier_starts
 from flows.embedded import embedded_prefect
 from flows.gpu_turn import gpu_turn
 from flows.pipeline_artifacts import ProgressArtifact, show_metrics, show_pictures, show_tracking
@@ -27,7 +28,6 @@ from flows.tracking import MODEL_NAME, PipelineRun, Tracker, recipe_name, shown_
 from flows.workspace import StageFailed, Workspace, cache_of, clone, describe_code, home, take_over
 
 RETRY_DELAYS = [2, 20]  # seconds; a training goes on from its last state
-MAX_STARTS = 10  # of one flow run; it is started again after every crash
 FIGURES_OF = ("prepare/", "sample/", "evaluate/")  # what these stages show belongs on the parent run
 
 
@@ -67,8 +67,6 @@ def consistency(recipe: Recipe, name: str = "") -> dict[str, Any]:
         recipe: Every choice of the run.
         name: What the run is called; empty: the recipe page that it equals.
     """
-    if runtime.flow_run.run_count > MAX_STARTS:
-        raise StageFailed(f"this flow run has crashed {MAX_STARTS} times and is not started once more")
     root = home()
     name = name or recipe_name(recipe, root)
     with clone(root, name) as workspace:
@@ -76,7 +74,7 @@ def consistency(recipe: Recipe, name: str = "") -> dict[str, Any]:
         tags = {**describe_code(root), "recipe": name, **_flow_tags()}
         params = flatten(recipe.model_dump(mode="json"))
         tracker = Tracker(workspace.origin)
-        end_lost_runs(tracker)
+        end_earlier_starts(tracker)
         with PipelineRun(tracker, title(recipe, name), tags, params) as parent:
             stages = bring_up_all(workspace, parent)
             return finish(workspace, parent, stages, name)
@@ -87,13 +85,6 @@ def _flow_tags() -> dict[str, str]:
     tags = {"prefect.flow_run": runtime.flow_run.name, "prefect.flow_run_id": runtime.flow_run.id}
     page = runtime.flow_run.ui_url if os.environ.get("PREFECT_API_URL") else None
     return {**tags, **({"prefect.url": page} if page else {})}
-
-
-def end_lost_runs(tracker: Tracker) -> None:
-    """Say in MLflow of what an earlier start of this flow run has left open that it does not run any more."""
-    query = f"tags.`prefect.flow_run_id` = '{runtime.flow_run.id}' and attributes.status = 'RUNNING'"
-    for lost in tracker.client.search_runs([tracker.experiment_id], query):
-        tracker.client.set_terminated(lost.info.run_id, "KILLED")
 
 
 def bring_up_all(workspace: Workspace, parent: PipelineRun) -> dict[str, dict[str, Any]]:

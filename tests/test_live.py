@@ -145,13 +145,14 @@ def test_a_run_whose_worker_died_goes_on_elsewhere_from_its_last_state(up, moved
     assert states.index("Crashed") < states.index("AwaitingRetry") < states.index("Completed")
     assert len({line for line in said if "submitting flow run" in line}) == 2, "by both workers"
     (resumed,) = [line for line in said if "resuming from step" in line]
-    assert int(resumed.rpartition(" ")[2]) >= 100
+    assert int(resumed.rpartition(" ")[2]) >= 50
 
 
 def test_what_was_known_by_then_is_shown_as_cached(up, moved, page, shoot):
     runs = up.post("/task_runs/filter", flow_runs={"id": {"any_": [moved]}}, sort="END_TIME_DESC")
     ended = {(run["name"], run["state_name"]) for run in runs}
-    assert {(stage, "Cached") for stage in EARLY} | {("evaluate", "Completed")} <= ended
+    assert {(stage, "Cached") for stage in EARLY} | {("evaluate", "Completed"), ("student", "Crashed")} <= ended
+    assert not {state for _, state in ended} & {"Running", "Pending"}, "not even of the start that was killed"
     page.goto(f"{up.note['prefect']}/runs/flow-run/{moved}")
     page.get_by_text("Task Runs", exact=True).click()
     page.get_by_text("Cached", exact=True).first.wait_for()
@@ -181,7 +182,7 @@ def test_its_page_shows_progress_metrics_pictures_and_the_way_to_mlflow_and_back
 @pytest.fixture(scope="module")
 def cancelled(up, moved):
     """The id of a run that was cancelled in the middle of its student's training."""
-    run_id = up.submit("student.train.num_steps=3010")
+    run_id = up.submit("student.train.num_steps=1510")
     (training,) = wait_until(lambda: trainings(up.root), 600)
     wait_until(lambda: up.artifacts(run_id).get("progress-student"), 300)
     up.post(f"/flow_runs/{run_id}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
@@ -191,7 +192,7 @@ def cancelled(up, moved):
 
 def test_a_cancelled_training_leaves_its_state(up, cancelled):
     up.wait_for(cancelled, "Cancelled", 300)
-    assert 0 < saved_steps(up.root)[-1] < 3010
+    assert 0 < saved_steps(up.root)[-1] < 1510
 
 
 def test_mlflow_compares_the_runs(up, moved, cancelled, page, shoot):
