@@ -26,7 +26,7 @@ data: {source: digits, max_images: 64}
 network: {kind: song_unet, channels: 8, channel_mult: [1], num_blocks: 1, attn_resolutions: []}
 features: {kind: classifier, num_steps: 20, batch_size: 32}
 teacher: {train: {num_steps: 4, batch_size: 8, log_every: 1, save_every: 2, grid_every: 2}}
-student: {train: {num_steps: 1500, batch_size: 8, log_every: 10, save_every: 50, grid_every: 500}}
+student: {train: {num_steps: 600, batch_size: 8, log_every: 10, save_every: 50, grid_every: 200}}
 sample: {num_images: 16, batch_size: 16, teacher_images: 8, teacher_sampler: {num_steps: 2}}
 """
 

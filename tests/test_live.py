@@ -182,7 +182,7 @@ def test_its_page_shows_progress_metrics_pictures_and_the_way_to_mlflow_and_back
 @pytest.fixture(scope="module")
 def cancelled(up, moved):
     """The id of a run that was cancelled in the middle of its student's training."""
-    run_id = up.submit("student.train.num_steps=1510")
+    run_id = up.submit("student.train.num_steps=610")
     (training,) = wait_until(lambda: trainings(up.root), 600)
     wait_until(lambda: up.artifacts(run_id).get("progress-student"), 300)
     up.post(f"/flow_runs/{run_id}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
@@ -192,7 +192,7 @@ def cancelled(up, moved):
 
 def test_a_cancelled_training_leaves_its_state(up, cancelled):
     up.wait_for(cancelled, "Cancelled", 300)
-    assert 0 < saved_steps(up.root)[-1] < 1510
+    assert 0 < saved_steps(up.root)[-1] < 610
 
 
 def test_mlflow_compares_the_runs(up, moved, cancelled, page, shoot):
