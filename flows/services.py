@@ -33,6 +33,7 @@ HOST = "127.0.0.1"
 PREFECT_PORT, MLFLOW_PORT = 4200, 5000
 START_SECONDS = 180  # until a server answers; the first start makes its database
 WORKER_SECONDS = 3 * GRACE  # for flow runs to end their stages, which save their states, and to say so
+SETTLE_SECONDS = 5  # for the server to schedule again the flow runs that have just told it of their crash
 LOOK_EVERY = 0.5  # seconds between two looks whether all is well
 LOG_LINES = 15  # of a service that ended, shown to the user
 MLFLOW_SCHEMA = "mlflow"  # of PostgreSQL: both servers call a table alembic_version
@@ -239,7 +240,8 @@ class _Children:
 
     def end(self) -> None:
         """End the workers and what runs on them, which then still has servers to report to; last the servers."""
-        _end_workers([child.pid for child in self._workers])
+        if _end_workers([child.pid for child in self._workers]):
+            time.sleep(SETTLE_SECONDS)
         _end_all([child.pid for child in self._servers], GRACE)
 
     def _start(self, name: str, command: Sequence[str], env: Mapping[str, str]) -> Child:
@@ -391,13 +393,30 @@ def _end_leftovers(root: Path) -> None:
     _note_file(root).unlink()
 
 
-def _end_workers(pids: Sequence[int]) -> None:
-    """End workers and their flow runs: these end their stages and say what has become of them."""
+def _end_workers(pids: Sequence[int]) -> bool:
+    """End workers and their flow runs, which end their stages and tell the server; return whether there were any.
+
+    A worker that is asked to end kills its flow runs at once, and one that goes on would take them up again: it is
+    held still until they have ended.
+    """
     everything = _trees(pids)
-    for process in everything:
-        if process.pid in pids or process.ppid() in pids:
-            _signal(process, signal.SIGTERM)
-    _kill_after(everything, WORKER_SECONDS)
+    workers = [process for process in everything if process.pid in pids]
+    flow_runs = [process for process in everything if process not in workers and _parent(process) in pids]
+    for number, processes in ((signal.SIGSTOP, workers), (signal.SIGTERM, flow_runs)):
+        for process in processes:
+            _signal(process, number)
+    _kill_after([process for process in everything if process not in workers], WORKER_SECONDS)
+    _kill_after(workers, 0)
+    return bool(flow_runs)
+
+
+def _parent(process: "psutil.Process") -> int | None:
+    import psutil
+
+    try:
+        return process.ppid()
+    except psutil.NoSuchProcess:
+        return None
 
 
 def _end_all(pids: Sequence[int], seconds: float) -> None:
