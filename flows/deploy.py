@@ -1,6 +1,6 @@
 """What a Prefect server must know of this project: pools, the limit `gpu`, what follows a crash, the deployments.
 
-All of it is written anew by every call under the same names, so a second one changes only what has changed.
+Everything has a name of its own, so that a second call changes only what has changed.
 """
 
 import json
@@ -122,11 +122,12 @@ def automations() -> "list[AutomationCore]":
 
 
 def _write_automation(client: "SyncPrefectClient", automation: "AutomationCore") -> None:
+    """Write it only where it differs: written anew, it would forget the runs whose next sign of life it waits for."""
     known = client.read_automations_by_name(automation.name)
-    if known:
-        client.update_automation(known[0].id, automation)
-    else:
+    if not known:
         client.create_automation(automation)
+    elif (known[0].trigger, known[0].actions) != (automation.trigger, automation.actions):
+        client.update_automation(known[0].id, automation)
 
 
 def _write_deployments(client: "SyncPrefectClient", root: Path, pull_steps: Steps) -> list[str]:

@@ -199,6 +199,7 @@ def up(root: Path, options: Options, *, on_start: Callable[[str], None], on_read
                 os.environ.update(client_variables(root, services))
                 gpus = max(1, len(visible_devices()))
                 deploy(root, gpus=gpus, pool_type="process", pull_steps=in_folder(root))
+                crash_lost_runs()
                 children.start_workers(_worker_commands(gpus) if options.workers else {})
                 on_ready(services)
             while not stop.wait(LOOK_EVERY):
@@ -251,6 +252,22 @@ class _Children:
         child = Child(name, command, cwd=self._root, env=env, logs=logs)
         _write_note(self._root, self._services, [*self._servers, *self._workers, child])
         return child
+
+
+def crash_lost_runs() -> None:
+    """Say of flow runs under way whose process is gone, with all of this machine, say, that they have crashed."""
+    import psutil
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+    from prefect.client.schemas.objects import StateType
+    from prefect.states import Crashed
+
+    under_way = FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
+    with get_client(sync_client=True) as client:
+        for run in client.read_flow_runs(flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=under_way))):
+            number = (run.infrastructure_pid or "").rpartition(":")[2]  # of the worker's own machine: this one
+            if number and not psutil.pid_exists(int(number)):
+                client.set_flow_run_state(run.id, Crashed(message=f"Its process {number} is gone."), force=True)
 
 
 def _server_commands(root: Path, services: Services) -> dict[str, list[str]]:
