@@ -29,6 +29,7 @@ from cm_core.noise import Noise, add_noise, draw_lognormal
 from cm_core.precond import Precond
 from cm_core.sampling import ImageNoise, euler_steps
 from cm_core.solvers import euler_step
+from cm_core.tensors import expand_like
 from flows.stages.student import build_weighting
 from oracles import DropoutNet, GaussianConsistency, GaussianDenoiser, HalfAngleNet
 
@@ -153,6 +154,55 @@ def test_dropout_leaves_the_global_generator_where_it_was():
     torch.manual_seed(0)
     test_student_and_target_drop_the_same_activations(CT(s1=20))
     assert torch.equal(torch.rand(3), expected)
+
+
+GUIDED = {
+    "cd": CD(guidance=3),
+    "ect": ECT(solver="euler", guidance=3),
+    "pd": PD(start_steps=8, guidance=3),
+    "scm": SCM(distil=True, guidance=3),
+    "cm_inf": CMInf(guidance=3),
+}
+
+
+@pytest.mark.parametrize("method", GUIDED.values(), ids=GUIDED)
+def test_distillation_follows_the_guided_teacher(method):
+    """A teacher that adds half the label to its estimate: guidance 3 adds one and a half, whatever the method."""
+
+    class Labelled(GaussianDenoiser):
+        def forward(self, x, sigma, labels):
+            shift = 0.5 * (labels + 1).to(x.dtype)  # label 0 against none, which is -1
+            return super().forward(x, sigma) + expand_like(shift, x)
+
+    class Shifted(GaussianDenoiser):
+        def forward(self, x, sigma, labels):
+            return super().forward(x, sigma) + 1.5
+
+    batch = gaussian_batch(64, (1, 1, 2))._replace(labels=torch.zeros(64, dtype=torch.int64))
+    model = build_seeded(spec_of(method), 0).double()
+    plain = method.model_copy(update={"guidance": 1.0})
+    losses = [
+        m.loss(Models(model, model, teacher, distance_of(m, (1, 1, 2))), batch, context()).per_sample
+        for m, teacher in ((method, Labelled()), (plain, Shifted()), (plain, Labelled()))
+    ]
+    torch.testing.assert_close(losses[0], losses[1])
+    assert not torch.allclose(losses[0], losses[2])
+
+
+def test_pd_guides_by_the_first_teacher_alone():
+    asked = []
+
+    class Spy(GaussianDenoiser):
+        def forward(self, x, sigma, labels):
+            asked.append(len(x))
+            return super().forward(x, sigma)
+
+    method = PD(start_steps=4, guidance=2)
+    batch = gaussian_batch(8, (1, 1, 2))._replace(labels=torch.zeros(8, dtype=torch.int64))
+    for step in (0, 99):
+        models = Models(GaussianConsistency(NOISE), GaussianConsistency(NOISE), Spy(), distance_of(method, (1, 1, 2)))
+        method.loss(models, batch, context(step=step))
+    assert asked == [16, 16, 8, 8]
 
 
 def test_ct_pairs_share_their_noise():

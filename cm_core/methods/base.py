@@ -8,10 +8,12 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cm_core.guidance import guided
 from cm_core.networks.layers import forward_mode_attention
 from cm_core.noise import Noise
 from cm_core.params import Params
 from cm_core.randomness import dropout_seed
+from cm_core.solvers import Denoiser
 
 
 class Batch(NamedTuple):
@@ -108,6 +110,12 @@ def grid_on(noise: Noise, num_scales: int, device: torch.device) -> Tensor:
 def draw_eps(x0: Tensor, generator: torch.Generator) -> Tensor:
     """Return unit Gaussian noise of x0's shape, [B, ...]."""
     return torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+
+
+def teacher_of(models: Models, batch: Batch, guidance: float) -> Denoiser:
+    """Return the teacher as a function of (x, sigma) alone, told the batch's labels and guided by them."""
+    assert models.teacher is not None, "the caller loads the teacher that the method needs"
+    return functools.partial(guided(models.teacher, guidance), labels=batch.labels)
 
 
 def consistency_distance(

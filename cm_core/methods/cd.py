@@ -3,7 +3,6 @@
 Differs from the paper: nothing. The weight lambda is 1, and l1 and l2 are means over the sample, as in its code.
 """
 
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -19,6 +18,7 @@ from cm_core.methods.base import (
     consistency_distance,
     draw_eps,
     grid_on,
+    teacher_of,
 )
 from cm_core.noise import add_noise
 from cm_core.solvers import STEPS
@@ -36,6 +36,8 @@ class CD(Method):
     """Grid points N (CM, section 6.1: 18 on CIFAR-10, 40 on larger images)."""
     solver: Literal["euler", "heun"] = "heun"
     """The teacher's step from t to r (CM, section 6.1)."""
+    guidance: float = Field(1.0, ge=0)
+    """Weight of the label in the teacher's classifier-free guidance, distilled with it; 1: none (2207.12598)."""
     distance: AnyDistance = L2()
     """How f(x_t, t) and its target are compared (CM, section 6.1: LPIPS is best where it applies)."""
     target_decay: float = Field(0.0, ge=0, lt=1)
@@ -56,7 +58,7 @@ class CD(Method):
         t, r = sigmas[i], sigmas[i + 1]
         x_t = add_noise(x0, draw_eps(x0, context.generator), t)
         with torch.no_grad():
-            x_r = STEPS[self.solver](partial(models.teacher, labels=batch.labels), x_t, t, r)
+            x_r = STEPS[self.solver](teacher_of(models, batch, self.guidance), x_t, t, r)
         return Loss(consistency_distance(models, batch, context, x_t=x_t, t=t, x_r=x_r, r=r), t)
 
     def target_decay_at(self, step: int, num_steps: int) -> float:

@@ -4,15 +4,14 @@ v is df/dsigma along a trajectory: the teacher's (CD-inf) or the straight noise 
 code: l2 is the squared norm, as printed, not its root; like l1 it is a mean over the sample, as everywhere here.
 """
 
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor
 
 from cm_core.distances import L1, L2, AnyDistance, Distance
-from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, derivative, draw_eps
+from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, derivative, draw_eps, teacher_of
 from cm_core.noise import Noise, add_noise
 from cm_core.randomness import dropout_seed
 from cm_core.solvers import slope
@@ -29,6 +28,8 @@ class CMInf(Method):
     """Name of the method."""
     distil: bool = True
     """Follow the teacher's trajectories (CD-inf), or the straight noise paths of the data (CT-inf)."""
+    guidance: float = Field(1.0, ge=0)
+    """Weight of the label in the teacher's classifier-free guidance, distilled with it; 1: none (2207.12598)."""
     stop_gradient: bool = True
     """Stop the gradient at the target, as the discrete losses do, or let it flow through df/dsigma (CM, App. B)."""
     distance: AnyDistance = L2()
@@ -61,7 +62,7 @@ class CMInf(Method):
         x_t = add_noise(x0, eps, t)
         if self.distil:
             with torch.no_grad():
-                dx = slope(partial(models.teacher, labels=batch.labels), x_t, t)
+                dx = slope(teacher_of(models, batch, self.guidance), x_t, t)
         else:
             dx = eps
 

@@ -4,7 +4,6 @@ Differs from the released code: the network is never asked at r = 0, where f(x, 
 keeps a tiny c, so that equal images have a gradient; the same preconditioning trains and samples.
 """
 
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from cm_core.curricula import ect_stage
 from cm_core.distances import AnyDistance, PseudoHuber
-from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, draw_eps
+from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, draw_eps, teacher_of
 from cm_core.noise import add_noise, draw_lognormal
 from cm_core.randomness import dropout_seed
 from cm_core.solvers import STEPS
@@ -49,6 +48,8 @@ class ECT(Method):
     """How f(x_t, t) and its target are compared (ECT: the norm; on ImageNet-64 pseudo-Huber with c = 0.06)."""
     solver: Literal["euler", "heun"] | None = None
     """The teacher's step from t to r; empty: no teacher, x_r has the same noise as x_t."""
+    guidance: float = Field(1.0, ge=0)
+    """Weight of the label in the teacher's classifier-free guidance, distilled with it; 1: none (2207.12598)."""
 
     @property
     def needs_teacher(self) -> bool:
@@ -83,7 +84,7 @@ class ECT(Method):
         return (t**2 + sigma_data**2) / (t * sigma_data) ** 2
 
     def _earlier(self, models: Models, batch: Batch, x_t: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        teacher = partial(models.teacher, labels=batch.labels)
+        teacher = teacher_of(models, batch, self.guidance)
         euler = STEPS["euler"](teacher, x_t, t, r)
         if self.solver == "euler":
             return euler

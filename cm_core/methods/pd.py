@@ -3,7 +3,6 @@
 Differs from the paper: EDM's denoiser and grid in place of a cosine schedule, as in the code of consistency models.
 """
 
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from cm_core.curricula import Halving, pd_halving
 from cm_core.distances import L2, AnyDistance
-from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, draw_eps, grid_on
+from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, draw_eps, grid_on, teacher_of
 from cm_core.noise import add_noise
 from cm_core.randomness import dropout_seed
 from cm_core.solvers import Denoiser, euler_step
@@ -34,6 +33,8 @@ class PD(Method):
     """Steps of the last student, with which images are made; start_steps is this times a power of two."""
     distance: AnyDistance = L2()
     """How the student's estimate and the teacher's are compared (CM, Table 1: squared l2, or LPIPS)."""
+    guidance: float = Field(1.0, ge=0)
+    """Weight of the label in the teacher's classifier-free guidance, distilled with it; 1: none (2207.12598)."""
     anneal: bool = True
     """Lower the learning rate linearly to zero within each halving (PD, App. C)."""
 
@@ -59,13 +60,14 @@ class PD(Method):
 
     def loss(self, models: Models, batch: Batch, context: StepContext) -> Loss:
         """Return max(1 / t^2, 1) d(D(x_t, t), the x0 whose single Euler step lands where two of the teacher land)."""
-        x0, n = batch.x0, self.halving_at(context.step, context.num_steps).num_intervals
+        x0, halving = batch.x0, self.halving_at(context.step, context.num_steps)
+        n, guidance = halving.num_intervals, self.guidance if halving.first == 0 else 1.0  # later teachers have it in
         sigmas = grid_on(context.noise, 2 * n + 1, x0.device)
         i = 2 * torch.randint(n, (len(x0),), generator=context.generator, device=x0.device)
         t, middle, r = sigmas[i], sigmas[i + 1], sigmas[i + 2]
         x_t = add_noise(x0, draw_eps(x0, context.generator), t)
         with torch.no_grad():
-            target = two_step_estimate(partial(models.teacher, labels=batch.labels), x_t, t, middle, r)
+            target = two_step_estimate(teacher_of(models, batch, guidance), x_t, t, middle, r)
         with dropout_seed(context.dropout_seed, t.device):
             x0_hat = models.student(x_t, t, batch.labels)
         weight = (1 / t**2).clamp(min=1)  # the truncated signal-to-noise ratio (PD, section 4)

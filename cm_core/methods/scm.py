@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from cm_core.log_weight import LogWeight
-from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, derivative, draw_eps
+from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, derivative, draw_eps, teacher_of
 from cm_core.noise import add_noise, draw_lognormal
 from cm_core.randomness import dropout_seed
 from cm_core.tensors import expand_like
@@ -30,6 +30,8 @@ class SCM(Method):
     """Name of the method."""
     distil: bool = False
     """Follow the teacher's trajectories (sCD), or the straight noise paths of the data (sCT)."""
+    guidance: float = Field(1.0, ge=0)
+    """Weight of the label in the teacher's classifier-free guidance, distilled with it; 1: none (2207.12598)."""
     p_mean: float = -1.0
     """Mean of ln sigma (sCM: -1.0; ImageNet-512 -0.8)."""
     p_std: float = Field(1.4, gt=0)
@@ -78,7 +80,7 @@ class SCM(Method):
         x_t = cos * x0 + sin * sigma_data * eps
         velocity = cos * sigma_data * eps - sin * x0  # dx/d(angle) on the straight path
         if self.distil:
-            velocity = (cos * x_t - models.teacher(add_noise(x0, eps, sigma), sigma, batch.labels)) / sin
+            velocity = (cos * x_t - teacher_of(models, batch, self.guidance)(add_noise(x0, eps, sigma), sigma)) / sin
 
         def network(x_in: Tensor, sigma: Tensor) -> Tensor:
             return -models.student.raw(x_in, sigma, batch.labels)
