@@ -159,8 +159,10 @@ class Up:
         return [entry["message"] for entry in found]
 
     def artifacts(self, run_id: str) -> dict[str, dict]:
-        found = self.post("/artifacts/filter", artifacts={"flow_run_id": {"any_": [run_id]}}, limit=200)
-        return {artifact["key"]: artifact for artifact in found}
+        """Return a run's artifacts by key, of each key the newest."""
+        chosen = {"flow_run_id": {"any_": [run_id]}}
+        found = self.post("/artifacts/filter", artifacts=chosen, sort="CREATED_DESC", limit=200)
+        return {artifact["key"]: artifact for artifact in reversed(found)}
 
     def wait_for(self, run_id: str, name: str, seconds: float) -> None:
         """Wait until a run is in this state."""
