@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from miniature import REPOSITORY, git
+from miniature import REPOSITORY, commit, git
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 POSTGRES = shutil.which("initdb")
@@ -37,7 +37,8 @@ def make_live_workspace(root: Path) -> Path:
     for page in (root / "params" / "recipes").glob("*.yaml"):
         page.unlink()
     (root / "params" / "recipes" / "tiny.yaml").write_text(TINY)
-    git(root, "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "--all", "-m", "tiny")
+    git(root, "add", "--all")
+    commit(root)
     return root
 
 
