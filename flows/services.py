@@ -462,9 +462,24 @@ def _signal(process: "psutil.Process", number: int) -> None:
 
 
 def _kill_after(processes: "Sequence[psutil.Process]", seconds: float) -> None:
+    for process in _left_after(seconds, processes):
+        _signal(process, signal.SIGKILL)
+    _left_after(GRACE, processes)
+
+
+def _left_after(seconds: float, processes: "Sequence[psutil.Process]") -> "list[psutil.Process]":
+    """Wait until these processes have ended; return those that still run after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while (left := [process for process in processes if still_runs(process)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+def still_runs(process: "psutil.Process") -> bool:
+    """Whether a process has not ended; one that nobody has reaped yet has."""
     import psutil
 
-    _, alive = psutil.wait_procs(processes, timeout=seconds)
-    for process in alive:
-        _signal(process, signal.SIGKILL)
-    psutil.wait_procs(alive, timeout=GRACE)
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

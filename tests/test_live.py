@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from flows.devices import visible_devices
+from flows.services import still_runs
 from live import CHROMIUM, POSTGRES, Up, make_live_workspace, postgres, wait_until, worker
 
 pytestmark = [
@@ -28,7 +29,7 @@ def up(tmp_path_factory):
         services = Up(root, "--database", database, "--no-workers")
         yield services
         assert services.stop() == 0
-        assert not [child for child in services.children if child.is_running()]
+        assert not [child for child in services.children if still_runs(child)]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def moved(up, submitted, workers):
     first = next(process for process in workers.values() if process.children())
     for process in (*first.children(), first):  # the flow's engine and the worker, not the training
         process.kill()
-    assert not psutil.wait_procs([training], timeout=20)[1], "a training whose flow is gone ends"
+    wait_until(lambda: not still_runs(training), 20)  # a training whose flow is gone ends
     up.wait_for(submitted, "Completed", 900)
     return submitted
 
@@ -189,7 +190,7 @@ def cancelled(up, moved):
     (training,) = wait_until(lambda: trainings(up.root), 600)
     wait_until(lambda: up.artifacts(run_id).get("progress-student"), 300)
     up.post(f"/flow_runs/{run_id}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
-    assert not psutil.wait_procs([training], timeout=10)[1], "the training is gone within 10 seconds"
+    wait_until(lambda: not still_runs(training), 10)
     return run_id
 
 
