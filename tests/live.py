@@ -1,5 +1,6 @@
 """Real services for tests: a workspace with a recipe of seconds, PostgreSQL, `cm up`, more workers, their REST API."""
 
+import functools
 import json
 import os
 import shutil
@@ -138,12 +139,12 @@ class Up:
         answer.raise_for_status()
         return answer.json()
 
-    def submit(self, override: str) -> str:
-        """Start a run of the deployment `tiny` with one value changed, `key=value`; return its id."""
+    def submit(self, *overrides: str) -> str:
+        """Start a run of the deployment `tiny` with values changed, `key=value`; return its id."""
         from flows.recipe import merge, parse_override
 
         deployment = self.get("/deployments/name/consistency/tiny")
-        recipe = merge(deployment["parameters"]["recipe"], parse_override(override))
+        recipe = functools.reduce(merge, map(parse_override, overrides), deployment["parameters"]["recipe"])
         parameters = {"recipe": recipe, "name": "tiny"}
         return self.post(f"/deployments/{deployment['id']}/create_flow_run", parameters=parameters)["id"]
 
