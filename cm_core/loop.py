@@ -126,6 +126,7 @@ class TrainState:
     step: int = 0
     optimizer: torch.optim.Optimizer = dataclasses.field(init=False)
     emas: list[Ema] = dataclasses.field(init=False)
+    window: list[tuple[int, Loss, Tensor]] = dataclasses.field(default_factory=list)  # steps not yet summed up
 
     def __post_init__(self) -> None:
         if self.target is not None:
@@ -149,11 +150,12 @@ class TrainState:
 
     def save(self, folder: Path) -> Path:
         """Write the state to `folder/step-<step>` atomically and return that path."""
-        return save_state(folder, self.step, self._tensors(), {})
+        return save_state(folder, self.step, {**self._tensors(), **self._window_tensors()}, {})
 
     def restore(self, state: Path) -> None:
         """Continue from a saved state, bitwise; the models and optimiser must be built from the same recipe."""
         tensors, values = load_state(state)
+        self._load_window(tensors, values["step"])
         self._load_optimizer(tensors)
         own = self._tensors()
         if own.keys() != tensors.keys():
@@ -179,6 +181,25 @@ class TrainState:
         for index, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{name}": t for name, t in values.items()}
         return tensors
+
+    def _window_tensors(self) -> dict[str, Tensor]:
+        """Return what `fit` still needs of the steps since it last yielded metrics; nothing right after a yield."""
+        if not self.window:
+            return {}
+        _, losses, norms = zip(*self.window, strict=True)
+        return {
+            "window/per_sample": torch.stack([loss.per_sample for loss in losses]),
+            "window/sigma": torch.stack([loss.sigma for loss in losses]),
+            "window/grad_norm": torch.stack(norms),
+        }
+
+    def _load_window(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Take the window out of a saved state's tensors."""
+        device = next(self.model.parameters()).device
+        names = [name for name in ("window/per_sample", "window/sigma", "window/grad_norm") if name in tensors]
+        rows = list(zip(*(tensors.pop(name).to(device) for name in names), strict=True))
+        first = step - len(rows)
+        self.window = [(first + i, Loss(loss, sigma), norm) for i, (loss, sigma, norm) in enumerate(rows)]
 
     def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         parameters, state = self.parameters(), {}
@@ -225,16 +246,17 @@ def fit(
     noise: Noise,
     seed: int,
     on_step: Callable[[], None] = lambda: None,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict[str, float]]:
     """Train from `state.step` to `state.train.num_steps`, yielding metrics every `log_every` steps and at the end.
 
+    In between, after a step by which `stop_requested`, it yields no metrics, so that the caller can save and stop.
     Between two yields nothing waits for the device. Raises NonFiniteLossError, naming step and sigma, before
     the caller could save the spoiled state.
     """
     train = state.train
     state.model.train()
     models.target.train()  # the target's dropout must draw the student's mask
-    window: list[tuple[int, Loss, Tensor]] = []
     while state.step < train.num_steps:
         step = state.step
         if method.replaces_teacher_at(step, train.num_steps):
@@ -242,14 +264,19 @@ def fit(
         generator = make_generator(batches.device, seed, "step", step)
         context = StepContext(step, train.num_steps, noise, generator, derive_seed(seed, "dropout", step))
         loss, grad_norm = train_step(state, method, models, batches, context)
-        window.append((step, loss, grad_norm))
+        state.window.append((step, loss, grad_norm))
         on_step()
         if state.step % train.log_every == 0 or state.step == train.num_steps:
-            yield _summarise(window)
-            window.clear()
+            metrics = _summarise(state.window)
+            state.window.clear()
+            yield metrics
+        elif stop_requested():
+            _finite_losses(state.window)
+            yield {}
 
 
-def _summarise(window: list[tuple[int, Loss, Tensor]]) -> dict[str, float]:
+def _finite_losses(window: list[tuple[int, Loss, Tensor]]) -> Tensor:
+    """Return the losses [steps, B] on the CPU. Raises NonFiniteLossError."""
     losses = torch.stack([loss.per_sample for _, loss, _ in window]).cpu()  # [steps, B]; here the host waits
     if not losses.isfinite().all():
         row, column = (~losses.isfinite()).nonzero()[0].tolist()
@@ -257,7 +284,11 @@ def _summarise(window: list[tuple[int, Loss, Tensor]]) -> dict[str, float]:
         raise NonFiniteLossError(
             f"the loss became {losses[row, column]} at step {step}, sigma {loss.sigma[column].item():.4g}"
         )
-    last = window[-1][1]
+    return losses
+
+
+def _summarise(window: list[tuple[int, Loss, Tensor]]) -> dict[str, float]:
+    losses, last = _finite_losses(window), window[-1][1]
     norms = torch.stack([norm for _, _, norm in window])
     return {
         "step": window[-1][0] + 1,

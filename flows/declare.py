@@ -8,12 +8,12 @@ prefect.yaml: one deployment a recipe, every value spelled out, because they fil
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import yaml
+from flows.dvcfiles import GPU, PARAMS_FILE, STAGES_FILE
 
-from flows.dvcfiles import PARAMS_FILE, STAGES_FILE
-
-DEPLOYMENTS_FILE, WORK_POOL = "prefect.yaml", "local"
+DEPLOYMENTS_FILE = "prefect.yaml"
+WORK_POOL = GPU  # of a recipe: its heavy stages need one
 PACKAGES = ("cm_core", "flows")
 NOT_DECLARED = ("out_dir", "state_dir", "monitor")  # given to a stage, but no reason to run it again
 
@@ -109,11 +109,11 @@ def write_declarations(root: Path) -> bool:
     return path.read_text() != before
 
 
-def deployments(root: Path) -> str:
-    """Return the text of prefect.yaml."""
+def deployment_entries(root: Path) -> list[dict[str, Any]]:
+    """Return what prefect.yaml says of each deployment, one a recipe."""
     from flows.recipe import load_recipe, recipe_names
 
-    entries = [
+    return [
         {
             "name": name,
             "description": _first_comment(root / "params" / "recipes" / f"{name}.yaml"),
@@ -123,7 +123,13 @@ def deployments(root: Path) -> str:
         }
         for name in recipe_names(root)
     ]
-    tree = {"name": "consistency", "deployments": entries}
+
+
+def deployments(root: Path) -> str:
+    """Return the text of prefect.yaml."""
+    import yaml
+
+    tree = {"name": "consistency", "deployments": deployment_entries(root)}
     head = "# One deployment a recipe; written by `python -m flows.declare` from params/recipes/, not by hand.\n"
     return head + yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
 

@@ -11,6 +11,7 @@ from typing import Any
 from flows.errors import UserError
 
 STAGES_FILE, LOCK_FILE, PARAMS_FILE = "dvc.yaml", "dvc.lock", "params/active.yaml"
+GPU, CPU = "gpu", "cpu"  # what a stage may need, as `meta: {needs: ...}` in dvc.yaml
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Stage:
     """Sections of params/active.yaml."""
     outs: tuple[str, ...]
     """Outputs, metrics and plots."""
+    needs: str = GPU
+    """The kind of processor that it keeps busy; a stage that does not say so is taken for a heavy one."""
 
 
 def read_stages(root: Path) -> dict[str, Stage]:
@@ -55,7 +58,8 @@ def _place(stage: Stage, stages: Mapping[str, Stage], ordered: dict[str, Stage])
 def _stage(name: str, entry: Mapping[str, Any]) -> Stage:
     outs = [path for kind in ("outs", "metrics", "plots") for path in _names(entry.get(kind, ()))]
     sections = [section for file in entry.get("params", ()) for section in file[PARAMS_FILE]]
-    return Stage(name, entry["cmd"], tuple(_names(entry.get("deps", ()))), tuple(sections), tuple(outs))
+    deps, needs = tuple(_names(entry.get("deps", ()))), entry.get("meta", {}).get("needs", Stage.needs)
+    return Stage(name, entry["cmd"], deps, tuple(sections), tuple(outs), needs)
 
 
 def _names(entries: Iterable[str | Mapping[str, Any]]) -> Iterator[str]:

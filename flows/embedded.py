@@ -31,6 +31,7 @@ def embedded_prefect(root: Path) -> Iterator[None]:
     PREFECT_HOME, where set, is where the history goes instead; with PREFECT_API_URL its server is used.
     """
     os.environ.setdefault("DO_NOT_TRACK", "true")
+    _plain_console()
     if PREFECT_API_URL.value():
         _refuse_silent_server()
         yield
@@ -42,7 +43,6 @@ def embedded_prefect(root: Path) -> Iterator[None]:
     if "PREFECT_HOME" not in os.environ:
         settings[PREFECT_HOME] = root / ".cm" / "prefect"
         settings[PREFECT_HOME].mkdir(parents=True, exist_ok=True)
-    _plain_console()
     with temporary_settings(settings):
         _start_server()
         yield

@@ -19,7 +19,9 @@ from prefect.futures import PrefectFuture
 from prefect.states import Completed
 
 from flows.dvcfiles import Cache, Stage, ancestors, locked_outs, read_stages, stage_key, update_lock, upstream
+from flows.earlier_starts import end_earlier_starts
 from flows.embedded import embedded_prefect
+from flows.gpu_turn import gpu_turn
 from flows.pipeline_artifacts import ProgressArtifact, show_metrics, show_pictures, show_tracking
 from flows.recipe import Recipe, flatten, write_active
 from flows.tracking import MODEL_NAME, PipelineRun, Tracker, recipe_name, shown_files
@@ -71,7 +73,9 @@ def consistency(recipe: Recipe, name: str = "") -> dict[str, Any]:
         write_active(recipe, workspace.root)
         tags = {**describe_code(root), "recipe": name, **_flow_tags()}
         params = flatten(recipe.model_dump(mode="json"))
-        with PipelineRun(Tracker(workspace.origin), title(recipe, name), tags, params) as parent:
+        tracker = Tracker(workspace.origin)
+        end_earlier_starts(tracker)
+        with PipelineRun(tracker, title(recipe, name), tags, params) as parent:
             stages = bring_up_all(workspace, parent)
             return finish(workspace, parent, stages, name)
 
@@ -89,7 +93,7 @@ def bring_up_all(workspace: Workspace, parent: PipelineRun) -> dict[str, dict[st
     futures: dict[str, PrefectFuture] = {}
     for stage in stages.values():
         inputs = {earlier.name: futures[earlier.name] for earlier in upstream(stage, stages)}
-        named = bring_up.with_options(task_run_name=stage.name)
+        named = bring_up.with_options(name=stage.name, task_run_name=stage.name)  # the first: while it waits
         shared = {"OMP_NUM_THREADS": str(threads_for(stage, stages)), **variables}
         futures[stage.name] = named.submit(stage.name, inputs, workspace, shared)
     try:
@@ -137,7 +141,8 @@ def bring_up(stage: str, inputs: dict[str, Any], workspace: Workspace, variables
     """Bring one stage up to date and return its entry of dvc.lock; `inputs` are the entries of those it reads."""
     update_lock(workspace.root, inputs)  # where Prefect skipped their tasks, DVC does not know them yet
     progress = ProgressArtifact(stage)
-    result = workspace.bring_up(stage, variables=variables, on_line=_say, on_progress=progress.show)
+    with gpu_turn(read_stages(workspace.root)[stage], workspace, _say) as device:
+        result = workspace.bring_up(stage, variables={**variables, **device}, on_line=_say, on_progress=progress.show)
     if result.cached:
         return Completed(name="Cached", message="DVC's cache had it", data=result.entry)
     return result.entry

@@ -60,7 +60,7 @@ def show_pictures(files: Mapping[str, Path]) -> None:
 
 def show_tracking(uri: str, experiment_id: str, run_id: str) -> None:
     """Show where the run stands in MLflow: a link to a server, or how to open the local pages."""
-    page = f"/#/experiments/{experiment_id}/runs/{run_id}"
+    page = f"/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
     if uri.startswith("http"):
         text = f"[This run in MLflow]({uri.rstrip('/')}{page})"
     else:

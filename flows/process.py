@@ -1,4 +1,7 @@
-"""A command in a process group of its own: followed line by line, and ended so that nothing of it is left behind."""
+"""A command in a process group of its own: followed line by line, and ended so that nothing of it is left behind.
+
+Its standard input is a pipe that stays empty, and ends when this process does, in whatever way.
+"""
 
 import os
 import queue
@@ -22,7 +25,7 @@ class Process:
             command,
             cwd=cwd,
             env=env,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -3,8 +3,8 @@
 import gc
 import importlib
 import inspect
+import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +16,7 @@ from flows.errors import UserError
 from flows.monitor import Monitor
 from flows.recipe import Recipe, flatten, load_active
 from flows.stage_monitor import StageMonitor
+from flows.stage_signals import StageSignals, end_with_caller
 from flows.state import drop_finished, hold_state, mark_finished
 from flows.tracking import (
     MODEL_FILES,
@@ -28,7 +29,7 @@ from flows.tracking import (
     recipe_name,
     shown_files,
 )
-from flows.workspace import cache_of, describe_code, origin
+from flows.workspace import LIFELINE_VARIABLE, cache_of, describe_code, origin
 
 PREPARED, FACTS_FILE = "out/prepare", "dataset.json"
 TRAINS = ("features", "teacher", "student")
@@ -48,7 +49,9 @@ def run_stage(name: str, root: Path) -> None:
     recipe, function = load_active(root), _stage_function(name)
     inputs = {path: dvc_md5(root / path) for path in stages[name].deps if path.startswith("out/")}
     parameters = inspect.signature(function).parameters
-    with _Signals(deferred="state_dir" in parameters) as signals, ExitStack() as stack:
+    with StageSignals(deferred="state_dir" in parameters) as signals, ExitStack() as stack:
+        if LIFELINE_VARIABLE in os.environ:
+            end_with_caller()
         run = stack.enter_context(_tracked_run(stages[name], root, recipe, inputs))
         monitor = StageMonitor(name, run, signals.received)
         given: dict[str, Any] = {"out_dir": _emptied(root / "out" / name), "monitor": monitor}
@@ -98,41 +101,6 @@ def _state(stage: Stage, root: Path, inputs: Mapping[str, str], monitor: Monitor
 
     with hold_state(home, stage.name, stage_key(root, stage, inputs), on_wait) as folder:
         yield folder
-
-
-class _Signals:
-    """SIGINT and SIGTERM while a stage runs: noted once for a stage that looks for them, else an exit at once."""
-
-    def __init__(self, *, deferred: bool) -> None:
-        self._deferred, self._number = deferred, 0
-
-    def __enter__(self) -> "_Signals":
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def received(self) -> bool:
-        """Whether the stage is asked to end."""
-        return self._number != 0
-
-    @contextmanager
-    def as_exit(self) -> Iterator[None]:
-        """Turn the error with which a stage answers to a signal into the exit code of that signal."""
-        try:
-            yield
-        except Exception as error:
-            if not self._number:
-                raise
-            raise SystemExit(128 + self._number) from error
-
-    def _handle(self, number: int, _: object) -> None:
-        if not self._deferred or self._number:  # the second signal is for the impatient
-            raise SystemExit(128 + number)
-        self._number = number
-        print("stopping: the training state is being saved; a second signal stops at once", flush=True)
 
 
 @contextmanager

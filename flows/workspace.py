@@ -21,10 +21,12 @@ from typing import Any
 
 from flows.dvcfiles import LOCK_FILE, PARAMS_FILE, STAGES_FILE, Cache, locked_outs, read_lock, update_lock
 from flows.errors import UserError
+from flows.locks import try_lock
 from flows.process import Process
 
 HOME_VARIABLE = "CM_HOME"  # in the environment of a clone: the workspace it was cloned from
 PROGRESS_VARIABLE = "CM_PROGRESS_FILE"  # where a stage says how far it is
+LIFELINE_VARIABLE = "CM_LIFELINE"  # set: a stage ends when its standard input does, for then its flow is gone
 CLONE, EDITS_FILE, LIVE_FILE, DONE_FILE = "workspace", "edits.patch", "live", "done"
 # What git must know to run the code again; the recipe in force and DVC's record of it are a run's own.
 SOURCES = ("--", ".", f":(exclude){LOCK_FILE}", f":(exclude){PARAMS_FILE}")
@@ -149,10 +151,9 @@ def _clean(runs: Path) -> None:
 def _is_live(folder: Path) -> bool:
     try:
         with (folder / LIVE_FILE).open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, FileNotFoundError):  # in use, or another run is removing it at this moment
+            return not try_lock(file)
+    except FileNotFoundError:  # another run is removing it at this moment
         return True
-    return False
 
 
 def _git(cwd: Path, *arguments: str, **variables: str) -> bytes:
@@ -285,11 +286,17 @@ class Workspace:
         return {
             **os.environ,
             HOME_VARIABLE: str(self.origin),
+            LIFELINE_VARIABLE: "stdin",
             "PYTHONPATH": str(self.root),
             "PYTHONUNBUFFERED": "1",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             "DVC_NO_ANALYTICS": "1",
         }
+
+    @property
+    def ending(self) -> bool:
+        """Whether the run ends, so that nothing more is to begin."""
+        return self._stopping
 
     def stop(self) -> None:
         """End every command that still runs, all at once: SIGTERM, then SIGKILL when the grace is over."""

@@ -14,7 +14,13 @@ PACKAGES = ("cm_core", "flows")
 # Libraries that cost a second or more, and the modules that may import them when they are imported themselves.
 HEAVY = {
     "torch": ("cm_core.*", "flows.stages.*", "flows.recipe"),
-    "prefect": ("flows.pipeline", "flows.pipeline_artifacts", "flows.embedded"),
+    "prefect": (
+        "flows.pipeline",
+        "flows.pipeline_artifacts",
+        "flows.embedded",
+        "flows.gpu_turn",
+        "flows.earlier_starts",
+    ),
     **dict.fromkeys(["mlflow", "dvc", "boto3", "sklearn", "scipy", "matplotlib", "torchvision", "lpips"], ()),
     **dict.fromkeys(["torch_fidelity", "rich", "tqdm"], ()),
 }

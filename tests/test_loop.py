@@ -61,8 +61,8 @@ class Training:
         pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 1), dtype=np.uint8)
         self.batches = Batches(pixels, None, batch_size=self.train.batch_size, seed=3, device=CPU, flip=True)
 
-    def steps(self):
-        return fit(self.state, self.method, self.models, self.batches, noise=Noise(), seed=5)
+    def steps(self, **options):
+        return fit(self.state, self.method, self.models, self.batches, noise=Noise(), seed=5, **options)
 
     def tensors(self):
         return {name: tensor.clone() for name, tensor in self.state._tensors().items()}
@@ -87,6 +87,22 @@ def test_resumed_training_equals_the_uninterrupted_one_to_the_bit(tmp_path, name
     assert resumed == metrics[3:]
     expected, found = whole.tensors(), second.tensors()
     assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_a_training_stopped_between_two_metrics_resumes_to_the_same_metrics_and_bits(tmp_path):
+    every = {"log_every": 3, "save_every": 3, "grid_every": 3}
+    whole = Training(METHODS["ct"], **every)
+    metrics = list(whole.steps())
+
+    first = Training(METHODS["ct"], **every)
+    assert next(first.steps(stop_requested=lambda: first.state.step == 2)) == {}
+    first.state.save(tmp_path)
+    second = Training(METHODS["ct"], **every)
+    second.state.restore(list_states(tmp_path)[-1])
+    assert second.state.step == 2
+    assert list(second.steps()) == metrics
+    expected, found = whole.tensors(), second.tensors()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 

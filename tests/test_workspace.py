@@ -1,5 +1,6 @@
 """A run's clone: what it captures, how DVC works in it, and that nothing of it is left running."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ import pytest
 
 from flows import dvcfiles, process, workspace
 from flows.errors import UserError
-from miniature import commit, git, make_workspace
+from miniature import REPOSITORY, commit, git, make_workspace
 
 
 @pytest.fixture(scope="module")
@@ -301,3 +302,28 @@ def test_progress_is_passed_on_when_it_changes(tmp_path):
 def test_a_run_of_many_overrides_has_a_folder_all_the_same(tmp_path):
     folder = workspace._make_folder(tmp_path, "cifar10-cd " + "data.source.path=/a/b/c " * 40)
     assert folder.is_dir() and len(folder.name) < 80
+
+
+LISTENER = """
+import sys, time
+from pathlib import Path
+from flows.stage_signals import StageSignals, end_with_caller
+
+with StageSignals(deferred=True) as signals:
+    end_with_caller()
+    print("begun", flush=True)
+    while not signals.received():
+        time.sleep(0.02)
+    print("nobody reads this", flush=True)
+    Path(sys.argv[1]).write_text("saved")
+"""
+
+
+def test_a_stage_whose_flow_is_gone_saves_and_ends(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", LISTENER, str(tmp_path / "state")]
+    stage = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert stage.stdout.readline() == b"begun\n"
+    stage.stdout.close()
+    stage.stdin.close()
+    assert stage.wait(timeout=20) == 0 and (tmp_path / "state").read_text() == "saved"

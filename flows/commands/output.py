@@ -9,6 +9,7 @@ from typing import Any
 from flows.monitor import Monitor
 
 METRICS = ("fid", "is", "precision", "recall", "kid")
+CHARTS = "?workflowType=machine_learning&compareRunsMode=CHART"  # of MLflow's pages: curves, not language models
 WIDE = 240  # columns of a table that no terminal limits
 
 

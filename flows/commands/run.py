@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.output import add_json_option, print_json, print_metrics
+from flows.commands.output import CHARTS, add_json_option, print_json, print_metrics
 from flows.commands.recipes import add_recipe_arguments
+from flows.services import use_running
 from flows.workspace import home
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 MAX_NAME = 120  # characters of a run's name, however many overrides it has
 DISTILLED, ISOLATED = "digits-cd", "digits-ct"  # the recipes of the demo
-CHARTS = "?workflowType=machine_learning&compareRunsMode=CHART"
 Metrics = Mapping[str, Mapping[str, float]]  # as in metrics.json: <metric>_<network> -> images -> value
 Rows = dict[str, dict[str, float]]  # images -> metric -> value
 
@@ -68,6 +68,7 @@ def run_pipeline(recipe: "Recipe", root: Path, *, name: str, keep: bool) -> dict
     """Run the flow in this process; with `keep`, the workspace holds its recipe and results afterwards."""
     # A cancelled flow sends SIGTERM to its process, whose default end would leave Prefect's own server running.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    use_running(root)
     from flows import pipeline  # now that the recipe is known to be good: this import takes seconds
 
     return pipeline.run(recipe, root, name=name, keep=keep)

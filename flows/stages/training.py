@@ -74,20 +74,23 @@ def run_training(
     _prepare_passes(models, train)
     speed = _checked_speed(state, method, spec, batches.device, out_dir.name)
     profile_dir = Path(os.environ[PROFILE_VARIABLE]) if PROFILE_VARIABLE in os.environ else None
+    stop_requested = monitor.stop_requested
     with profiled(profile_dir) as on_step:
-        for metrics in fit(state, method, models, batches, noise=spec.noise, seed=seed, on_step=on_step):
+        watched = {"on_step": on_step, "stop_requested": stop_requested}
+        for metrics in fit(state, method, models, batches, noise=spec.noise, seed=seed, **watched):
             step = state.step
-            log.append(metrics)
-            monitor.metrics({**metrics, **speed.measured(step)}, step)
-            monitor.progress(step, train.num_steps, "steps")
+            if metrics:
+                log.append(metrics)
+                monitor.metrics({**metrics, **speed.measured(step)}, step)
+                monitor.progress(step, train.num_steps, "steps")
             if step % train.grid_every == 0 or step == train.num_steps:
                 averaged.load_state_dict(state.averaged())
                 save_grid(draw(averaged), log.grid(step), columns=8)
                 monitor.image("samples", log.grid(step), step)
-            if step % train.save_every == 0 or monitor.stop_requested():
+            if step % train.save_every == 0 or stop_requested():
                 state.save(state_dir)
                 monitor.state_saved(state_dir)
-            if monitor.stop_requested() and step < train.num_steps:
+            if stop_requested() and step < train.num_steps:
                 raise StageStopped(f"stopped after step {step}; the training state is saved")
     _write_artifact(state, spec, out_dir)
     log.move_to(out_dir)

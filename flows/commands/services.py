@@ -1,0 +1,144 @@
+"""`cm up`, `cm down`, `cm status`, `cm deploy`: the servers and workers of a machine, and what the server must know."""
+
+import os
+import sys
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flows.commands.output import CHARTS, add_json_option, positive, print_json, print_table
+from flows.errors import UserError
+from flows.services import (
+    MLFLOW_PORT,
+    PREFECT_PORT,
+    Options,
+    ServiceEnded,
+    Services,
+    answering,
+    down,
+    folder_of,
+    read_note,
+    running,
+    up,
+)
+from flows.workspace import home
+
+FAILED = 1
+
+
+def add_parsers(commands: Any) -> None:
+    """Declare the subcommands."""
+    parser = commands.add_parser("up", help="run Prefect, MLflow and workers on this machine until Ctrl-C")
+    parser.add_argument("--prefect-port", type=_port, default=PREFECT_PORT, metavar="PORT", help="0: any free one")
+    parser.add_argument("--mlflow-port", type=_port, default=MLFLOW_PORT, metavar="PORT", help="0: any free one")
+    parser.add_argument("--database", metavar="URL", help="postgresql://user:password@host/name in place of files")
+    parser.add_argument("--no-workers", action="store_true", help="the servers alone; `prefect worker start` adds any")
+    parser.set_defaults(command=start)
+
+    parser = commands.add_parser("down", help="stop what `cm up` runs, wherever it was started")
+    parser.set_defaults(command=stop)
+
+    parser = commands.add_parser("status", help="say what of `cm up` runs and answers")
+    add_json_option(parser)
+    parser.set_defaults(command=status)
+
+    parser = commands.add_parser("deploy", help="register pools, limit and recipes with the server of PREFECT_API_URL")
+    parser.add_argument("--pool-type", default="process", metavar="TYPE", help="a template in infra/work-pools")
+    parser.add_argument(
+        "--gpus", type=positive, required=True, metavar="N", help="heavy stages at once, all workers' together"
+    )
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--folder", type=Path, metavar="PATH", help="the workspace on the workers; without it, this one")
+    place.add_argument("--repository", metavar="URL", help="what workers clone instead")
+    parser.add_argument("--branch", default="main", metavar="NAME", help="of the repository")
+    parser.set_defaults(command=register)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
+    return int(text)
+
+
+def start(args: Namespace) -> int:
+    """Run the services; return 1 if one of them ended by itself."""
+    root = home()
+    try:
+        up(
+            root,
+            Options(args.prefect_port, args.mlflow_port, args.database, workers=not args.no_workers),
+            on_start=lambda name: print(f"starting {name}", flush=True),
+            on_ready=lambda services: print(_welcome(services, str(folder_of(root) / "logs")), flush=True),
+        )
+    except ServiceEnded as error:
+        print(f"cm: {error}", file=sys.stderr)
+        return FAILED
+    print("stopped")
+    return 0
+
+
+def _welcome(services: Services, logs: str) -> str:
+    # MLflow opens in its mode for language models; the link asks for the one with curves.
+    return f"""Prefect  {services.prefect}/deployments
+MLflow   {services.mlflow}/#/experiments/1/runs{CHARTS}
+logs     {logs}
+Ctrl-C or `cm down` stops all of it; trainings save their state and go on with the next `cm up`"""
+
+
+def stop(args: Namespace) -> None:
+    """Stop the services."""
+    print("stopped" if down(home()) else "nothing runs")
+
+
+def status(args: Namespace) -> int:
+    """Print what runs; return 1 unless all of it does."""
+    found = read_status()
+    if args.json:
+        print_json(found)
+    elif not found["running"]:
+        print("nothing runs; `cm up` starts Prefect, MLflow and workers")
+    else:
+        services = found["services"].items()
+        rows = [(name, _state(service), service.get("url", ""), service["log"]) for name, service in services]
+        print_table(("service", "state", "address", "log"), rows)
+    return 0 if found["ok"] else FAILED
+
+
+def _state(service: Mapping[str, Any]) -> str:
+    if not service["alive"]:
+        return "ENDED"
+    if "answers" not in service:
+        return "runs"
+    return "answers" if service["answers"] else "no answer"
+
+
+def read_status() -> dict[str, Any]:
+    """Return what runs, as `cm status --json` prints it."""
+    import psutil
+
+    root = home()
+    services = running(root)
+    if services is None:
+        return {"ok": False, "running": False, "services": {}}
+    answers = answering(services)
+    found = {
+        name: {"pid": child["pid"], "alive": psutil.pid_exists(child["pid"]), "log": child["log"]}
+        for name, child in read_note(root)["children"].items()
+    }
+    for name, url in (("prefect", services.prefect), ("mlflow", services.mlflow)):
+        found[name] |= {"url": url, "answers": answers[name]}
+    sound = all(service["alive"] and service.get("answers", True) for service in found.values())
+    return {"ok": sound, "running": True, "services": found}
+
+
+def register(args: Namespace) -> None:
+    """Register everything and say what."""
+    if not os.environ.get("PREFECT_API_URL"):
+        raise UserError("PREFECT_API_URL is not set; `cm up` registers with its own server by itself")
+    from flows.deploy import deploy, from_repository, in_folder
+
+    root = home()
+    steps = from_repository(args.repository, args.branch) if args.repository else in_folder(args.folder or root)
+    names = deploy(root, gpus=args.gpus, pool_type=args.pool_type, pull_steps=steps)
+    print("\n".join([*names, f"registered with {os.environ['PREFECT_API_URL']}; {args.gpus} heavy stages at once"]))

@@ -1,0 +1,2 @@
+-- Beside the database of Prefect; both servers call a table alembic_version.
+create database mlflow;

@@ -1,0 +1,220 @@
+"""Real services for tests: a workspace with a recipe of seconds, PostgreSQL, `cm up`, more workers, their REST API."""
+
+import functools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from miniature import REPOSITORY, commit, git
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+POSTGRES = shutil.which("initdb")
+TINY = """# A page for tests: eight by eight, seconds.
+data: {source: digits, max_images: 64}
+network: {kind: song_unet, channels: 8, channel_mult: [1], num_blocks: 1, attn_resolutions: []}
+features: {kind: classifier, num_steps: 20, batch_size: 32}
+teacher: {train: {num_steps: 4, batch_size: 8, log_every: 1, save_every: 2, grid_every: 2}}
+student: {train: {num_steps: 600, batch_size: 8, log_every: 10, save_every: 50, grid_every: 200}}
+sample: {num_images: 16, batch_size: 16, teacher_images: 8, teacher_sampler: {num_steps: 2}}
+"""
+
+
+def make_live_workspace(root: Path) -> Path:
+    """Clone this repository to `root`, with the recipe `tiny` as its only one."""
+    git(REPOSITORY, "clone", "--quiet", "--local", str(REPOSITORY), str(root))
+    for page in (root / "params" / "recipes").glob("*.yaml"):
+        page.unlink()
+    (root / "params" / "recipes" / "tiny.yaml").write_text(TINY)
+    git(root, "add", "--all")
+    commit(root)
+    return root
+
+
+def environment(root: Path, **variables: str) -> dict[str, str]:
+    """Return this process's environment for the code of the workspace `root`, without servers of the user's."""
+    theirs = ("PREFECT_", "MLFLOW_", "CM_", "GIT_", "AWS_")
+    own = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
+    return {**own, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", **variables}
+
+
+def cm(root: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run `cm` in the workspace."""
+    command = [sys.executable, "-m", "flows.cli", *arguments]
+    return subprocess.run(command, cwd=root, env=environment(root), capture_output=True, text=True, check=False)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def postgres() -> Iterator[str]:
+    """Run a PostgreSQL server with a database `cm`; yield its address. As root, it runs as the user postgres."""
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
+        own = {"user": "postgres", "group": "postgres"} if os.getuid() == 0 else {}
+        if own:
+            shutil.chown(folder, "postgres", "postgres")
+        with _postgres_server(Path(folder), own) as port:
+            yield f"postgresql://cm:secret@127.0.0.1:{port}/cm"
+
+
+@contextmanager
+def _postgres_server(folder: Path, own: dict[str, str]) -> Iterator[int]:
+    data, port = folder / "data", free_port()
+    initdb = ["initdb", "--pgdata", str(data), "--username", "cm", "--auth", "trust", "--no-sync"]
+    subprocess.run(initdb, check=True, stdout=subprocess.DEVNULL, cwd=folder, **own)
+    options = ["-p", str(port), "-c", "listen_addresses=127.0.0.1", "-k", str(folder), "-c", "fsync=off"]
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(["postgres", "-D", str(data), *options], stdout=log, stderr=log, cwd=folder, **own)
+    try:
+        _create_database(port)
+        yield port
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait()
+
+
+def _create_database(port: int) -> None:
+    import psycopg2
+
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            connection = psycopg2.connect(host="127.0.0.1", port=port, user="cm", dbname="postgres")
+            break
+        except psycopg2.OperationalError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    connection.autocommit = True
+    connection.cursor().execute("create database cm")
+    connection.close()
+
+
+class Up:
+    """A `cm up` in a workspace, ready to use."""
+
+    def __init__(self, root: Path, *options: str) -> None:
+        self.root = root
+        command = [sys.executable, "-m", "flows.cli", "up", "--prefect-port", "0", "--mlflow-port", "0", *options]
+        self.process = subprocess.Popen(
+            command, cwd=root, env=environment(root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for line in self.process.stdout:
+            if line.startswith("Ctrl-C"):
+                break
+        else:
+            pytest.fail(self.process.stderr.read())
+        self.note = json.loads((root / ".cm" / "services" / "services.json").read_text())
+        self.api = httpx.Client(base_url=f"{self.note['prefect']}/api", timeout=30)
+        self.children = psutil.Process(self.process.pid).children(recursive=True)
+
+    def stop(self) -> int:
+        """Stop it as Ctrl-C does; return its exit code."""
+        self.process.send_signal(signal.SIGINT)
+        self.api.close()
+        return self.process.wait(timeout=90)
+
+    def post(self, path: str, **body) -> object:
+        answer = self.api.post(path, json=body)
+        answer.raise_for_status()
+        return answer.json() if answer.content else None
+
+    def get(self, path: str) -> object:
+        answer = self.api.get(path)
+        answer.raise_for_status()
+        return answer.json()
+
+    def submit(self, *overrides: str) -> str:
+        """Start a run of the deployment `tiny` with values changed, `key=value`; return its id."""
+        from flows.recipe import merge, parse_override
+
+        deployment = self.get("/deployments/name/consistency/tiny")
+        recipe = functools.reduce(merge, map(parse_override, overrides), deployment["parameters"]["recipe"])
+        parameters = {"recipe": recipe, "name": "tiny"}
+        return self.post(f"/deployments/{deployment['id']}/create_flow_run", parameters=parameters)["id"]
+
+    def flow_run(self, run_id: str) -> dict:
+        return self.get(f"/flow_runs/{run_id}")
+
+    def task_states(self, run_id: str) -> dict[str, str]:
+        runs = self.post("/task_runs/filter", flow_runs={"id": {"any_": [run_id]}})
+        return {run["name"]: run["state_name"] for run in runs}
+
+    def said(self, run_id: str) -> list[str]:
+        """Return what a run has logged."""
+        found = self.post("/logs/filter", logs={"flow_run_id": {"any_": [run_id]}}, sort="TIMESTAMP_ASC", limit=200)
+        return [entry["message"] for entry in found]
+
+    def artifacts(self, run_id: str) -> dict[str, dict]:
+        """Return a run's artifacts by key, of each key the newest."""
+        chosen = {"flow_run_id": {"any_": [run_id]}}
+        found = self.post("/artifacts/filter", artifacts=chosen, sort="CREATED_DESC", limit=200)
+        return {artifact["key"]: artifact for artifact in reversed(found)}
+
+    def wait_for(self, run_id: str, name: str, seconds: float) -> None:
+        """Wait until a run is in this state."""
+        wait_until(lambda: self.flow_run(run_id)["state_name"] in (name, "Failed"), seconds, every=1)
+        state = self.flow_run(run_id)["state"]
+        assert state["name"] == name, (state, self.said(run_id)[-20:])
+
+    def states(self, run_id: str) -> list[str]:
+        """Return the names of a run's states, the first one first."""
+        found = self.get(f"/flow_run_states/?flow_run_id={run_id}")
+        return [state["name"] for state in sorted(found, key=lambda state: state["timestamp"])]
+
+
+@contextmanager
+def worker(up: Up, name: str) -> Iterator[psutil.Process]:
+    """Run one more worker of the pool `gpu`, as another machine would."""
+    from flows.services import Services, client_variables
+
+    variables = client_variables(up.root, Services(up.note["prefect"], up.note["mlflow"]))
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "gpu", "--name", name]
+    options = ["--type", "process", "--limit", "1", "--install-policy", "never"]
+    with (up.root / ".cm" / f"{name}.log").open("wb") as log:
+        started = subprocess.Popen(
+            [*command, *options], cwd=up.root, env=environment(up.root, **variables), stdout=log, stderr=log
+        )
+    process = psutil.Process(started.pid)
+    try:
+        yield process
+    finally:
+        end_tree(process)
+        started.wait()
+
+
+def end_tree(process: psutil.Process) -> None:
+    """Kill a process and all it has started, at once."""
+    try:
+        tree = [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for one in tree:
+        try:
+            one.kill()
+        except psutil.NoSuchProcess:
+            pass
+
+
+def wait_until(condition, seconds: float, every: float = 0.2):
+    """Wait until `condition` holds; return what it returned."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(every)
+    return found

@@ -1,0 +1,217 @@
+"""`cm up` and what it rests on: ports, databases, devices, turns, and its end, whoever brings it about."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from flows import services
+from flows.devices import hold_device, visible_devices
+from flows.dvcfiles import load_yaml, read_stages
+from flows.errors import UserError
+from live import Up, cm, environment, make_live_workspace, wait_until
+from miniature import REPOSITORY
+
+
+def test_every_stage_says_what_it_needs():
+    said = {name: entry["meta"]["needs"] for name, entry in load_yaml(REPOSITORY / "dvc.yaml")["stages"].items()}
+    assert said == {name: stage.needs for name, stage in read_stages(REPOSITORY).items()}
+    assert set(said.values()) == {"gpu", "cpu"} and said["student"] == "gpu" and said["prepare"] == "cpu"
+
+
+def test_devices_are_those_that_the_environment_shows(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-8a")
+    assert visible_devices() == ["2", "GPU-8a"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_devices() == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert visible_devices() == []
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: a (UUID: x)'\necho 'GPU 1: b (UUID: y)'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert visible_devices() == ["0", "1"]
+
+
+def unwanted():
+    raise AssertionError("a device was free")
+
+
+def test_a_device_is_held_by_one_alone(tmp_path):
+    waits = []
+    with hold_device(tmp_path, ["0", "1"], unwanted, lambda: False) as first:
+        with hold_device(tmp_path, ["0", "1"], unwanted, lambda: False) as second:
+            assert [first, second] == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+            with hold_device(tmp_path, ["0", "1"], lambda: waits.append(1), lambda: True) as third:
+                assert third == {} and waits == [1], "the run ends before its turn"
+        with hold_device(tmp_path, ["0", "1"], unwanted, lambda: False) as again:
+            assert again == second
+    with hold_device(tmp_path, [], unwanted, lambda: False) as none:
+        assert none == {}
+
+
+def test_a_device_comes_back_when_its_holder_is_killed(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from flows.devices import hold_device\n"
+        "with hold_device(Path(sys.argv[1]), ['0'], print, bool): print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    holder = subprocess.Popen(command, env=environment(REPOSITORY), stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    threading.Timer(0.3, holder.kill).start()
+    waits = []
+    with hold_device(tmp_path, ["0"], lambda: waits.append(1), lambda: False) as held:
+        assert held == {"CUDA_VISIBLE_DEVICES": "0"} and waits == [1]
+    holder.wait()
+    holder.stdout.close()
+
+
+def test_a_port_is_free_or_refused_by_its_option():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"--mlflow-port {port}: Address already in use; choose another"):
+            services.choose_port(port, "--mlflow-port")
+    assert services.choose_port(port, "--mlflow-port") == port
+    assert services.choose_port(0, "--mlflow-port") > 0
+
+
+def test_both_servers_share_a_database_but_no_table(tmp_path):
+    prefect, mlflow = services._database_urls(tmp_path, "postgresql://me:p%40ss@db.example:5433/cm")
+    assert prefect == "postgresql+asyncpg://me:p%40ss@db.example:5433/cm"
+    assert mlflow == "postgresql+psycopg2://me:p%40ss@db.example:5433/cm?options=-csearch_path%3Dmlflow"
+    prefect, mlflow = services._database_urls(tmp_path, None)
+    assert mlflow == f"sqlite:///{tmp_path}/mlflow.db", "what `mlflow ui` and runs without a server use"
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("nonsense", "not an address; expected postgresql://"),
+        ("mysql://me:secret@db/cm", r"mysql://me:\*\*\*@db/cm: expected postgresql://"),
+        ("postgresql://me:secret@db/cm?sslmode=require", "expected postgresql://user:password@host:port/name"),
+        ("postgresql://me:secret@127.0.0.1:1/cm", r"me:\*\*\*@127.0.0.1:1/cm: .*refused"),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_refused_without_its_password(url, says):
+    with pytest.raises(UserError, match=says) as refused:
+        services.prepare_database(url)
+    assert "secret" not in str(refused.value)
+
+
+def test_nothing_leaves_the_machine_and_no_secret_stands_in_a_command_line(tmp_path):
+    at = services.Services("http://127.0.0.1:4200", "http://127.0.0.1:5000")
+    database = "postgresql://me:secret@db/cm"
+    variables = services.client_variables(tmp_path, at) | services.server_variables(tmp_path, at, database)
+    assert variables["DO_NOT_TRACK"] == "true", "MLflow takes no other word"
+    assert variables["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false" and variables["DVC_NO_ANALYTICS"] == "1"
+    assert variables["PREFECT_SERVER_UI_API_URL"] == "http://127.0.0.1:4200/api"
+    for command in services._server_commands(tmp_path, at).values():
+        assert "secret" not in " ".join(command)
+    assert "127.0.0.1" in services._server_commands(tmp_path, at)["mlflow"]
+
+
+def test_without_services_there_is_nothing_to_stop_to_show_or_to_use(tmp_path, monkeypatch):
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    assert not services.down(tmp_path) and services.running(tmp_path) is None
+    services.use_running(tmp_path)
+    assert "PREFECT_API_URL" not in os.environ
+
+
+@pytest.fixture
+def leftover(tmp_path):
+    """A workspace whose `cm up` was killed, and the child that it left."""
+    at = services.Services("http://127.0.0.1:1", "http://127.0.0.1:2")
+    logs = services.folder_of(tmp_path) / "logs"
+    logs.mkdir(parents=True)
+    child = services.Child("prefect", ["http.server", "0"], cwd=tmp_path, env=os.environ, logs=logs)
+    services._write_note(tmp_path, at, [child])
+    yield tmp_path, child
+    services._end_all([child.pid], 1)
+
+
+def test_what_a_killed_up_has_left_the_next_one_ends(leftover):
+    root, child = leftover
+    assert services.running(root) is None, "nobody holds the lock"
+    with services._hold(root), pytest.raises(services.ServiceEnded, match=r"prefect ended with code"):
+        child.check()
+    assert not (services.folder_of(root) / "services.json").exists()
+
+
+def test_a_second_up_says_in_one_line_where_the_first_is(leftover):
+    root, _ = leftover
+    note = services._note_file(root).read_text()
+    with services._hold(root):
+        services._note_file(root).write_text(note)
+        with pytest.raises(UserError, match=r"run already: Prefect http://127.0.0.1:1, MLflow http://127.0.0.1:2"):
+            with services._hold(root):
+                pass
+
+
+def test_a_log_is_kept_for_one_more_start(tmp_path):
+    for _ in range(2):
+        child = services.Child("x", ["platform"], cwd=tmp_path, env=os.environ, logs=tmp_path)
+        wait_until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE, 20)  # noqa: B023
+    with pytest.raises(services.ServiceEnded, match=r"x ended with code 0; the end of .*x\.log:\nLinux"):
+        child.check()
+    assert (tmp_path / "x.log.1").read_text() == (tmp_path / "x.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("up", "--prefect-port", "70000"), "'70000' is not a port"),
+        (("up", "--database", "nonsense", "--prefect-port", "0", "--mlflow-port", "0"), "--database: not an address"),
+        (("deploy", "--gpus", "1"), "PREFECT_API_URL is not set"),
+        (("deploy", "--gpus", "0"), "'0' is not a whole number above 0"),
+    ],
+)
+def test_bad_input_ends_in_one_line(tmp_path, arguments, says):
+    root = make_live_workspace(tmp_path / "workspace")
+    ended = cm(root, *arguments)
+    assert ended.returncode == 2 and says in ended.stderr and ended.stderr.count("\n") == 1
+
+
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_live_workspace(tmp_path_factory.mktemp("up") / "workspace")
+
+
+@slow
+def test_up_status_down_and_up_again(root):
+    up = Up(root)
+    status = cm(root, "status", "--json")
+    assert status.returncode == 0 and '"running": true' in status.stdout
+    second = cm(root, "up")
+    assert second.returncode == 2 and second.stderr.count("\n") == 1 and up.note["prefect"] in second.stderr
+    pools = {pool["name"]: pool["type"] for pool in up.post("/work_pools/filter")}
+    assert pools == {"gpu": "process", "cpu": "process"}
+    limit = up.get("/v2/concurrency_limits/gpu")
+    assert (limit["limit"], limit["active"]) == (max(1, len(visible_devices())), True)
+    deployed = up.get("/deployments/name/consistency/tiny")
+    for connection in psutil.net_connections("tcp"):
+        if connection.pid in {child.pid for child in up.children} and connection.status == psutil.CONN_LISTEN:
+            assert connection.laddr.ip == "127.0.0.1"
+    assert cm(root, "down").stdout == "stopped\n"
+    assert up.process.wait(timeout=10) == 0
+    assert not [child for child in up.children if services.still_runs(child)]
+    assert cm(root, "status").returncode == 1
+
+    again = Up(root)
+    assert again.get("/deployments/name/consistency/tiny")["id"] == deployed["id"]
+    worker = next(child for child in again.children if "worker" in child.cmdline())
+    worker.send_signal(signal.SIGKILL)
+    assert again.process.wait(timeout=60) == 1
+    said = again.process.stderr.read()
+    assert said.startswith("cm: worker-gpu ended with code -9; the end of ") and "worker-gpu.log:" in said
+    time.sleep(0.2)
+    assert not [child for child in again.children if services.still_runs(child)]
