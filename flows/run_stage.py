@@ -13,7 +13,6 @@ from typing import Any
 import flows
 from flows.dvcfiles import Stage, dvc_md5, read_stages, stage_key, version
 from flows.errors import UserError
-from flows.monitor import Monitor
 from flows.recipe import Recipe, flatten, load_active
 from flows.stage_monitor import StageMonitor
 from flows.state import drop_finished, hold_state, mark_finished
@@ -88,7 +87,7 @@ def _argument(name: str, given: Mapping[str, Any], recipe: Recipe, root: Path) -
 
 
 @contextmanager
-def _state(stage: Stage, root: Path, inputs: Mapping[str, str], monitor: Monitor) -> Iterator[Path]:
+def _state(stage: Stage, root: Path, inputs: Mapping[str, str], monitor: StageMonitor) -> Iterator[Path]:
     """Yield the folder of the training in flight, after removing those whose outputs are safely stored."""
     home = origin(root)
     drop_finished(home, cache_of(root).holds)
@@ -96,8 +95,9 @@ def _state(stage: Stage, root: Path, inputs: Mapping[str, str], monitor: Monitor
     def on_wait() -> None:
         monitor.remark("another process trains exactly this; waiting for it")
 
-    with hold_state(home, stage.name, stage_key(root, stage, inputs), on_wait) as folder:
-        yield folder
+    with hold_state(home, stage.name, stage_key(root, stage, inputs), on_wait, monitor.remark) as state:
+        monitor.on_state_saved = state.publish
+        yield state.folder
 
 
 class _Signals:
