@@ -59,7 +59,12 @@ class Bucket:
     @contextmanager
     def _naming(self, key: str) -> Iterator[dict[str, str]]:
         with s3_errors(f"{self.uri}/{key}"):
-            yield {"Bucket": self._bucket, "Key": self._prefix + key}
+            from botocore.exceptions import FlexibleChecksumError
+
+            try:
+                yield {"Bucket": self._bucket, "Key": self._prefix + key}
+            except FlexibleChecksumError as error:
+                raise WrongBytes(f"{self.uri}/{key}: {error}") from error
 
     def read(self, key: str) -> Found | None:
         """Return a small object, or None where there is none."""
@@ -114,14 +119,12 @@ class Bucket:
             self._read_back(key, path)
 
     def _read_back(self, key: str, path: Path) -> None:
-        """Compare an object with its file byte for byte: not every store's ETag is an MD5."""
+        """Compare what the store has with the file: not every store's ETag is an MD5."""
+        stored = hashlib.sha256()
         with self._naming(key) as named:
-            stored = hashlib.sha256()
             for chunk in self._client.get_object(**named)["Body"].iter_chunks(PART):
                 stored.update(chunk)
         if stored.hexdigest() != sha256_of(path):
-            with self._naming(key) as named:
-                self._client.delete_object(**named)
             raise WrongBytes(f"{self.uri}/{key}: the store holds other bytes than were sent")
 
     def download(self, key: str, path: Path, sha256: str, on_bytes: OnBytes = lambda count: None) -> None:
@@ -129,18 +132,23 @@ class Bucket:
         partial = path.with_name(path.name + ".part")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            for _ in range(TRIES):
-                with self._naming(key) as named, self._missing_is_wrong(key), partial.open("wb") as file:
-                    self._client.download_fileobj(
-                        named["Bucket"], named["Key"], file, Config=_transfer(), Callback=on_bytes
-                    )
-                found = sha256_of(partial)
-                if found == sha256:
-                    partial.replace(path)
-                    return
+            self._fetch(key, partial, sha256, on_bytes)
+            partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-        raise WrongBytes(f"{self.uri}/{key}: sha256 is {found}, expected {sha256}")
+
+    def _fetch(self, key: str, path: Path, sha256: str, on_bytes: OnBytes, tries: int = TRIES) -> None:
+        try:
+            with self._naming(key) as named, self._missing_is_wrong(key), path.open("wb") as file:
+                self._client.download_fileobj(
+                    named["Bucket"], named["Key"], file, Config=_transfer(), Callback=on_bytes
+                )
+            if (found := sha256_of(path)) != sha256:
+                raise WrongBytes(f"{self.uri}/{key}: sha256 is {found}, expected {sha256}")
+        except WrongBytes:
+            if tries == 1:
+                raise
+            self._fetch(key, path, sha256, on_bytes, tries - 1)
 
     @contextmanager
     def _missing_is_wrong(self, key: str) -> Iterator[None]:

@@ -397,7 +397,7 @@ def test_bytes_altered_on_the_way_up_never_become_a_state(proxy, workers):
         save(held.folder, 1)
         held.publish()
         wait_for(lambda: head(boto3.client("s3")).states)
-    assert workers[0].heard("other bytes than were sent")
+    assert workers[0].heard("checksum")
     with workers[1].hold() as held:
         assert steps(held.folder) == [1]
 
