@@ -163,7 +163,7 @@ class Training:
                 lambda p=path, s=stored: self._bucket.download(s.key, scratch / p, s.sha256, progress.add)
                 for path, stored in manifest.items()
             )
-            shutil.rmtree(folder)
+            drop_folder(folder)
             scratch.rename(folder)
 
     def publish(self, folder: Path) -> None:
@@ -247,6 +247,14 @@ def list_files(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def drop_folder(folder: Path) -> None:
+    """Remove the states in a folder, renamed first: a process that is killed meanwhile leaves no torn one behind."""
+    doomed = folder.with_name(f"{folder.name}.dropped")
+    shutil.rmtree(doomed, ignore_errors=True)  # of such a process
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
 def patiently(action: Callable[[], object]) -> object:
     """Return what `action` does, tried again for a while when the store fails; wrong bytes will not mend."""
     for pause in PATIENCE:
@@ -267,7 +275,8 @@ def _in_parallel(actions: Iterable[Callable[[], None]]) -> None:
 
 @contextmanager
 def _scratch_beside(folder: Path) -> Iterator[Path]:
-    scratch = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    scratch = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
     scratch.mkdir()
     try:
         yield scratch
@@ -405,7 +414,7 @@ def hold_in_bucket(
             yield lambda: courier.send(folder)
     finally:
         if _hand_back(training, folder, outbox, say, finished()):
-            shutil.rmtree(folder)
+            drop_folder(folder)
         shutil.rmtree(outbox, ignore_errors=True)
 
 

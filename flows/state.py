@@ -8,7 +8,6 @@ ends would lose a training that DVC then fails to store.
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,7 +96,7 @@ def _drop_folders(states: Path, is_stored: Stored) -> Iterator[Path]:
         folder = marker.parent
         with _lock_file(folder).open("w") as lock:
             if _try_lock(lock) and is_stored(json.loads(marker.read_text())):
-                shutil.rmtree(folder)
+                s3_state.drop_folder(folder)
                 yield folder
 
 
