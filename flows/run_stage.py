@@ -27,6 +27,7 @@ from flows.tracking import (
     recipe_name,
     shown_files,
 )
+from flows.versioned import fetch_versioned
 from flows.workspace import cache_of, describe_code, origin
 
 PREPARED, FACTS_FILE = "out/prepare", "dataset.json"
@@ -46,6 +47,8 @@ def run_stage(name: str, root: Path) -> None:
         raise UserError(f"no stage {name!r}; there are {', '.join(stages)}")
     recipe, function = load_active(root), _stage_function(name)
     inputs = {path: dvc_md5(root / path) for path in stages[name].deps if path.startswith("out/")}
+    if "data" in stages[name].params:
+        inputs |= _versioned_data(recipe, root)
     parameters = inspect.signature(function).parameters
     with _Signals(deferred="state_dir" in parameters) as signals, ExitStack() as stack:
         run = stack.enter_context(_tracked_run(stages[name], root, recipe, inputs))
@@ -67,6 +70,12 @@ def _refuse_other_code(root: Path) -> None:
     imported = Path(flows.__file__).parent.resolve()
     if imported != (root / "flows").resolve():
         raise UserError(f"the code of {imported.parent} would run for the workspace {root}; set PYTHONPATH={root}")
+
+
+def _versioned_data(recipe: Recipe, root: Path) -> dict[str, str]:
+    """Have the data here that the recipe names and DVC versions; return their versions by path."""
+    source = recipe.data.source
+    return fetch_versioned(root, source.path, source.version, print) if hasattr(source, "path") else {}
 
 
 def _stage_function(name: str) -> Callable[..., None]:

@@ -224,6 +224,12 @@ def _drop(bucket: Bucket, is_stored: Callable[[Mapping[str, str]], bool]) -> boo
     return remove_training(bucket)
 
 
+def is_orphan(bucket: Bucket, seconds: float) -> bool:
+    """Whether nobody holds a training, and nobody has for so long."""
+    found = bucket.read(HEAD)
+    return found is not None and found.age > max(seconds, Head.of(found.data).lease_seconds)
+
+
 def remove_training(bucket: Bucket) -> bool:
     """Remove a training that nobody holds; return whether it was so."""
     found = bucket.read(HEAD)

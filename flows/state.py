@@ -100,6 +100,15 @@ def _drop_folders(states: Path, is_stored: Stored) -> Iterator[Path]:
                 yield folder
 
 
+def drop_unheld(folder: Path) -> bool:
+    """Remove a state unless somebody holds it; return whether it is gone."""
+    with _lock_file(folder).open("w") as lock:
+        if _try_lock(lock):
+            s3_state.drop_folder(folder)
+            return True
+    return False
+
+
 def _lock_file(folder: Path) -> Path:
     return folder.with_name(folder.name + ".lock")  # beside the folder: it outlives it
 

@@ -68,13 +68,18 @@ def cache_of(root: Path) -> Cache:
     return Cache(Path(folder or root / ".dvc" / "cache"))
 
 
-def shared_remote(root: Path) -> str | None:
-    """Return the address of DVC's default remote; None without one, or if it lies in the workspace for itself alone."""
+def remote_address(root: Path) -> str | None:
+    """Return the address of DVC's default remote, if there is one."""
     from dvc.config import Config
 
     config = Config(str(root / ".dvc"))
     name = config["core"].get("remote")
-    url = str(config["remote"][name]["url"]) if name else None
+    return str(config["remote"][name]["url"]) if name else None
+
+
+def shared_remote(root: Path) -> str | None:
+    """Return the address of DVC's default remote, unless it lies in the workspace, where nobody else looks."""
+    url = remote_address(root)
     return None if url is None or ("://" not in url and Path(url).is_relative_to(origin(root))) else url
 
 
@@ -149,14 +154,15 @@ def _make_folder(runs: Path, run_name: str) -> Path:
 
 def _clean(runs: Path) -> None:
     """Drop all but the newest folders of runs that ended; a live run holds a lock on its own."""
-    ended = sorted((folder for folder in runs.iterdir() if not _is_live(folder)), key=lambda f: -f.stat().st_mtime)
+    ended = sorted((folder for folder in runs.iterdir() if not is_live(folder)), key=lambda f: -f.stat().st_mtime)
     done = [folder for folder in ended if (folder / DONE_FILE).exists()]
     failed = [folder for folder in ended if folder not in done]
     for folder in done[KEPT_DONE:] + failed[KEPT_FAILED:]:
         shutil.rmtree(folder, ignore_errors=True)  # two runs may clean at once
 
 
-def _is_live(folder: Path) -> bool:
+def is_live(folder: Path) -> bool:
+    """Whether the run of this folder goes on."""
     try:
         with (folder / LIVE_FILE).open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
