@@ -8,7 +8,9 @@ import pytest
 
 from fault_proxy import error, fault_proxy
 from flows import workspace
+from flows.commands import doctor
 from flows.dvcfiles import dvc_md5
+from flows.tracking import Tracker
 from miniature import git, make_workspace
 from servers import point_aws_at, s3_server
 
@@ -119,3 +121,30 @@ def test_differences_of_an_experiment_are_readable(machines):
     changed = rows["out/evaluate/metrics.json"]["fid_classifier.nfe_1"]
     assert (changed["old"], changed["new"], changed["diff"]) == (2.5, 1.25, -1.25)
     assert "better" in dvc(first, "exp", "show", "--md")
+
+
+def test_doctor_proves_every_store_in_one_bucket(machines, s3, monkeypatch, tmp_path, capsys):
+    from prefect.blocks.core import Block
+    from prefect.filesystems import RemoteFileSystem
+    from prefect.settings import PREFECT_DEFAULT_RESULT_STORAGE_BLOCK, temporary_settings
+
+    first, _ = machines
+    url = f"s3://team/{tmp_path.name}"
+    share(first, f"{url}/dvc")
+    monkeypatch.chdir(first)
+    monkeypatch.setenv("CM_STATE", f"{url}/states")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{first}/mlflow.db")
+    Tracker(first).client.create_experiment("in the bucket", artifact_location=f"{url}/artifacts")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "in the bucket")
+    monkeypatch.setattr(Block, "load", lambda slug: RemoteFileSystem(basepath=f"{url}/results"))
+    names = ("DVC remote", "MLflow artifacts", "Prefect results", "training states")
+    with temporary_settings({PREFECT_DEFAULT_RESULT_STORAGE_BLOCK: "remote-file-system/results"}):
+        checks = [doctor._examine(name, doctor.WORKSPACE[name]) for name in names]
+        assert all(check.ok and "written, read and removed" in check.says for check in checks), checks
+        assert s3.list_objects_v2(Bucket="team", Prefix=tmp_path.name)["KeyCount"] == 0, "nothing is left behind"
+        with fault_proxy(s3.meta.endpoint_url) as proxy:
+            point_aws_at(monkeypatch, proxy.url)
+            proxy.strike(error(403, "AccessDenied"), method="PUT")
+            checks = [doctor._examine(name, doctor.WORKSPACE[name]) for name in names]
+    assert not any(check.ok for check in checks)
+    assert all("denied" in check.says.lower() or "as told" in check.says for check in checks), checks

@@ -12,6 +12,7 @@ import pytest
 
 from flows import s3_state, state
 from flows.bucket import Bucket
+from miniature import REPOSITORY
 from servers import s3_server
 from test_state import KEY, NAME, URI, take_over
 
@@ -42,8 +43,8 @@ with hold_state(origin, "student", key, lambda: None, print) as held:
 
 
 def start(origin: Path) -> subprocess.Popen:
-    command = [sys.executable, "-c", WRITER, str(origin), KEY]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    command, env = [sys.executable, "-c", WRITER, str(origin), KEY], {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def kill_somewhere(writer: subprocess.Popen, rng: random.Random) -> int:
