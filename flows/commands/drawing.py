@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cm_core.solvers import Denoiser
 
 BATCH = 250  # images at a time; has no influence on them
+MODEL = "a folder with model.json, or models:/... of MLflow"
 LOGGED = ("models:/", "runs:/")  # how MLflow's names of models begin
 TEACHER_STEPS = 18  # EDM's on CIFAR-10
 
@@ -40,6 +41,15 @@ def add_sampling_options(parser: ArgumentParser, *, count: int) -> None:
     parser.add_argument("--n", metavar="N", type=positive, default=count, help=f"number of images; default {count}")
 
 
+def save_images(images: "np.ndarray", folder: Path) -> None:
+    """Write images [N, H, W, C] as one PNG each, by their number."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, image in enumerate(images):
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(folder / f"{index:06d}.png")
+
+
 def is_model(where: str) -> bool:
     """Whether this names a model, and not images."""
     return where.startswith(LOGGED) or (Path(where) / "model.json").is_file()
@@ -55,7 +65,7 @@ def draw(model: str, args: Namespace) -> "tuple[np.ndarray, str]":
     from flows.stages.models import fixed_labels, pick_device, to_device
 
     device = pick_device()
-    spec, net = _load(model)
+    spec, net = load(model)
     net, (sampler, how) = to_device(net, device), _choose_sampler(spec, args)
     batches = []
     with torch.no_grad(), Bar("sampling") as bar:
@@ -68,7 +78,8 @@ def draw(model: str, args: Namespace) -> "tuple[np.ndarray, str]":
     return np.concatenate(batches), how
 
 
-def _load(model: str) -> "tuple[ModelSpec, Precond]":
+def load(model: str) -> "tuple[ModelSpec, Precond]":
+    """Return what a model is, and itself, on the CPU. Raises UserError where there is none."""
     from cm_core.model import load_model
 
     try:
@@ -90,31 +101,36 @@ def _load_logged(model: str) -> "tuple[ModelSpec, Precond]":
 
 def _choose_sampler(spec: "ModelSpec", args: Namespace) -> "tuple[Callable[[Denoiser, ImageNoise], Tensor], str]":
     """Return the function from (model, noise) to images in -1..1, and its description."""
-    from cm_core.sampling import TeacherSampler, check_levels, multistep
+    from cm_core.sampling import TeacherSampler, check_levels
+    from flows.stages.models import few_step_sigmas, few_steps
 
     if spec.form == "denoiser":
         if args.mid_sigmas or args.steps == 1:
             raise UserError("this model is a teacher, whose sampler takes --steps 2 or more and no --mid-sigmas")
         sampler = TeacherSampler(num_steps=args.steps or TEACHER_STEPS)
         return partial(sampler.sample, levels=spec.noise), f"{sampler.solver}, {sampler.nfe} network calls"
-    sigmas = [spec.noise.sigma_max, *_mid_sigmas(spec, args)]
+    sigmas = few_step_sigmas(spec, _mid_sigmas(spec, args))
     try:
         check_levels(sigmas, sigma_min=spec.noise.sigma_min)
     except ValueError as error:
         raise UserError(f"--mid-sigmas: {error}") from error
     how = f"{len(sigmas)} network calls at sigma {', '.join(f'{sigma:.4g}' for sigma in sigmas)}"
-    return partial(multistep, sigmas=sigmas, sigma_min=spec.noise.sigma_min), how
+    return partial(few_steps, spec, mid_sigmas=sigmas[1:]), how
 
 
 def _mid_sigmas(spec: "ModelSpec", args: Namespace) -> list[float]:
+    if spec.form == "euler":
+        if args.mid_sigmas or args.steps not in (None, spec.euler_steps):
+            raise UserError(f"this model was distilled to --steps {spec.euler_steps}, and takes no --mid-sigmas")
+        return []
     if args.mid_sigmas is None:
-        return _usual_mid_sigmas(spec, (args.steps or 1) - 1)
+        return usual_mid_sigmas(spec, (args.steps or 1) - 1)
     if args.steps not in (None, len(args.mid_sigmas) + 1):
         raise UserError(f"--steps {args.steps} needs {args.steps - 1} --mid-sigmas, got {len(args.mid_sigmas)}")
     return args.mid_sigmas
 
 
-def _usual_mid_sigmas(spec: "ModelSpec", count: int) -> list[float]:
+def usual_mid_sigmas(spec: "ModelSpec", count: int) -> list[float]:
     """Return the levels that the recipe in force samples at, so that the report's images come out; else a grid's."""
     from flows.recipe import load_active
 

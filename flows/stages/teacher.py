@@ -65,11 +65,10 @@ def teacher(
     batches = make_batches(dataset, teacher.train, conditional=conditional, seed=seed, device=device)
     model = to_device(build_seeded(spec, derive_seed(seed, "init"), autocast=teacher.train.autocast), device)
     run_training(
-        TrainState.start(model, None, teacher.train),
+        TrainState(model, teacher.train),
         teacher.method,
         Models(student=model, target=model),
         batches,
-        teacher.train,
         spec=spec,
         seed=seed,
         draw=partial(draw_samples, spec=spec, sampler=teacher.grid_sampler, device=device),
@@ -83,6 +82,5 @@ def teacher(
 def draw_samples(model: Precond, *, spec: ModelSpec, sampler: TeacherSampler, device: torch.device) -> np.ndarray:
     """Return the images of a training grid, the same noise every time, uint8 [N, H, W, C]."""
     indices = range(GRID_IMAGES)
-    denoiser = partial(model, labels=fixed_labels(spec, indices, device))
     noise = ImageNoise(0, indices, spec.image_shape, device)
-    return to_pixels(sampler.sample(denoiser, noise, spec.noise)).cpu().numpy()
+    return to_pixels(sampler.sample(model, noise, spec.noise, fixed_labels(spec, indices, device))).cpu().numpy()
