@@ -78,6 +78,11 @@ class Bucket:
         now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
         return Found(data, answer["ETag"], (now - answer["LastModified"]).total_seconds())
 
+    def contents(self, key: str) -> bytes | None:
+        """Return the bytes of a small object, or None where there is none."""
+        found = self.read(key)
+        return found and found.data
+
     def write(self, key: str, data: bytes, *, replacing: str | None) -> str | None:
         """Write a small object over the version `replacing` (its ETag), or where there is none (None).
 

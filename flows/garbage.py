@@ -41,7 +41,7 @@ class Store(Protocol):
 
     def entries(self, folder: str = "") -> Iterator[Entry]: ...
 
-    def read(self, key: str) -> Any: ...
+    def contents(self, key: str) -> bytes | None: ...
 
     def remove(self, keys: Iterable[str]) -> None: ...
 
@@ -60,7 +60,7 @@ class Folder:
                 modified = datetime.fromtimestamp(facts.st_mtime, UTC)
                 yield Entry(path.relative_to(self.root).as_posix(), facts.st_size, modified)
 
-    def read(self, key: str) -> bytes | None:
+    def contents(self, key: str) -> bytes | None:
         """Return a file's contents, or None where there is none."""
         path = self.root / key
         return path.read_bytes() if path.is_file() else None
@@ -109,9 +109,8 @@ def close_under_listings(needed: set[str], stores: list[Store]) -> set[str]:
     closed = set(needed)
     for md5 in needed:
         if md5.endswith(".dir"):
-            listing = next((found for store in stores if (found := store.read(object_key(md5)))), None)
-            text = getattr(listing, "data", listing)  # a bucket says more of an object than its bytes
-            closed |= {entry["md5"] for entry in json.loads(text)} if text else set()
+            listing = next((found for store in stores if (found := store.contents(object_key(md5)))), b"[]")
+            closed |= {entry["md5"] for entry in json.loads(listing)}
     return closed
 
 
@@ -124,8 +123,7 @@ def unneeded_objects(kind: str, store: Store, needed: set[str], before: datetime
             gone.add(md5)
             yield Garbage(kind, entry.key, entry.size, partial(store.remove, [entry.key]))
     for entry in store.entries(RUNS):
-        found = store.read(entry.key)
-        if gone & set(hashes(getattr(found, "data", found).decode())):
+        if gone & set(locked_outs(_load(store.contents(entry.key))).values()):
             yield Garbage(kind, entry.key, entry.size, partial(store.remove, [entry.key]))
 
 
@@ -134,9 +132,14 @@ def object_key(md5: str) -> str:
     return f"{OBJECTS}{md5[:2]}/{md5[2:]}"
 
 
-def hashes(text: str) -> Iterator[str]:
-    """Yield the DVC hashes in a dvc.lock, a .dvc file or a run-cache entry."""
+def _load(text: bytes | str) -> Any:
     import yaml
+
+    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def hashes(text: str) -> Iterator[str]:
+    """Yield the DVC hashes in a dvc.lock or a .dvc file."""
 
     def walk(node: Any) -> Iterator[str]:
         if isinstance(node, dict):
@@ -144,7 +147,7 @@ def hashes(text: str) -> Iterator[str]:
         for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
             yield from walk(child)
 
-    yield from walk(yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+    yield from walk(_load(text))
 
 
 def _committed(root: Path) -> Iterator[str]:
@@ -178,9 +181,7 @@ def _tracked_versions(root: Path) -> set[str]:
 
 
 def _run_cache(cache: Folder) -> Iterator[dict[str, Any]]:
-    from flows.dvcfiles import load_yaml
-
-    yield from (load_yaml(cache.root / entry.key) for entry in cache.entries(RUNS))
+    yield from (_load(cache.contents(entry.key)) for entry in cache.entries(RUNS))
 
 
 def _remote(root: Path) -> Store | None:
