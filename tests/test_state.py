@@ -190,6 +190,7 @@ def test_the_second_worker_waits_for_the_first(s3, workers, monkeypatch):
     assert order == [("first", [7]), ("second", [7])]
 
 
+@pytest.mark.slow
 def test_of_many_workers_at_once_one_gets_the_lease(s3):
     trainings = [Training(Bucket(URI).below(NAME), print) for _ in range(8)]
     won = []
@@ -237,6 +238,7 @@ def test_a_worker_that_lost_its_lease_publishes_nothing_and_says_so(s3, workers,
         assert steps(held.folder) == [2]
 
 
+@pytest.mark.slow
 def test_a_late_prune_of_a_former_holder_harms_nothing(s3, workers, monkeypatch):
     """Between its last publication and its clean-up a worker stood still, and another has built on what it found."""
     prune = Training._prune
@@ -259,6 +261,7 @@ def test_a_late_prune_of_a_former_holder_harms_nothing(s3, workers, monkeypatch)
         held.publish()
 
 
+@pytest.mark.slow
 def test_a_killed_workers_local_state_that_is_newer_is_kept(s3, workers):
     with workers[0].hold() as held:
         save(held.folder, 1)
@@ -420,6 +423,7 @@ def spoil(s3, name, text=b"wrong bytes under a right name"):
     s3.put_object(Bucket="states", Key=f"{place}/{key}", Body=text)
 
 
+@pytest.mark.slow
 def test_wrong_bytes_under_a_right_name_are_noticed_and_the_state_before_is_taken(s3, workers):
     with workers[0].hold() as held:
         for step in (1, 2):
@@ -447,6 +451,7 @@ def test_a_missing_object_counts_as_damage(s3, workers):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [-86_400, 86_400])
 def test_a_store_with_another_clock_keeps_leases_all_the_same(proxy, workers, monkeypatch, seconds):
     proxy.strike(shift_clock(seconds))

@@ -138,13 +138,15 @@ def test_doctor_proves_every_store_in_one_bucket(machines, s3, monkeypatch, tmp_
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "in the bucket")
     monkeypatch.setattr(Block, "load", lambda slug: RemoteFileSystem(basepath=f"{url}/results"))
     names = ("DVC remote", "MLflow artifacts", "Prefect results", "training states")
-    with temporary_settings({PREFECT_DEFAULT_RESULT_STORAGE_BLOCK: "remote-file-system/results"}):
+    with (
+        fault_proxy(s3.meta.endpoint_url) as proxy,
+        temporary_settings({PREFECT_DEFAULT_RESULT_STORAGE_BLOCK: "remote-file-system/results"}),
+    ):
+        point_aws_at(monkeypatch, proxy.url)
         checks = [doctor._examine(name, doctor.WORKSPACE[name]) for name in names]
         assert all(check.ok and "written, read and removed" in check.says for check in checks), checks
         assert s3.list_objects_v2(Bucket="team", Prefix=tmp_path.name)["KeyCount"] == 0, "nothing is left behind"
-        with fault_proxy(s3.meta.endpoint_url) as proxy:
-            point_aws_at(monkeypatch, proxy.url)
-            proxy.strike(error(403, "AccessDenied"), method="PUT")
-            checks = [doctor._examine(name, doctor.WORKSPACE[name]) for name in names]
-    assert not any(check.ok for check in checks)
+        proxy.strike(error(403, "AccessDenied"), method="PUT")
+        checks = [doctor._examine(name, doctor.WORKSPACE[name]) for name in names]
+    assert not any(check.ok for check in checks), checks
     assert all("denied" in check.says.lower() or "as told" in check.says for check in checks), checks
