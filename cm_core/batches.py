@@ -48,21 +48,22 @@ class Batches:
             generator = make_generator(self.device, self.seed, "flip", step)
             flipped = torch.rand(len(x0), generator=generator, device=self.device) < 0.5
             x0 = torch.where(flipped[:, None, None, None], x0.flip(3), x0)
-        labels = None if self.labels is None else torch.from_numpy(self.labels[indices]).to(self.device)
+        labels = None if self.labels is None else self._moved(self.labels[indices])
         return Batch(x0, labels)
 
     def indices(self, step: int) -> np.ndarray:
         """Return which images batch `step` holds, [B]; each epoch visits every image once."""
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, offsets = np.divmod(positions, len(self.images))
-        return np.array([self._order(int(e))[o] for e, o in zip(epochs, offsets, strict=True)])
+        orders = [self._order(int(epoch))[offsets[epochs == epoch]] for epoch in np.unique(epochs)]
+        return np.concatenate(orders)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng(derive_seed(self.seed, "order", epoch)).permutation(len(self.images))
 
     def _resident(self, indices: np.ndarray) -> Tensor:
         assert self.resident is not None
-        return self.resident[torch.from_numpy(indices).to(self.device)]
+        return self.resident[self._moved(indices)]
 
     def _streamed(self, step: int) -> Tensor:
         assert self._thread is not None
@@ -72,5 +73,12 @@ class Batches:
         return pixels.to(self.device, non_blocking=True)
 
     def _gather(self, step: int) -> Tensor:
-        pixels = torch.from_numpy(self.images[self.indices(step)])
-        return pixels.pin_memory() if self.device.type == "cuda" else pixels
+        return self._pinned(self.images[self.indices(step)])
+
+    def _moved(self, array: np.ndarray) -> Tensor:
+        """Copy to the device; only from pinned memory does the host not wait for all that the device has to do."""
+        return self._pinned(array).to(self.device, non_blocking=True)
+
+    def _pinned(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor

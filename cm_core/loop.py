@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -79,8 +79,12 @@ class Train(Params):
     """Flip images left to right at random (CM and EDM on natural images)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the network's body; weights, preconditioning and loss stay fp32."""
+    accumulate: int = Field(1, ge=1)
+    """Parts in which a batch passes through the network, each computed again in the backward pass: less memory."""
+    checkpoint_activations: bool = False
+    """Compute each block again in the backward pass instead of keeping its activations: much less memory, slower."""
     compile: bool = False
-    """Compile the network with torch.compile: slower to start, faster afterwards."""
+    """Let torch.compile make the code of the blocks; on a GPU slower than the kernels of this package (docs/LOG.md)."""
     log_every: int = Field(100, ge=1)
     """Steps between two logged metrics; the host waits for the device only then."""
     save_every: int = Field(2_000, ge=1)
@@ -90,6 +94,8 @@ class Train(Params):
 
     @model_validator(mode="after")
     def _multiples(self) -> "Train":
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate={self.accumulate} must divide batch_size={self.batch_size}")
         for name in ("save_every", "grid_every"):
             if getattr(self, name) % self.log_every:
                 raise ValueError(f"{name}={getattr(self, name)} must be a multiple of log_every={self.log_every}")
@@ -217,6 +223,7 @@ def fit(
     *,
     noise: Noise,
     seed: int,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Iterator[dict[str, float]]:
     """Train from `state.step` to `state.train.num_steps`, yielding metrics every `log_every` steps and at the end.
 
@@ -235,6 +242,7 @@ def fit(
         context = StepContext(step, train.num_steps, noise, generator, derive_seed(seed, "dropout", step))
         loss, grad_norm = train_step(state, method, models, batches, context)
         window.append((step, Loss(loss.per_sample.detach(), loss.sigma, loss.scalars), grad_norm))
+        on_step()
         if state.step % train.log_every == 0 or state.step == train.num_steps:
             yield _summarise(window)
             window.clear()

@@ -1,6 +1,6 @@
 """Sampling: the teacher's ODE and SDE samplers, one-step and multistep consistency sampling (CM, Algorithm 1).
 
-Every image has a generator of its own, seeded by (seed, index): image i does not depend on the batch size.
+Noise is a function of (seed, index, draw): image i depends neither on the batch size nor on the device.
 """
 
 import math
@@ -15,23 +15,28 @@ from torch import Tensor
 from cm_core.guidance import LabelledDenoiser, guided
 from cm_core.noise import Noise
 from cm_core.params import Params
-from cm_core.randomness import make_generator
+from cm_core.philox import normals
+from cm_core.randomness import derive_seed
 from cm_core.solvers import Denoiser, euler_step, heun_step, slope
 from cm_core.tensors import expand_like
 
 
 class ImageNoise:
-    """Unit Gaussian noise for a batch of images, each drawn from the image's own generator."""
+    """Unit Gaussian noise for a batch of images, each image's own."""
 
     def __init__(self, seed: int, indices: Sequence[int], image_shape: tuple[int, ...], device: torch.device) -> None:
         self.image_shape, self.device = image_shape, device
-        # On the CPU, so that a seed names the same image on every device.
-        self.generators = [make_generator("cpu", seed, "image", index) for index in indices]
+        self._seed, self._draws = derive_seed(seed, "image"), 0
+        self._indices = torch.tensor(indices, dtype=torch.int64, device=device)
+
+    def __len__(self) -> int:
+        return len(self._indices)
 
     def draw(self) -> Tensor:
         """Return fresh noise, [B, C, H, W]."""
-        draws = [torch.randn(self.image_shape, generator=generator) for generator in self.generators]
-        return torch.stack(draws).to(self.device)
+        noise = normals(self._indices, self._draws, math.prod(self.image_shape), self._seed)
+        self._draws += 1
+        return noise.unflatten(1, self.image_shape)
 
 
 def multistep(f: Denoiser, noise: ImageNoise, sigmas: Sequence[float], *, sigma_min: float) -> Tensor:
@@ -40,7 +45,7 @@ def multistep(f: Denoiser, noise: ImageNoise, sigmas: Sequence[float], *, sigma_
     One level is one-step sampling. Raises ValueError unless the levels decrease and stay above sigma_min.
     """
     check_levels(sigmas, sigma_min=sigma_min)
-    x = torch.zeros(len(noise.generators), *noise.image_shape, device=noise.device)
+    x = torch.zeros(len(noise), *noise.image_shape, device=noise.device)
     for position, sigma in enumerate(sigmas):
         # An estimate is already a sample at level sigma_min, so only the rest of the variance is added.
         std = sigma if position == 0 else math.sqrt(sigma**2 - sigma_min**2)

@@ -6,7 +6,8 @@ The design is that of EDM's re-implementations (arXiv:2206.00364, App. F.1) of D
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -21,16 +22,57 @@ from cm_core.tensors import expand_like
 Filter = Literal["box", "fir"]
 
 EMB_MULT = 4  # width of the embedding in base channels: all published configurations
+KINDS_OF_BLOCKS = 64  # shapes, resamplings and modes of a network's blocks, each compiled once
 MAX_PERIOD = 10_000  # of the positional embedding (DDPM)
 
 
-def forward_mode_attention() -> AbstractContextManager[None]:
-    """Compute attention by matmul and softmax within this context: fused kernels have no forward-mode derivative.
+_plain: ContextVar[bool] = ContextVar("plain", default=False)
+
+
+@contextmanager
+def plain_layers() -> Iterator[None]:
+    """Compute by PyTorch's own layers alone within this context, on a GPU too."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
+@contextmanager
+def forward_mode_attention() -> Iterator[None]:
+    """Compute plainly, attention by matmul and softmax: fused kernels have no forward-mode derivative.
 
     >>> with forward_mode_attention():
     ...     out, tangent = torch.func.jvp(net, primals, tangents)
     """
-    return sdpa_kernel(SDPBackend.MATH)
+    with plain_layers(), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def is_plain() -> bool:
+    """Whether `plain_layers` is in force."""
+    return _plain.get()
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether layers run `x` through the kernels of this package: on a GPU, unless torch.compile makes its own."""
+    return x.is_cuda and not torch.compiler.is_compiling() and not is_plain()
+
+
+def conv_without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Convolve; who calls adds the bias where memory is passed over anyway. 1x1 is a matmul over channels last."""
+    if conv.kernel_size != (1, 1):
+        return F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+    return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1)).permute(0, 3, 1, 2)
+
+
+def fused_norm(norm: nn.GroupNorm, x: Tensor, *, silu: bool, before: Tensor | None = None) -> Tensor:
+    """Return act(norm(x + before)) by one kernel; `before` [B, C]."""
+    from cm_core.networks.kernels import norm_act
+
+    affine = {"scale": norm.weight, "shift": norm.bias}
+    return norm_act(x, groups=norm.num_groups, eps=norm.eps, silu=silu, before=before, **affine)
 
 
 def check_image_shape(image_shape: Sequence[int], *, levels: int, kind: str) -> None:
@@ -78,6 +120,10 @@ class BoxDown(nn.Module):
     """Halve the resolution by 2x2 averaging."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if fuses(x):
+            from cm_core.networks.kernels import halve
+
+            return halve(x, 1 / 4)
         return F.avg_pool2d(x, 2)
 
 
@@ -85,6 +131,10 @@ class BoxUp(nn.Module):
     """Double the resolution by repeating each pixel."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if fuses(x):
+            from cm_core.networks.kernels import double
+
+            return double(x, 1.0)
         return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
@@ -160,13 +210,24 @@ class Attention(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # x [B, C, H, W]
-        batch, channels, height, width = x.shape
-        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1)  # channels last, where each head is contiguous
-        qkv = qkv.reshape(batch, height * width, 3, self.num_heads, channels // self.num_heads)
+        if fuses(x):
+            return self._fused(x)
+        return (x + self.proj(self.attend(self.qkv(self.norm(x))))) * self.skip_scale
+
+    def attend(self, qkv: Tensor) -> Tensor:  # qkv [B, 3 C, H, W] -> [B, C, H, W]
+        batch, channels, height, width = qkv.shape
+        qkv = qkv.permute(0, 2, 3, 1)  # channels last, where each head is contiguous
+        qkv = qkv.reshape(batch, height * width, 3, self.num_heads, channels // 3 // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, H * W, C / heads]
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        out = out.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
-        return (x + self.proj(out)) * self.skip_scale
+        return out.reshape(batch, height, width, channels // 3).permute(0, 3, 1, 2)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        from cm_core.networks.kernels import join
+
+        h = fused_norm(self.norm, x, silu=False).permute(0, 2, 3, 1)
+        qkv = F.linear(h, self.qkv.weight.flatten(1), self.qkv.bias).permute(0, 3, 1, 2)
+        return join(x, conv_without_bias(self.proj, self.attend(qkv)), self.proj.bias, self.skip_scale)
 
 
 class Block(nn.Module):
@@ -195,6 +256,8 @@ class Block(nn.Module):
         self.attention = Attention(out_channels, style) if attention else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # x [B, C, H, W], emb [B, E]
+        if fuses(x):
+            return self._fused(x, emb)
         h = self.conv0(self.resample(F.silu(self.norm0(x))))
         h = F.dropout(F.silu(self.modulate(h, emb)), self.dropout, self.training)
         return self.attention((self.skip(self.resample(x)) + self.conv1(h)) * self.skip_scale)
@@ -205,6 +268,33 @@ class Block(nn.Module):
             return self.norm1(h + params)
         scale, shift = params.chunk(2, dim=1)
         return torch.addcmul(shift, self.norm1(h), 1 + scale)
+
+    def _fused(self, x: Tensor, emb: Tensor) -> Tensor:
+        """The same with the biases of the convolutions added by the kernels that follow them."""
+        from cm_core.networks.kernels import join
+
+        h = conv_without_bias(self.conv0, self.resample(fused_norm(self.norm0, x, silu=True)))
+        h = F.dropout(self._fused_modulate(h, self.affine(emb)), self.dropout, self.training)
+        h, skip, bias = conv_without_bias(self.conv1, h), self.resample(x), self.conv1.bias
+        if isinstance(self.skip, nn.Conv2d):
+            skip, bias = conv_without_bias(self.skip, skip), bias + self.skip.bias
+        return self.attention(join(skip, h, bias, self.skip_scale))
+
+    def _fused_modulate(self, h: Tensor, params: Tensor) -> Tensor:
+        from cm_core.networks.kernels import norm_act
+
+        if not self.scale_shift:
+            return fused_norm(self.norm1, h, silu=True, before=params + self.conv0.bias)
+        scale, shift = params.float().chunk(2, dim=1)
+        return norm_act(
+            h,
+            groups=self.norm1.num_groups,
+            eps=self.norm1.eps,
+            scale=self.norm1.weight * (1 + scale),
+            shift=self.norm1.bias * (1 + scale) + shift,
+            silu=True,
+            before=self.conv0.bias.expand(len(h), -1),
+        )
 
 
 class PyramidInput(nn.Module):
@@ -265,6 +355,8 @@ class UNet(nn.Module):
             x = block(x, emb)
         for name, block in self.decoder.items():
             x = block(x if name.endswith("_up") else torch.cat([x, skips.pop()], dim=1), emb)
+        if fuses(x):
+            return self.output(fused_norm(self.output_norm, x, silu=True))
         return self.output(F.silu(self.output_norm(x)))
 
     def residual_ends(self) -> Iterator[nn.Conv2d]:
@@ -275,6 +367,14 @@ class UNet(nn.Module):
             elif isinstance(module, Attention):
                 yield module.proj
         yield self.output
+
+
+def compile_blocks(net: nn.Module) -> None:
+    """Let torch.compile make code for the repeated blocks, once for each kind of them, not for the whole network."""
+    blocks = [module for module in net.modules() if isinstance(module, Block)]
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS_OF_BLOCKS)
+    for block in blocks or [net]:
+        block.compile()
 
 
 def _encoder(

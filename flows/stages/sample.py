@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from cm_core.graphs import replay_passes
 from cm_core.model import ModelSpec, load_model
 from cm_core.params import Params
 from cm_core.precond import Precond
@@ -74,7 +75,7 @@ def sample(
     """Draw every row of images and write arrays, grids and denoising strips; samples.json comes last."""
     device = pick_device()
     autocast = torch.bfloat16 if sample.precision == "bf16" else None
-    spec, f = load_model(student_dir, device=device, autocast=autocast)
+    spec, f = _load(student_dir, device, autocast)
     _check_levels(sample, spec)
     rows = [*_student_rows(sample, spec, f), _untrained_row(sample, spec, student_dir, teacher_dir, device, autocast)]
     if not (teacher_dir / ABSENT_FILE).exists() and sample.teacher_images != 0:
@@ -90,6 +91,13 @@ def sample(
         monitor.image(f"grid/{row.name}", out_dir / f"{row.name}_grid.png", 0)
     _save_strips(spec, f, load_dataset(prepare_dir), device, out_dir / "strips.png")
     _write_index(sample, spec, rows, out_dir)
+
+
+def _load(folder: Path, device: torch.device, autocast: torch.dtype | None) -> tuple[ModelSpec, Precond]:
+    spec, model = load_model(folder, autocast=autocast)
+    model = to_device(model, device)
+    replay_passes(model.net)
+    return spec, model
 
 
 def _check_levels(sample: Sample, spec: ModelSpec) -> None:
@@ -131,11 +139,12 @@ def _untrained_row(
     origin = json.loads((student_dir / "origin.json").read_text())
     f = to_device(initial_student(spec, **origin, teacher_dir=teacher_dir), device).eval().requires_grad_(False)
     f.autocast = autocast
+    replay_passes(f.net)
     return _student_row("untrained", "untrained", sample, spec, f)
 
 
 def _teacher_row(sample: Sample, teacher_dir: Path, device: torch.device, autocast: torch.dtype | None) -> Row:
-    spec, denoiser = load_model(teacher_dir, device=device, autocast=autocast)
+    spec, denoiser = _load(teacher_dir, device, autocast)
     sampler = sample.teacher_sampler
     num_images = sample.num_images if sample.teacher_images is None else sample.teacher_images
 
@@ -146,21 +155,61 @@ def _teacher_row(sample: Sample, teacher_dir: Path, device: torch.device, autoca
     return Row(f"teacher_nfe_{sampler.nfe}", "teacher", sampler.nfe, sigmas, num_images, draw)
 
 
-@torch.no_grad()
 def _draw_row(
     row: Row, sample: Sample, spec: ModelSpec, device: torch.device, out_dir: Path, progress: Callable[[int], None]
 ) -> None:
-    channels, height, width = spec.image_shape
-    images = np.lib.format.open_memmap(
-        out_dir / f"{row.name}.npy", mode="w+", dtype=np.uint8, shape=(row.num_images, height, width, channels)
-    )
-    for start in range(0, row.num_images, sample.batch_size):
-        indices = range(start, min(start + sample.batch_size, row.num_images))
+    def draw(indices: range) -> Tensor:
         noise = ImageNoise(sample.seed, indices, spec.image_shape, device)
-        drawn = row.draw(noise, fixed_labels(spec, indices, device))
-        images[indices.start : indices.stop] = to_pixels(drawn).cpu().numpy()
-        progress(indices.stop)
+        return row.draw(noise, fixed_labels(spec, indices, device))
+
+    write_images(
+        out_dir / f"{row.name}.npy", draw, row.num_images, spec, batch_size=sample.batch_size, progress=progress
+    )
+
+
+@torch.no_grad()
+def write_images(
+    path: Path,
+    draw: Callable[[range], Tensor],  # indices of images -> float [B, C, H, W] in -1..1
+    num_images: int,
+    spec: ModelSpec,
+    *,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Draw images in batches into one array, uint8 [N, H, W, C]; a batch is written while the next is computed."""
+    channels, height, width = spec.image_shape
+    shape = (num_images, height, width, channels)
+    images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    pending: tuple[range, Tensor, torch.cuda.Event | None] | None = None
+    for start in range(0, num_images, batch_size):
+        indices = range(start, min(start + batch_size, num_images))
+        ready = indices, *_to_host(to_pixels(draw(indices)))
+        if pending:
+            _write_batch(images, *pending, progress)
+        pending = ready
+    if pending:
+        _write_batch(images, *pending, progress)
     images.flush()
+
+
+def _to_host(pixels: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Copy to the host without waiting: the copy is done when the event, where there is one, has happened."""
+    if not pixels.is_cuda:
+        return pixels, None
+    copy = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True).copy_(pixels, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+    return copy, done
+
+
+def _write_batch(
+    images: np.ndarray, indices: range, pixels: Tensor, done: torch.cuda.Event | None, progress: Callable[[int], None]
+) -> None:
+    if done is not None:
+        done.synchronize()
+    images[indices.start : indices.stop] = pixels.numpy()
+    progress(indices.stop)
 
 
 @torch.no_grad()

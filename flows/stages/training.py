@@ -1,8 +1,8 @@
 """What teacher and student share: a training that resumes, logs and draws grids."""
 
 import json
+import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +11,15 @@ import torch
 
 from cm_core.batches import Batches
 from cm_core.checkpoint import list_states
+from cm_core.cost import Speed, advice
+from cm_core.graphs import replay_passes
 from cm_core.loop import Train, TrainState, fit
+from cm_core.memory import recompute_blocks, split_passes
 from cm_core.methods.base import Method, Models
 from cm_core.model import ModelSpec, save_model
+from cm_core.networks.layers import compile_blocks
 from cm_core.precond import Precond
+from cm_core.profiling import profiled
 from flows.dataset import Dataset
 from flows.errors import UserError
 from flows.figures import save_grid
@@ -22,6 +27,8 @@ from flows.monitor import Monitor
 from flows.stages.models import to_device
 
 DrawImages = Callable[[Precond], np.ndarray]  # averaged model -> uint8 [N, H, W, C]
+
+PROFILE_VARIABLE = "CM_PROFILE"  # a folder for a trace of some steps; a parameter would make another training of it
 
 
 class StageStopped(Exception):
@@ -63,28 +70,49 @@ def run_training(
     _resume(state, state_dir, monitor)
     log = _TrainingLog(state_dir / "log", before=state.step)
     averaged = to_device(spec.build(autocast=train.autocast), batches.device).eval().requires_grad_(False)
-    if train.compile:
-        state.model.net.compile()
-        if state.target is not None:
-            state.target.net.compile()
-    started, first = time.monotonic(), state.step
-    for metrics in fit(state, method, models, batches, noise=spec.noise, seed=seed):
-        step = state.step
-        log.append(metrics)
-        images_per_s = (step - first) * train.batch_size / (time.monotonic() - started)
-        monitor.metrics({**metrics, "images_per_s": images_per_s}, step)
-        monitor.progress(step, train.num_steps, "steps")
-        if step % train.grid_every == 0 or step == train.num_steps:
-            averaged.load_state_dict(state.averaged())
-            save_grid(draw(averaged), log.grid(step), columns=8)
-            monitor.image("samples", log.grid(step), step)
-        if step % train.save_every == 0 or monitor.stop_requested():
-            state.save(state_dir)
-            monitor.state_saved(state_dir)
-        if monitor.stop_requested() and step < train.num_steps:
-            raise StageStopped(f"stopped after step {step}; the training state is saved")
+    _prepare_passes(models, train)
+    speed = _checked_speed(state, method, spec, batches.device, out_dir.name)
+    profile_dir = Path(os.environ[PROFILE_VARIABLE]) if PROFILE_VARIABLE in os.environ else None
+    with profiled(profile_dir) as on_step:
+        for metrics in fit(state, method, models, batches, noise=spec.noise, seed=seed, on_step=on_step):
+            step = state.step
+            log.append(metrics)
+            monitor.metrics({**metrics, **speed.measured(step)}, step)
+            monitor.progress(step, train.num_steps, "steps")
+            if step % train.grid_every == 0 or step == train.num_steps:
+                averaged.load_state_dict(state.averaged())
+                save_grid(draw(averaged), log.grid(step), columns=8)
+                monitor.image("samples", log.grid(step), step)
+            if step % train.save_every == 0 or monitor.stop_requested():
+                state.save(state_dir)
+                monitor.state_saved(state_dir)
+            if monitor.stop_requested() and step < train.num_steps:
+                raise StageStopped(f"stopped after step {step}; the training state is saved")
     _write_artifact(state, spec, out_dir)
     log.move_to(out_dir)
+
+
+def _checked_speed(state: TrainState, method: Method, spec: ModelSpec, device: torch.device, section: str) -> Speed:
+    """Return the measure of this training's speed; raises UserError where its GPU has not enough memory."""
+    train, speed = state.train, Speed(method, spec, state.train, device, first=state.step)
+    if speed.cost is not None:
+        problem = advice(speed.cost, train, torch.cuda.get_device_properties(device).total_memory, section)
+        if problem:
+            raise UserError(f"{torch.cuda.get_device_name(device)}: {problem}")
+    return speed
+
+
+def _prepare_passes(models: Models, train: Train) -> None:
+    """Let the networks run as `train` asks, and on a GPU with one launch a pass where nothing stands against it."""
+    for model in {id(m): m for m in (models.student, models.target, models.teacher) if m is not None}.values():
+        if train.compile:
+            compile_blocks(model.net)
+        if train.checkpoint_activations:
+            recompute_blocks(model.net)
+        if train.accumulate > 1:
+            split_passes(model.net, train.accumulate)
+        if not train.compile and not train.checkpoint_activations and train.accumulate == 1:
+            replay_passes(model.net)
 
 
 def _resume(state: TrainState, state_dir: Path, monitor: Monitor) -> None:

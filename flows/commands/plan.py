@@ -1,0 +1,87 @@
+"""`cm plan`: what the trainings of a recipe cost, before anything is computed."""
+
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any
+
+from flows.commands.output import add_json_option, print_json, print_table
+from flows.commands.recipes import add_recipe_arguments
+from flows.errors import UserError
+from flows.workspace import home
+
+if TYPE_CHECKING:
+    from flows.recipe import Recipe
+
+# bf16 matrix products, FLOP/s, and memory, bytes. H100 and H200 as measured (docs/performance.md), A100 by its sheet.
+GPUS = {"a100": (312e12, 80 << 30), "h100": (798e12, 80 << 30), "h200": (787e12, 140 << 30)}
+EXPECTED_SHARE = 0.5  # of these products, in bf16: measured 0.47 to 0.55 (docs/performance.md)
+FP32_SHARE = 0.05  # the same in fp32
+COLUMNS = ("training", "parameters", "GFLOP an image", "images a step", "GiB", "images/s", "hours", "")
+
+
+def add_parsers(commands: Any) -> None:
+    """Declare the subcommand."""
+    parser = commands.add_parser("plan", help="say what the trainings of a recipe cost: memory, speed, hours")
+    add_recipe_arguments(parser)
+    parser.add_argument("--gpu", choices=GPUS, help="a GPU by name; default: the one of this machine, else h100")
+    add_json_option(parser)
+    parser.set_defaults(command=plan)
+
+
+def plan(args: Namespace) -> None:
+    """Print one row a training."""
+    from flows.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides, root=home())
+    rate, memory, name = _gpu(args.gpu)
+    rows = [_row(role, recipe, rate, memory) for role in ("teacher", "student") if getattr(recipe, role) is not None]
+    if args.json:
+        print_json({"gpu": name, "trainings": rows})
+        return
+    table = [
+        (
+            row["training"],
+            f"{row['parameters'] / 1e6:,.1f} M",
+            f"{row['flops_per_image'] / 1e9:,.1f}",
+            str(row["batch_size"]),
+            f"{row['memory_bytes'] / 2**30:,.1f}",
+            f"{row['images_per_s']:,.0f}",
+            f"{row['hours']:,.1f}",
+            row["advice"] or "fits",
+        )
+        for row in rows
+    ]
+    print_table(COLUMNS, table, title=f"One {name}, {memory / 2**30:.0f} GiB")
+
+
+def _gpu(name: str | None) -> tuple[float, int, str]:
+    import torch
+
+    from cm_core.cost import matmul_rate
+
+    if name is None and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
+        return matmul_rate(torch.device("cuda")), memory, torch.cuda.get_device_name()
+    return *GPUS[name or "h100"], name or "h100"
+
+
+def _row(role: str, recipe: "Recipe", rate: float, memory: int) -> dict[str, Any]:
+    from cm_core.cost import FP32, advice, step_cost
+    from cm_core.model import ModelSpec
+
+    section, shape = getattr(recipe, role), recipe.data.image_shape()
+    if shape is None:
+        raise UserError("data.resolution is empty: the size of the images, and so the cost, is known after `prepare`")
+    method, train = section.method, section.train
+    spec = ModelSpec(form=method.form, network=recipe.network, noise=recipe.noise, image_shape=shape)
+    cost = step_cost(method, spec, num_emas=len(train.emas), bytes_per_value=2 if train.autocast else FP32)
+    images_per_s = rate * (EXPECTED_SHARE if train.autocast else FP32_SHARE) / cost.flops_per_train_image(train)
+    return {
+        "training": role,
+        "parameters": cost.parameters,
+        "flops_per_image": cost.flops_per_image,
+        "batch_size": train.batch_size,
+        "memory_bytes": cost.peak_bytes(train),
+        "images_per_s": images_per_s,
+        "hours": train.num_steps * train.batch_size / images_per_s / 3600,
+        "advice": advice(cost, train, memory, role),
+    }

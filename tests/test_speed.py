@@ -1,0 +1,157 @@
+"""What makes training fast or small changes nothing but rounding; what it costs is counted right."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_formulas
+from cm_core.cost import step_cost
+from cm_core.memory import recompute_blocks, split_passes
+from cm_core.methods.base import grid_on
+from cm_core.methods.cd import CD
+from cm_core.methods.ct import CT
+from cm_core.methods.edm import EDM
+from cm_core.model import ModelSpec
+from cm_core.networks import DhariwalUNetParams, SongUNetParams, layers
+from cm_core.noise import Noise
+from cm_core.philox import normals, philox
+from cm_core.randomness import dropout_seed
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+SMALL = {"channels": 16, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,)}
+NETWORKS = {
+    "ddpmpp": SongUNetParams(**SMALL),
+    "ncsnpp": SongUNetParams(**SMALL, encoder="residual", resample_filter="fir", fourier_scale=16),
+    "adm": DhariwalUNetParams(**SMALL, channels_per_head=8),
+    "adm_added": DhariwalUNetParams(**SMALL, channels_per_head=8, scale_shift=False),
+}
+
+
+def build(params):
+    net = params.build((1, 8, 8), num_classes=4)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():  # residual branches start near zero, where nothing would show
+            p.copy_(0.2 * torch.randn(p.shape, generator=generator))
+    return net
+
+
+def pass_through(net, batch=6):
+    """Return the output and the gradients of one pass under a fixed dropout mask."""
+    generator = torch.Generator().manual_seed(1)
+    x, noise_labels = torch.randn(batch, 1, 8, 8, generator=generator), torch.rand(batch, generator=generator)
+    net.zero_grad()
+    with dropout_seed(3, CPU):
+        out = net(x, noise_labels, torch.arange(batch) % 4)
+    out.square().mean().backward()
+    return [out.detach(), *(p.grad for p in net.parameters())]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_fused_form_of_the_layers_computes_the_same(monkeypatch, name):
+    """The formulas that the kernels compute, by PyTorch on the CPU; the benchmark compares the kernels themselves."""
+    net = build(NETWORKS[name])
+    expected = pass_through(net)
+    monkeypatch.setitem(sys.modules, "cm_core.networks.kernels", fused_formulas)
+    monkeypatch.setattr(layers, "fuses", lambda x: True)
+    for found, true in zip(pass_through(net), expected, strict=True):
+        torch.testing.assert_close(found, true, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_recomputed_blocks_give_the_same_gradients_to_the_bit(name):
+    net = build(NETWORKS[name].model_copy(update={"dropout": 0.3}))
+    expected = pass_through(net)
+    recompute_blocks(net)
+    for found, true in zip(pass_through(net), expected, strict=True):
+        assert torch.equal(found, true)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_a_batch_in_parts_gives_the_gradients_of_the_whole(parts):
+    net = build(NETWORKS["adm"])
+    expected = pass_through(net)
+    split = copy.deepcopy(net)
+    recompute_blocks(split)
+    split_passes(split, parts)
+    for found, true in zip(pass_through(split), expected, strict=True):
+        torch.testing.assert_close(found, true, rtol=1e-3, atol=1e-6)
+
+
+def test_parts_keep_the_activations_of_one_part_only():
+    net, kept = build(NETWORKS["ddpmpp"]), []
+
+    def bytes_kept():
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+            net(torch.randn(6, 1, 8, 8), torch.rand(6))
+        return sum(kept)
+
+    whole = bytes_kept()
+    split_passes(net, 3)
+    assert bytes_kept() < whole / 10
+
+
+@pytest.mark.parametrize(
+    ("counter", "seed", "expected"),
+    [  # the vectors that come with Random123
+        ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, 0xFFFFFFFFFFFFFFFF, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            0x299F31D0A4093822,
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_gives_its_published_vectors(counter, seed, expected):
+    words = philox(tuple(torch.tensor([word]) for word in counter), seed)
+    assert tuple(int(word) for word in words) == expected
+
+
+def test_normals_are_normal_and_a_function_of_their_place():
+    z = normals(torch.arange(400), 0, 501, seed=7)
+    moments = [z.double().pow(k).mean().item() for k in (1, 2, 3, 4)]
+    assert moments == pytest.approx([0, 1, 0, 3], abs=0.04)  # five standard errors of the last
+    assert torch.equal(normals(torch.tensor([3, 399]), 0, 501, seed=7), z[[3, 399]])
+    others = [normals(torch.arange(400), 1, 501, seed=7), normals(torch.arange(400), 0, 501, seed=8), z.roll(1, 0)]
+    assert all(abs((z * other).mean()) < 0.012 for other in others)  # uncorrelated
+
+
+@pytest.mark.parametrize(("method", "passes"), [(EDM(), 3), (CT(), 4), (CD(solver="heun"), 6), (CD(solver="euler"), 5)])
+def test_a_step_costs_as_many_forward_passes_as_the_method_makes(method, passes):
+    spec = ModelSpec(form=method.form, network=NETWORKS["ddpmpp"], noise=Noise(), image_shape=(1, 8, 8))
+    cost = step_cost(method, spec, num_emas=1, bytes_per_value=2)
+    forward = step_cost(EDM(), spec, num_emas=1, bytes_per_value=2).flops_per_image / 3
+    assert cost.flops_per_image == pytest.approx(passes * forward, rel=0.01)  # the first layer needs no input gradient
+    assert cost.checkpointed_image_bytes < cost.image_bytes
+    assert type(grid_on(Noise(), 18, CPU)) is torch.Tensor  # counting left no shape without values behind
+
+
+def test_published_network_costs_what_the_paper_counts():
+    spec = ModelSpec(form="denoiser", network=SongUNetParams(), noise=Noise(), image_shape=(3, 32, 32))
+    cost = step_cost(EDM(), spec, num_emas=1, bytes_per_value=2)
+    assert cost.parameters == 55_732_739
+    assert cost.flops_per_image == pytest.approx(3 * 42.4e9, rel=0.01)
+
+
+BENCHMARKS = {
+    "train_step": "--channels 8 --blocks 1 --size 8 --batch-size 4 --steps 1 --methods ict --variants fused fp32",
+    "sample": "--channels 8 --blocks 1 --size 8 --images 8 --batch-size 8 --variants fused fp32",
+    "evaluate": "--images 100 --size 8 --width 8",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_benchmarks_run_small_on_any_machine(name):
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--json", *BENCHMARKS[name].split()]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    rows = json.loads(printed)["rows"]
+    assert rows and all(value > 0 for row in rows for key, value in row.items() if key.endswith(("seconds", "/s")))
