@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 TENSORS_FILE, STATE_FILE = "tensors.safetensors", "state.json"
+HIDDEN = ".partial-"  # how names begin that no reader looks at
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -29,19 +30,27 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def save_state(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any], *, keep: int = 2) -> Path:
     """Write a training state as `folder/step-<step>` and drop all but the newest `keep`.
 
-    The state is built under a temporary name and renamed whole, so a torn state is never seen.
+    The state is built under a temporary name and renamed whole, as are those that go: a torn state is never seen.
     """
     final = folder / f"step-{step:09d}"
-    temporary = folder / f".partial-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for torn in folder.glob(f"{HIDDEN}*"):  # of a process that was killed
+        shutil.rmtree(torn)
+    temporary = folder / f"{HIDDEN}{final.name}"
     save_tensors(temporary / TENSORS_FILE, tensors)
     (temporary / STATE_FILE).write_text(json.dumps({"step": step, **values}))
     _flush(temporary / STATE_FILE)
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():
+        _drop(final)
     os.replace(temporary, final)
     for old in list_states(folder)[:-keep]:
-        shutil.rmtree(old)
+        _drop(old)
     return final
+
+
+def _drop(state: Path) -> None:
+    doomed = state.with_name(f"{HIDDEN}dropped-{state.name}")
+    os.replace(state, doomed)
+    shutil.rmtree(doomed)
 
 
 def list_states(folder: Path) -> list[Path]:

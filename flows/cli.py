@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from flows.commands import doctor, edit, models, plan, recipes, run, runs, search, services, why
+from flows.commands import data, doctor, edit, gc, models, plan, recipes, run, runs, search, services, why
 from flows.errors import UserError
 from flows.workspace import StageFailed, home
 
-GROUPS = (run, recipes, plan, models, edit, search, runs, why, services, doctor)
+GROUPS = (run, recipes, data, plan, models, edit, search, runs, why, services, doctor, gc)
 FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 
 

@@ -26,6 +26,12 @@ S3_CAUSES = {
     "NoSuchBucket": "no such bucket",
     "AccessDenied": DENIED,
     "403": DENIED,
+    "SlowDown": "the store asks to slow down, after several tries",
+    "503": "the store is not available, after several tries",
+    "507": "no space left in the store",
+    "QuotaExceeded": "no space left in the store",
+    "EntityTooLarge": "the store takes no objects as large as this",
+    "RequestTimeTooSkewed": "the clock of this machine differs from the store's; set it right",
 }
 
 
@@ -79,10 +85,10 @@ def fetch_prefix(uri: str, into: Path, *, monitor: Monitor | None = None) -> Pat
     Raises:
         UserError: no object there, access denied, no network, or a key that points outside `into`.
     """
-    bucket, prefix = _s3_address(uri)
+    bucket, prefix = s3_address(uri)
     prefix = prefix and prefix.rstrip("/") + "/"
-    with _s3_errors(uri):
-        client = _s3_client()
+    with s3_errors(uri):
+        client = s3_client()
         keys = [key for key in _list_keys(client, bucket, prefix) if not key.endswith("/")]
         if not keys:
             raise UserError(f"{public_uri(uri)}: no object under this prefix")
@@ -176,8 +182,8 @@ def _download(uri: str, path: Path, monitor: Monitor) -> None:
             size = response.headers.get("Content-Length")
             _copy(response, int(size) if size else None, path, monitor)
     elif scheme == "s3":
-        with _s3_errors(uri):
-            _copy_object(_s3_client(), *_s3_address(uri), path, monitor)
+        with s3_errors(uri):
+            _copy_object(s3_client(), *s3_address(uri), path, monitor)
     else:
         raise UserError(f"{public_uri(uri)}: unknown scheme; allowed: a path, file://, http://, https://, s3://")
 
@@ -214,9 +220,12 @@ def _http_errors(uri: str) -> Iterator[None]:
 
 
 @contextmanager
-def _s3_errors(uri: str) -> Iterator[None]:
+def s3_errors(uri: str) -> Iterator[None]:
+    """Turn whatever goes wrong with a store into a UserError of one line."""
     try:
         import botocore.exceptions as boto
+        from boto3.exceptions import Boto3Error
+        from s3transfer.exceptions import RetriesExceededError
     except ImportError as error:
         raise UserError(f"{public_uri(uri)}: s3:// needs the package boto3") from error
     try:
@@ -224,11 +233,11 @@ def _s3_errors(uri: str) -> Iterator[None]:
     except boto.ClientError as error:
         code, message = error.response["Error"]["Code"], error.response["Error"].get("Message", "")
         raise UserError(f"{public_uri(uri)}: {S3_CAUSES.get(code) or f'{code} {message}'.strip()}") from error
-    except (boto.BotoCoreError, OSError, ValueError) as error:
-        raise UserError(f"{public_uri(uri)}: {error}") from error
+    except (boto.BotoCoreError, Boto3Error, RetriesExceededError, OSError, ValueError) as error:
+        raise UserError(f"{public_uri(uri)}: {' '.join(str(error).split())}") from error
 
 
-def _s3_address(uri: str) -> tuple[str, str]:
+def s3_address(uri: str) -> tuple[str, str]:
     """Split s3://bucket/key, the key taken literally (a `?` or `#` belongs to it)."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not uri.startswith("s3://") or not bucket:
@@ -236,7 +245,7 @@ def _s3_address(uri: str) -> tuple[str, str]:
     return bucket, key
 
 
-def _s3_client() -> Any:
+def s3_client() -> Any:
     """Return a client for AWS_ENDPOINT_URL, or AWS; without credentials it reads public buckets."""
     import boto3
     from botocore import UNSIGNED

@@ -18,7 +18,17 @@ from prefect.context import TaskRunContext
 from prefect.futures import PrefectFuture
 from prefect.states import Completed
 
-from flows.dvcfiles import Cache, Stage, ancestors, locked_outs, read_stages, stage_key, update_lock, upstream
+from flows.dvcfiles import (
+    Cache,
+    Stage,
+    ancestors,
+    locked_outs,
+    read_stages,
+    stage_key,
+    update_lock,
+    upstream,
+    version,
+)
 from flows.earlier_starts import end_earlier_starts
 from flows.embedded import embedded_prefect
 from flows.gpu_turn import gpu_turn
@@ -97,7 +107,9 @@ def bring_up_all(workspace: Workspace, parent: PipelineRun) -> dict[str, dict[st
         shared = {"OMP_NUM_THREADS": str(threads_for(stage, stages)), **variables}
         futures[stage.name] = named.submit(stage.name, inputs, workspace, shared)
     try:
-        return {stage: _outcome(stage, future, workspace) for stage, future in futures.items()}
+        results = {stage: _outcome(stage, future, workspace) for stage, future in futures.items()}
+        workspace.push_again()
+        return results
     finally:
         workspace.stop()  # before the parent run ends, and with it all that runs for it
 
@@ -156,7 +168,8 @@ def _outcome(stage: str, future: PrefectFuture, workspace: Workspace) -> dict[st
     """Wait for a stage; say and return what it came to. Raises what the stage raised."""
     entry, cached = future.result(), future.state.name == "Cached"
     seconds = workspace.seconds.get(stage, 0.0)
-    print(f"{stage}: cached" if cached else f"{stage}: done in {seconds:.1f} s")
+    came = "cached" if cached else f"done in {seconds:.1f} s"
+    print(f"{stage}: {came}, data version {version(locked_outs(entry))}")
     return {"cached": cached, "seconds": seconds, "entry": entry}
 
 

@@ -130,7 +130,10 @@ def load_recipe(name: str, overrides: Sequence[str] = (), *, root: Path) -> Reci
 
 
 def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
-    """Return the recipe with its local paths made absolute, `~` too: a flow run works in a clone, far from `base`."""
+    """Return the recipe with its local paths made absolute, `~` too: a flow run works in a clone, far from `base`.
+
+    A path with a .dvc file beside it stays: every clone can bring that file about.
+    """
     tree = recipe.model_dump(mode="json")
     for key in PATH_KEYS:
         *sections, name = key.split(".")
@@ -145,7 +148,8 @@ def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
 def _absolute(path: str | list[str], base: Path) -> str | list[str]:
     if isinstance(path, list):
         return [_absolute(one, base) for one in path]
-    return path if "://" in path else str(base / Path(path).expanduser())
+    versioned = (base / f"{path}.dvc").is_file()
+    return path if "://" in path or versioned else str(base / Path(path).expanduser())
 
 
 def load_active(root: Path) -> Recipe:

@@ -13,7 +13,6 @@ from typing import Any
 import flows
 from flows.dvcfiles import Stage, dvc_md5, read_stages, stage_key, version
 from flows.errors import UserError
-from flows.monitor import Monitor
 from flows.recipe import Recipe, flatten, load_active
 from flows.stage_monitor import StageMonitor
 from flows.stage_signals import StageSignals, end_with_caller
@@ -29,6 +28,7 @@ from flows.tracking import (
     recipe_name,
     shown_files,
 )
+from flows.versioned import fetch_versioned
 from flows.workspace import LIFELINE_VARIABLE, cache_of, describe_code, origin
 
 PREPARED, FACTS_FILE = "out/prepare", "dataset.json"
@@ -48,6 +48,8 @@ def run_stage(name: str, root: Path) -> None:
         raise UserError(f"no stage {name!r}; there are {', '.join(stages)}")
     recipe, function = load_active(root), _stage_function(name)
     inputs = {path: dvc_md5(root / path) for path in stages[name].deps if path.startswith("out/")}
+    if "data" in stages[name].params:
+        inputs |= _versioned_data(recipe, root)
     parameters = inspect.signature(function).parameters
     with StageSignals(deferred="state_dir" in parameters) as signals, ExitStack() as stack:
         if LIFELINE_VARIABLE in os.environ:
@@ -73,6 +75,12 @@ def _refuse_other_code(root: Path) -> None:
         raise UserError(f"the code of {imported.parent} would run for the workspace {root}; set PYTHONPATH={root}")
 
 
+def _versioned_data(recipe: Recipe, root: Path) -> dict[str, str]:
+    """Have the data here that the recipe names and DVC versions; return their versions by path."""
+    source = recipe.data.source
+    return fetch_versioned(root, source.path, source.version, print) if hasattr(source, "path") else {}
+
+
 def _stage_function(name: str) -> Callable[..., None]:
     return getattr(importlib.import_module(f"flows.stages.{name}"), name)
 
@@ -91,7 +99,7 @@ def _argument(name: str, given: Mapping[str, Any], recipe: Recipe, root: Path) -
 
 
 @contextmanager
-def _state(stage: Stage, root: Path, inputs: Mapping[str, str], monitor: Monitor) -> Iterator[Path]:
+def _state(stage: Stage, root: Path, inputs: Mapping[str, str], monitor: StageMonitor) -> Iterator[Path]:
     """Yield the folder of the training in flight, after removing those whose outputs are safely stored."""
     home = origin(root)
     drop_finished(home, cache_of(root).holds)
@@ -99,8 +107,9 @@ def _state(stage: Stage, root: Path, inputs: Mapping[str, str], monitor: Monitor
     def on_wait() -> None:
         monitor.remark("another process trains exactly this; waiting for it")
 
-    with hold_state(home, stage.name, stage_key(root, stage, inputs), on_wait) as folder:
-        yield folder
+    with hold_state(home, stage.name, stage_key(root, stage, inputs), on_wait, monitor.remark) as state:
+        monitor.on_state_saved = state.publish
+        yield state.folder
 
 
 @contextmanager

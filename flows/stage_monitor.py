@@ -21,6 +21,7 @@ class StageMonitor(Monitor):
         self._stage, self._run, self._stop_requested = stage, run, stop_requested
         self._display = _Bar(stage) if sys.stderr.isatty() else _Lines(stage)
         self._file = _ProgressFile.from_environment()
+        self.on_state_saved: Callable[[], None] = lambda: None  # set once the state's place is held
 
     def progress(self, done: int, total: int, unit: str) -> None:
         self._display.progress(done, total, unit)
@@ -35,6 +36,9 @@ class StageMonitor(Monitor):
 
     def remark(self, text: str) -> None:
         self._display.write(f"{self._stage}: {text}")
+
+    def state_saved(self, state_dir: Path) -> None:
+        self.on_state_saved()
 
     def stop_requested(self) -> bool:
         return self._stop_requested()

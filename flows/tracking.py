@@ -77,6 +77,16 @@ class Tracker:
         runs = self.client.search_runs([self.experiment_id], query, max_results=1)
         return runs[0].info.run_id if runs else None
 
+    def data_versions(self) -> set[str]:
+        """Return every DVC hash that a run or a model of any experiment carries; a registered model's too."""
+        experiments = [one.experiment_id for one in self.client.search_experiments()]
+        runs = list(_pages(lambda token: self.client.search_runs(experiments, page_token=token)))
+        models = list(_pages(lambda token: self.client.search_logged_models(experiments, page_token=token)))
+        registered = _pages(lambda token: self.client.search_model_versions(page_token=token))
+        runs += [self.client.get_run(one.run_id) for one in registered if one.run_id]  # deleted ones among them
+        tags = [run.data.tags for run in runs] + [model.tags for model in models]
+        return {value for one in tags for key, value in one.items() if key.startswith("dvc.")}
+
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags of a run."""
         from mlflow.entities import RunTag
@@ -143,6 +153,17 @@ class Tracker:
         from mlflow.entities import LoggedModelOutput
 
         self.client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+
+
+def _pages(ask: Callable[[str | None], Any]) -> Iterator[Any]:
+    """Yield the items of all pages of an answer."""
+    token = None
+    while True:
+        page = ask(token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,21 @@ def cache_of(root: Path) -> Cache:
 
     folder = Config(str(root / ".dvc")).get("cache", {}).get("dir")
     return Cache(Path(folder or root / ".dvc" / "cache"))
+
+
+def remote_address(root: Path) -> str | None:
+    """Return the address of DVC's default remote, if there is one."""
+    from dvc.config import Config
+
+    config = Config(str(root / ".dvc"))
+    name = config["core"].get("remote")
+    return str(config["remote"][name]["url"]) if name else None
+
+
+def shared_remote(root: Path) -> str | None:
+    """Return the address of DVC's default remote, unless it lies in the workspace, where nobody else looks."""
+    url = remote_address(root)
+    return None if url is None or ("://" not in url and Path(url).is_relative_to(origin(root))) else url
 
 
 def describe_code(root: Path) -> dict[str, str]:
@@ -141,14 +156,15 @@ def _make_folder(runs: Path, run_name: str) -> Path:
 
 def _clean(runs: Path) -> None:
     """Drop all but the newest folders of runs that ended; a live run holds a lock on its own."""
-    ended = sorted((folder for folder in runs.iterdir() if not _is_live(folder)), key=lambda f: -f.stat().st_mtime)
+    ended = sorted((folder for folder in runs.iterdir() if not is_live(folder)), key=lambda f: -f.stat().st_mtime)
     done = [folder for folder in ended if (folder / DONE_FILE).exists()]
     failed = [folder for folder in ended if folder not in done]
     for folder in done[KEPT_DONE:] + failed[KEPT_FAILED:]:
         shutil.rmtree(folder, ignore_errors=True)  # two runs may clean at once
 
 
-def _is_live(folder: Path) -> bool:
+def is_live(folder: Path) -> bool:
+    """Whether the run of this folder goes on."""
     try:
         with (folder / LIVE_FILE).open("a") as file:
             return not try_lock(file)
@@ -203,7 +219,10 @@ def _commit_edits(target: Path, patch: Path, run_name: str) -> None:
 
 
 def _share_dvc(root: Path, target: Path) -> None:
-    """Give the clone the origin's DVC cache and remotes (its own relative paths would lead elsewhere)."""
+    """Give the clone the origin's DVC cache and remotes (its own relative paths would lead elsewhere).
+
+    What comes from a remote is always verified: DVC would otherwise trust the name of damaged bytes.
+    """
     from dvc.config import Config
 
     own = Config(str(root / ".dvc")).read("local")
@@ -212,7 +231,7 @@ def _share_dvc(root: Path, target: Path) -> None:
         local.update(own)
         local["cache"]["dir"] = str(cache_of(root).folder)
         for name, remote in remotes.items():
-            local["remote"][name] = {**local["remote"].get(name, {}), "url": str(remote["url"])}
+            local["remote"][name] = {**local["remote"].get(name, {}), "url": str(remote["url"]), "verify": True}
 
 
 class Workspace:
@@ -224,6 +243,7 @@ class Workspace:
         self._live = (folder / LIVE_FILE).open("w")
         fcntl.flock(self._live, fcntl.LOCK_EX)
         self.seconds: dict[str, float] = {}  # by stage, as long as DVC was at work for it
+        self._unpushed: list[str] = []  # stages whose results the remote did not take
         self._running: set[Process] = set()
         self._stopping, self._starting = False, threading.Lock()
 
@@ -250,28 +270,54 @@ class Workspace:
         progress. Raises UserError where the stage did, StageFailed for any other bad end, RunEnding after `stop`.
         """
         progress = _Progress(self.folder / f"progress-{stage}.json", on_progress)
-        started, lines = time.monotonic(), []
-        process = self._start(stage, {PROGRESS_VARIABLE: str(progress.path), **(variables or {})})
+        started = time.monotonic()
+        command = [*DVC, "repro", "--single-item", "--pull", stage]
+        variables = {PROGRESS_VARIABLE: str(progress.path), **(variables or {})}
+        code, lines = self._run(command, variables, on_line, progress.look)
+        progress.look()
+        if code:
+            raise RunEnding(stage) if self._stopping else _failure(stage, lines)
+        cached = f"Running stage '{stage}':" not in lines
+        self.seconds[stage] = time.monotonic() - started
+        if not cached:
+            self.push([stage], on_line)
+        return StageResult(cached, read_lock(self.root)[stage])
+
+    def push(self, stages: Sequence[str], on_line: Callable[[str], None] = print) -> None:
+        """Give the results of stages to DVC's remote if others share it; say why where that fails, and go on."""
+        url = shared_remote(self.root)
+        if not stages or not url:
+            return
+        code, lines = self._run([*DVC, "push", "--run-cache", *stages], {}, lambda line: None, lambda: None)
+        errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+        if code or errors:  # where only records of runs fail to travel, DVC says so and exits with 0
+            self._unpushed += stages
+            on_line(f"{', '.join(stages)}: not pushed to {url} yet ({next(iter(errors), lines[-1:])})")
+
+    def push_again(self, on_line: Callable[[str], None] = print) -> None:
+        """Try once more to push what the remote did not take; see `push`."""
+        stages, self._unpushed = self._unpushed, []
+        self.push(stages, on_line)
+
+    def _run(
+        self, command: list[str], variables: Mapping[str, str], on_line: Callable[[str], None], on_tick: Callable
+    ) -> tuple[int, list[str]]:
+        """Run a command in the clone and return its exit code and output; see `bring_up`."""
+        lines, process = [], self._start(command, variables)
         try:
-            for line in process.lines(on_tick=progress.look):
+            for line in process.lines(on_tick=on_tick):
                 lines.append(line)
                 if line.strip() and not line.startswith(DVC_CHATTER):
                     on_line(line)
         finally:
             code = process.end()
             self._running.discard(process)
-        progress.look()
-        if code:
-            raise RunEnding(stage) if self._stopping else _failure(stage, lines)
-        cached = f"Running stage '{stage}':" not in lines
-        self.seconds[stage] = time.monotonic() - started
-        return StageResult(cached, read_lock(self.root)[stage])
+        return code, lines
 
-    def _start(self, stage: str, variables: Mapping[str, str]) -> Process:
-        command = [*DVC, "repro", "--single-item", "--pull", stage]
+    def _start(self, command: list[str], variables: Mapping[str, str]) -> Process:
         with self._starting:
             if self._stopping:
-                raise RunEnding(stage)
+                raise RunEnding(" ".join(command[-2:]))
             process = Process(command, cwd=self.root, env={**self.environment(), **variables})
             self._running.add(process)
         return process

@@ -12,10 +12,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.commands.output import add_json_option, print_json, print_table
 from flows.workspace import home, origin
+
+if TYPE_CHECKING:
+    from flows.bucket import Bucket
 
 PROJECT, SHOWN = "consistency-pipeline", ("prefect", "mlflow", "dvc")
 FREE_GB = 2  # for a demo, its clones and its cache
@@ -186,6 +189,77 @@ def _write_read_remove(store: Any) -> str:
     return f"{store.fs.unstrip_protocol(store.path)}, written, read and removed"
 
 
+def _states() -> str:
+    from flows.state import states_bucket, states_folder
+
+    bucket = states_bucket()
+    if bucket is None:
+        folder = states_folder(origin(home()))
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(PROBE)
+        return f"{folder}, writable; no other machine reaches it"
+    return _prove_leases(bucket)
+
+
+def _prove_leases(bucket: "Bucket") -> str:
+    """Write, read and remove an object, and see a second writer refused: leases depend on it."""
+    key = f"cm-doctor-{os.getpid()}"
+    etag = bucket.write(key, PROBE, replacing=None)
+    try:
+        if bucket.write(key, b"", replacing=None) is not None or bucket.read(key).data != PROBE:
+            raise Broken(
+                f"{bucket.uri}: the store ignores If-None-Match, two workers could train the same; use another"
+            )
+    finally:
+        bucket.remove([key])
+    if etag is None or bucket.read(key) is not None:
+        raise Broken(f"{bucket.uri}: what was removed is still there")
+    return f"{bucket.uri}, written, read and removed; a second writer was refused"
+
+
+def _artifacts() -> str:
+    """Try the place where MLflow keeps files, as MLflow reaches it."""
+    from flows.tracking import Tracker
+
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not (origin(home()) / "mlflow.db").exists():
+        return f"{origin(home()) / 'mlruns'}, made by the first run"
+    tracker = Tracker(origin(home()))
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    place, name = tracker.client.get_experiment(tracker.experiment_id).artifact_location, f"cm-doctor-{os.getpid()}"
+    store = get_artifact_repository(place, tracking_uri=tracker.uri)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / name).write_bytes(PROBE)
+        store.log_artifact(str(Path(folder) / name), "cm-doctor")
+        (Path(folder) / name).unlink()
+        read = Path(store.download_artifacts(f"cm-doctor/{name}", folder)).read_bytes()
+    store.delete_artifacts(f"cm-doctor/{name}")
+    if read != PROBE:
+        raise Broken(f"{place}: what was read is not what was written")
+    return f"{place}, written, read and removed"
+
+
+def _prefect_results() -> str:
+    """Try the block in which Prefect keeps results, where one is configured."""
+    from prefect.blocks.core import Block
+    from prefect.settings import PREFECT_DEFAULT_RESULT_STORAGE_BLOCK
+
+    slug = PREFECT_DEFAULT_RESULT_STORAGE_BLOCK.value()
+    if not slug:
+        return "in Prefect's own folder of each machine"
+    block, name = Block.load(slug), f"cm-doctor-{os.getpid()}"
+    place = block.write_path(name, PROBE)
+    read = block.read_path(name)
+    if hasattr(block, "filesystem"):
+        block.filesystem.rm(place)
+    else:
+        Path(place).unlink()
+    if read != PROBE:
+        raise Broken(f"{slug}: what was read is not what was written")
+    return f"{slug} at {block.basepath}, written, read and removed"
+
+
 MACHINE: dict[str, Callable[[], str]] = {
     "python": _python,
     "packages": _packages,
@@ -200,4 +274,7 @@ WORKSPACE: dict[str, Callable[[], str]] = {
     "MLflow": _mlflow,
     "DVC cache": _dvc_cache,
     "DVC remote": _dvc_remote,
+    "MLflow artifacts": _artifacts,
+    "Prefect results": _prefect_results,
+    "training states": _states,
 }

@@ -1,0 +1,131 @@
+"""`cm data`: images of one's own as versioned data, and which versions there are."""
+
+import re
+import shutil
+import subprocess
+import zipfile
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from flows.commands.output import Bar, add_json_option, print_json, print_table
+from flows.errors import UserError
+from flows.workspace import home, shared_remote
+
+ARRAYS = (".npz", ".npy")
+EPOCH = (1980, 1, 1, 0, 0, 0)  # in every entry of an archive: equal images make equal bytes
+
+
+def add_parsers(commands: Any) -> None:
+    """Declare the subcommand."""
+    parser = commands.add_parser("data", help="list versioned data; `cm data add PATH` makes some of your images")
+    parser.add_argument("action", metavar="add", nargs="?", choices=["add"], help="version the images at PATH")
+    parser.add_argument("path", metavar="PATH", nargs="?", help="a folder, zip or tar of images, or an .npz or .npy")
+    parser.add_argument("--name", metavar="NAME", help="what the data are called; default: the name of PATH")
+    parser.add_argument("--description", metavar="TEXT", default="", help="one line for people")
+    add_json_option(parser)
+    parser.set_defaults(command=data)
+
+
+def data(args: Namespace) -> None:
+    """List versioned data, or add some."""
+    if args.action and not args.path:
+        raise UserError("cm data add: expected a PATH of images")
+    if args.action:
+        add(home(), Path(args.path).expanduser(), args.name, args.description)
+    else:
+        show(home(), as_json=args.json)
+
+
+def add(root: Path, path: Path, name: str | None, description: str) -> None:
+    """Copy or pack images into data/, version them, and say how a recipe names them."""
+    from flows.versioned import FOLDER, add_versioned, push_versioned
+
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    name = name or (path.name if path.is_dir() else path.name.partition(".")[0])
+    if not re.fullmatch(r"[\w-][\w.-]*", name):
+        raise UserError(f"--name {name!r}: letters, digits, dots, dashes and underscores make a name")
+    suffix = ".zip" if path.is_dir() else "".join(path.suffixes)
+    kind, facts = describe(path)
+    target = FOLDER / f"{name}{suffix}"
+    (root / FOLDER).mkdir(exist_ok=True)
+    _copy(path, root / target)
+    version = add_versioned(root, target, description or f"{facts['images']} images", facts)
+    print(f"{target}: {', '.join(f'{value} {key}' for key, value in facts.items())}, version {version}")
+    url = shared_remote(root)
+    if url:
+        push_versioned(root, target)
+    print(f"pushed to {url}" if url else "on this machine alone: no DVC remote is shared")
+    print(f"keep the version: git add {target}.dvc {FOLDER}/.gitignore && git commit")
+    print(f"use it: cm run RECIPE --set 'data.source={{kind: {kind}, path: {target}, version: {version}}}'")
+
+
+def describe(path: Path) -> tuple[str, dict[str, int]]:
+    """Return the kind of source and what it holds, as the stage `prepare` will read it. Raises UserError as that."""
+    import tempfile
+
+    from flows.sources.array import ArrayFile
+    from flows.sources.image_files import Images
+
+    source = (ArrayFile if path.suffix in ARRAYS else Images)(path=str(path))
+    with tempfile.TemporaryDirectory(prefix="cm-data-") as scratch, Bar(f"reading {path}") as bar:
+        contents = source.read(Path(scratch), bar)
+        images = len(contents.train) + len(contents.heldout or ())
+    return source.kind, {"images": images, "classes": len(contents.class_names), "ignored files": contents.ignored}
+
+
+def _copy(path: Path, target: Path) -> None:
+    """Copy a file, or pack a folder into one archive: DVC is slow with many files. The target appears whole."""
+    partial = target.with_name(f".{target.name}.part")
+    try:
+        if path.is_dir():
+            _pack(path, partial)
+        else:
+            shutil.copyfile(path, partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _pack(folder: Path, archive: Path) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as packed, Bar(f"packing {folder}") as bar:
+        for done, path in enumerate(files, 1):
+            packed.writestr(zipfile.ZipInfo(path.relative_to(folder).as_posix(), EPOCH), path.read_bytes())
+            bar.progress(done, len(files))
+
+
+def show(root: Path, *, as_json: bool) -> None:
+    """Print the versioned data, and the commits that brought each version."""
+    from flows.versioned import version_of, versions
+
+    found = [
+        {
+            "path": str(path),
+            "version": version_of(entry),
+            "bytes": entry["outs"][0]["size"],
+            "here": (root / path).exists(),
+            "description": entry.get("desc", ""),
+            "commits": _commits(root, path),
+        }
+        for path, entry in versions(root).items()
+    ]
+    if as_json:
+        print_json(found)
+    elif not found:
+        print("No versioned data yet; `cm data add PATH` makes some of your images")
+    else:
+        rows = [
+            (
+                *(one["path"], one["version"], f"{one['bytes'] / 1e6:,.1f}", "yes" if one["here"] else "no"),
+                *(" ".join(one["commits"]) or "not committed", one["description"]),
+            )
+            for one in found
+        ]
+        print_table(("data", "version", "MB", "here", "commits", "description"), rows)
+
+
+def _commits(root: Path, path: Path) -> list[str]:
+    command = ["git", "log", "--format=%h", "--", f"{path}.dvc"]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.split()

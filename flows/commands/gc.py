@@ -1,0 +1,53 @@
+"""`cm gc`: what nothing refers to any more; with --apply it goes."""
+
+from argparse import ArgumentTypeError, Namespace
+from datetime import timedelta
+from typing import Any
+
+from flows.commands.output import add_json_option, print_json, print_table
+from flows.workspace import home
+
+SHOWN = 20  # lines of a kind
+
+
+def add_parsers(commands: Any) -> None:
+    """Declare the subcommand."""
+    parser = commands.add_parser("gc", help="list what nothing refers to any more; with --apply remove it")
+    parser.add_argument("--apply", "--yes", action="store_true", help="remove it; without, it is only listed")
+    parser.add_argument(
+        "--older-than", metavar="DAYS", type=_days, default=1.0, help="what is younger stays, needed or not; default 1"
+    )
+    parser.add_argument(
+        "--remote", action="store_true", help="the DVC remote too; `git fetch --all` first: it may be others' as well"
+    )
+    add_json_option(parser)
+    parser.set_defaults(command=gc)
+
+
+def gc(args: Namespace) -> None:
+    """Print the garbage, and remove it if told so."""
+    from flows.garbage import find_garbage
+
+    found = list(find_garbage(home(), older_than=timedelta(days=args.older_than), with_remote=args.remote))
+    for one in found if args.apply else ():
+        one.remove()
+    if args.json:
+        rows = [{"kind": one.kind, "what": one.what, "bytes": one.size} for one in found]
+        print_json({"removed": args.apply, "garbage": rows})
+        return
+    for kind in dict.fromkeys(one.kind for one in found):
+        rows = [(one.kind, one.what, f"{one.size / 1e6:,.2f}") for one in found if one.kind == kind]
+        more = [("", f"and {len(rows) - SHOWN} more", "")] if len(rows) > SHOWN else []
+        print_table(("kind", "what", "MB"), [*rows[:SHOWN], *more], numbers=1)
+    total = f"{len(found)} things, {sum(one.size for one in found) / 1e6:,.2f} MB"
+    print(f"{total} removed" if args.apply else f"{total}; nothing was removed, `cm gc --apply` does so")
+
+
+def _days(text: str) -> float:
+    try:
+        days = float(text)
+    except ValueError:
+        days = -1.0
+    if not 0 <= days < 1e6:
+        raise ArgumentTypeError(f"{text!r} is not a number of days")
+    return days
