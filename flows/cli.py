@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from flows.commands import doctor, models, recipes, run, runs, why
+from flows.commands import doctor, models, recipes, registry, run, runs, why
 from flows.errors import UserError
 from flows.workspace import StageFailed, home
 
-GROUPS = (run, recipes, models, runs, why, doctor)
+GROUPS = (run, recipes, models, registry, runs, why, doctor)
 FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 
 

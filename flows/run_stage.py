@@ -167,6 +167,7 @@ def _log_outputs(run: StageRun, stage: Stage, root: Path, recipe: Recipe, outs: 
         if stage.name == MODEL_NAME:
             method = flatten({"method": recipe.student.method.model_dump(mode="json")})
             weights = {name: folder / name for name in MODEL_FILES}
-            tracker.link_model(run_id, tracker.student_model(run_id, weights, version(outs), method))
+            model_id = tracker.student_model(run_id, weights, version(outs), method, recipe.sample.mid_sigmas)
+            tracker.link_model(run_id, model_id)
 
     run.submit(log_outputs)

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +35,7 @@ SETTINGS = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 SMALL = 5 * 2**20  # bytes up to which a file is copied to MLflow; DVC keeps the large ones
 SHOWN = {".png", ".json", ".jsonl", ".csv", ".html", ".patch"}
@@ -116,9 +117,19 @@ class Tracker:
             self.client.log_artifacts(run_id, folder)
 
     def student_model(
-        self, run_id: str, files: Mapping[str, Path], data_version: str, params: Mapping[str, Any]
+        self,
+        run_id: str,
+        files: Mapping[str, Path],
+        data_version: str,
+        params: Mapping[str, Any],
+        mid_sigmas: Sequence[Sequence[float]] = (),
     ) -> str:
-        """Return the id of the logged model with this data version; log `files` {name: path} if there is none yet."""
+        """Return the id of the logged model with this data version; log `files` {name: path} if there is none yet.
+
+        `mid_sigmas` are the noise levels that its recipe samples at.
+        """
+        from flows.model_package import packaged_student
+
         query = f"name = '{MODEL_NAME}' and tags.`dvc.out` = '{data_version}'"
         for known in self.client.search_logged_models([self.experiment_id], query):
             if known.status == "READY":  # a query for it finds nothing: the store keeps a number
@@ -130,8 +141,9 @@ class Tracker:
             tags={"dvc.out": data_version},
             params={key: str(value) for key, value in params.items()},
         )
-        with _folder_of({name: files[name] for name in MODEL_FILES}) as folder:
-            self.client.log_model_artifacts(model.model_id, folder)
+        weights = {name: files[name] for name in MODEL_FILES}
+        with packaged_student(weights, mid_sigmas, model.model_id) as folder:
+            self.client.log_model_artifacts(model.model_id, str(folder))
         self.client.finalize_logged_model(model.model_id, "READY")
         return model.model_id
 
@@ -152,14 +164,21 @@ def _folder_of(files: Mapping[str, Path]) -> Iterator[str]:
         yield folder
 
 
-def load_student(model_uri: str, origin: Path) -> "tuple[ModelSpec, Precond]":
-    """Download a logged student (models:/ID, models:/NAME@ALIAS) and build it, ready to sample."""
-    from cm_core.model import load_model
+def fetch_student(model_uri: str, origin: Path) -> Path:
+    """Download a logged student (models:/ID, models:/NAME@ALIAS); return the folder that `load_model` reads."""
+    from flows.model_package import weights_of
 
     Tracker(origin)
     import mlflow
 
-    return load_model(Path(mlflow.artifacts.download_artifacts(model_uri)))
+    return weights_of(Path(mlflow.artifacts.download_artifacts(model_uri)))
+
+
+def load_student(model_uri: str, origin: Path) -> "tuple[ModelSpec, Precond]":
+    """Download a logged student and build it, ready to sample."""
+    from cm_core.model import load_model
+
+    return load_model(fetch_student(model_uri, origin))
 
 
 def _dataset_source(source: str) -> tuple[str, dict[str, Any]]:
@@ -303,17 +322,22 @@ class PipelineRun:
         self.tracker.log_dataset(self.run_id, facts, version(outs), "training")
 
     def log_student(
-        self, files: Mapping[str, Path], outs: Mapping[str, str], metrics: Mapping[str, Any], run_id: str | None
-    ) -> None:
-        """Link the student's model, logged now if need be, and give it the metrics of its own images.
+        self,
+        files: Mapping[str, Path],
+        outs: Mapping[str, str],
+        metrics: Mapping[str, Any],
+        run_id: str | None,
+        mid_sigmas: Sequence[Sequence[float]],
+    ) -> str:
+        """Link the student's model, logged now if need be, give it the metrics of its own images, return its id.
 
         `run_id` is the run that trained it; `files` holds its weights as student/NAME.
         """
         own = {name: files[f"{MODEL_NAME}/{name}"] for name in MODEL_FILES}
-        model_id = self.tracker.student_model(run_id or self.run_id, own, version(outs), {})
+        model_id = self.tracker.student_model(run_id or self.run_id, own, version(outs), {}, mid_sigmas)
         self.tracker.link_model(self.run_id, model_id)
-        numbers = {key: value for key, value in flat_numbers(metrics) if "/nfe_" in key}
-        self.tracker.log_numbers(self.run_id, numbers, model_id=model_id)
+        self.tracker.log_numbers(self.run_id, student_numbers(metrics), model_id=model_id)
+        return model_id
 
 
 def shown_files(files: Mapping[str, Path]) -> dict[str, Path]:
@@ -334,6 +358,11 @@ def flat_numbers(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield from flat_numbers(value, f"{prefix}{key}/")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield f"{prefix}{key}", float(value)
+
+
+def student_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of the student's own images, {fid_classifier/nfe_1: value}."""
+    return {key: value for key, value in flat_numbers(metrics) if "/nfe_" in key}
 
 
 def status_after(error: BaseException | None) -> str:

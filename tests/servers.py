@@ -1,9 +1,18 @@
 """Servers on the loopback that tests talk to over HTTP."""
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
 import threading
+import time
+import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 
 @contextmanager
@@ -60,3 +69,56 @@ def point_aws_at(monkeypatch, endpoint: str) -> None:
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_PROFILE", raising=False)
+
+
+@contextmanager
+def mlflow_server(folder, *arguments: str, store: str | None = None) -> Iterator[str]:
+    """Run MLflow's tracking server, its database and files below `folder` unless told otherwise; yield its address."""
+    store = store or f"sqlite:///{folder / 'server.db'}"
+    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", store]
+    if "--artifacts-destination" not in arguments:
+        command += ["--artifacts-destination", str(folder / "artifacts")]
+    quiet = {"DO_NOT_TRACK": "true", "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with process([*command, *arguments], folder, quiet) as log:
+        wait_for_page(f"http://127.0.0.1:{port}/health", log)
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def process(command, folder, variables=None) -> Iterator[Path]:
+    """Run a command in a process group of its own, which is killed in the end; yield the file with its output."""
+    log = Path(tempfile.mkstemp(prefix="log-", dir=folder)[1])
+    with log.open("w") as output:
+        popen = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, **(variables or {})},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield log
+    finally:
+        os.killpg(popen.pid, signal.SIGTERM)
+        try:
+            popen.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(popen.pid, signal.SIGKILL)
+            popen.wait()
+
+
+def wait_for_page(url: str, log: Path, seconds: float = 120) -> None:
+    """Wait until a server answers there; what it said before it did not goes into the error."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{url}: {error}\n{log.read_text()[-2000:]}") from error
+            time.sleep(0.3)

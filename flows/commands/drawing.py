@@ -1,7 +1,7 @@
 """Images from a trained model, wherever it lies: a folder, or a model logged to MLflow."""
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,14 +12,11 @@ from flows.workspace import home, origin
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
 
     from cm_core.model import ModelSpec
     from cm_core.precond import Precond
-    from cm_core.sampling import ImageNoise
-    from cm_core.solvers import Denoiser
+    from flows.generate import Sampler
 
-BATCH = 250  # images at a time; has no influence on them
 LOGGED = ("models:/", "runs:/")  # how MLflow's names of models begin
 TEACHER_STEPS = 18  # EDM's on CIFAR-10
 
@@ -34,7 +31,8 @@ def add_sampling_options(parser: ArgumentParser, *, count: int) -> None:
         metavar="SIGMA",
         type=float,
         nargs="+",
-        help="noise levels of a student's later steps; default: those of the recipe in force, else a Karras grid",
+        help="noise levels of a student's later steps; default: the logged model's, else those of the recipe in force, "
+        "else a Karras grid",
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="image i is drawn from (seed, i); default 0")
     parser.add_argument("--n", metavar="N", type=positive, default=count, help=f"number of images; default {count}")
@@ -47,48 +45,38 @@ def is_model(where: str) -> bool:
 
 def draw(model: str, args: Namespace) -> "tuple[np.ndarray, str]":
     """Return images of a model, uint8 [N, H, W, C], and how they were sampled; on the GPU when there is one."""
-    import numpy as np
-    import torch
+    from flows.generate import draw_images
+    from flows.stages.models import pick_device
 
-    from cm_core.sampling import ImageNoise
-    from cm_core.tensors import to_pixels
-    from flows.stages.models import fixed_labels, pick_device, to_device
-
-    device = pick_device()
-    spec, net = _load(model)
-    net, (sampler, how) = to_device(net, device), _choose_sampler(spec, args)
-    batches = []
-    with torch.no_grad(), Bar("sampling") as bar:
-        for start in range(0, args.n, BATCH):
-            indices = range(start, min(start + BATCH, args.n))
-            noise = ImageNoise(args.seed, indices, spec.image_shape, device)
-            f = partial(net, labels=fixed_labels(spec, indices, device))
-            batches.append(to_pixels(sampler(f, noise)).cpu().numpy())
-            bar.progress(indices.stop, args.n)
-    return np.concatenate(batches), how
+    folder = _fetch(model) if model.startswith(LOGGED) else Path(model)
+    spec, net = _load(folder)
+    sampler, how = _choose_sampler(spec, args, folder)
+    with Bar("sampling") as bar:
+        options = {"n": args.n, "seed": args.seed, "device": pick_device(), "on_batch": bar.progress}
+        return draw_images(spec, net, sampler, **options), how
 
 
-def _load(model: str) -> "tuple[ModelSpec, Precond]":
+def _load(folder: Path) -> "tuple[ModelSpec, Precond]":
     from cm_core.model import load_model
 
     try:
-        return _load_logged(model) if model.startswith(LOGGED) else load_model(Path(model))
+        return load_model(folder)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"{error}; a model is a folder such as out/student, or models:/... of MLflow") from error
 
 
-def _load_logged(model: str) -> "tuple[ModelSpec, Precond]":
+def _fetch(model: str) -> Path:
     from mlflow.exceptions import MlflowException
 
-    from flows.tracking import load_student
+    from flows.tracking import fetch_student
 
     try:
-        return load_student(model, origin(home()))
+        return fetch_student(model, origin(home()))
     except MlflowException as error:
         raise UserError(f"{model}: {' '.join(str(error).split())}") from error
 
 
-def _choose_sampler(spec: "ModelSpec", args: Namespace) -> "tuple[Callable[[Denoiser, ImageNoise], Tensor], str]":
+def _choose_sampler(spec: "ModelSpec", args: Namespace, folder: Path) -> "tuple[Sampler, str]":
     """Return the function from (model, noise) to images in -1..1, and its description."""
     from cm_core.sampling import TeacherSampler, check_levels, multistep
 
@@ -97,7 +85,7 @@ def _choose_sampler(spec: "ModelSpec", args: Namespace) -> "tuple[Callable[[Deno
             raise UserError("this model is a teacher, whose sampler takes --steps 2 or more and no --mid-sigmas")
         sampler = TeacherSampler(num_steps=args.steps or TEACHER_STEPS)
         return partial(sampler.sample, levels=spec.noise), f"{sampler.solver}, {sampler.nfe} network calls"
-    sigmas = [spec.noise.sigma_max, *_mid_sigmas(spec, args)]
+    sigmas = [spec.noise.sigma_max, *_mid_sigmas(spec, args, folder)]
     try:
         check_levels(sigmas, sigma_min=spec.noise.sigma_min)
     except ValueError as error:
@@ -106,21 +94,23 @@ def _choose_sampler(spec: "ModelSpec", args: Namespace) -> "tuple[Callable[[Deno
     return partial(multistep, sigmas=sigmas, sigma_min=spec.noise.sigma_min), how
 
 
-def _mid_sigmas(spec: "ModelSpec", args: Namespace) -> list[float]:
+def _mid_sigmas(spec: "ModelSpec", args: Namespace, folder: Path) -> list[float]:
+    from flows.generate import read_levels, usual_mid_sigmas
+
     if args.mid_sigmas is None:
-        return _usual_mid_sigmas(spec, (args.steps or 1) - 1)
+        known = read_levels(folder) or _levels_in_force()
+        return usual_mid_sigmas(spec, (args.steps or 1) - 1, known)
     if args.steps not in (None, len(args.mid_sigmas) + 1):
         raise UserError(f"--steps {args.steps} needs {args.steps - 1} --mid-sigmas, got {len(args.mid_sigmas)}")
     return args.mid_sigmas
 
 
-def _usual_mid_sigmas(spec: "ModelSpec", count: int) -> list[float]:
-    """Return the levels that the recipe in force samples at, so that the report's images come out; else a grid's."""
+def _levels_in_force() -> "Sequence[Sequence[float]]":
+    """Return the levels that the recipe in force samples at, so that the report's images come out."""
     from flows.recipe import load_active
 
-    grid = spec.noise.grid(count + 2).tolist()[1:-1]
     try:
         root = home()
     except UserError:  # a model in a folder can be sampled anywhere
-        return grid
-    return next((list(mid) for mid in load_active(root).sample.mid_sigmas if len(mid) == count), grid)
+        return ()
+    return load_active(root).sample.mid_sigmas
