@@ -210,6 +210,19 @@ class Belonging:
         parent = {PARENT_VARIABLE: self.parent_run_id} if self.parent_run_id else {}
         return {**parent, TAGS_VARIABLE: json.dumps(self.tags)}
 
+    @contextmanager
+    def in_environment(self) -> Iterator[None]:
+        """Let what this process starts meanwhile belong to it."""
+        before = {name: os.environ.get(name) for name in self.variables()}
+        os.environ.update(self.variables())
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
+
 
 Action = Callable[[Tracker, str], None]  # something to do with a run, given by its id
 
@@ -271,13 +284,27 @@ class StageRun:
 
 
 class PipelineRun:
-    """The parent run of a flow: its children are the runs of the stages that really ran for it."""
+    """The parent run of a flow: its children are the runs of the stages that really ran for it.
 
-    def __init__(self, tracker: Tracker, name: str, tags: Mapping[str, str], params: Mapping[str, Any]) -> None:
-        self.tracker, self.tags, self._name, self._params = tracker, {**tags, "stage": "pipeline"}, name, params
+    With `stage="sweep"` it is the parent of the pipeline runs of a sweep, each of which finds it in the environment.
+    """
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        name: str,
+        tags: Mapping[str, str],
+        params: Mapping[str, Any],
+        *,
+        stage: str = "pipeline",
+    ) -> None:
+        self.tracker, self.tags, self._name, self._params = tracker, {**tags, "stage": stage}, name, params
 
     def __enter__(self) -> "PipelineRun":
-        tags = {**self.tags, **code_tags(self.tags, "consistency"), "mlflow.note.content": describe_run(self.tags, {})}
+        above = Belonging.read().parent_run_id
+        parent = {"mlflow.parentRunId": above} if above else {}
+        code = code_tags(self.tags, "consistency")
+        tags = {**self.tags, **parent, **code, "mlflow.note.content": describe_run(self.tags, {})}
         run = self.tracker.client.create_run(self.tracker.experiment_id, run_name=self._name, tags=tags)
         self.run_id = run.info.run_id
         self.tracker.log_params(self.run_id, self._params)

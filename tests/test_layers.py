@@ -14,7 +14,7 @@ PACKAGES = ("cm_core", "flows")
 # Libraries that cost a second or more, and the modules that may import them when they are imported themselves.
 HEAVY = {
     "torch": ("cm_core.*", "flows.stages.*", "flows.recipe", "flows.generate"),
-    "prefect": ("flows.pipeline", "flows.pipeline_artifacts", "flows.embedded"),
+    "prefect": ("flows.pipeline", "flows.pipeline_artifacts", "flows.embedded", "flows.sweep"),
     "mlflow": ("flows.served_student",),  # MLflow itself runs it
     **dict.fromkeys(["dvc", "boto3", "sklearn", "scipy", "matplotlib", "torchvision", "lpips"], ()),
     **dict.fromkeys(["torch_fidelity", "rich", "tqdm"], ()),
