@@ -150,7 +150,8 @@ def _tracked_run(stage: Stage, root: Path, recipe: Recipe, inputs: Mapping[str, 
             context = "training" if stage.name in TRAINS else "evaluation"
             tracker.log_dataset(run_id, root / PREPARED / FACTS_FILE, inputs[PREPARED], context)
 
-    with StageRun(origin(root), stage.name, belonging.parent_run_id, tags) as run:
+    watch = stage.name in TRAINS
+    with StageRun(origin(root), stage.name, belonging.parent_run_id, tags, watch_machine=watch) as run:
         run.submit(log_inputs)
         yield run
 

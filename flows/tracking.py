@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.dvcfiles import version
 from flows.errors import UserError
+from flows.system_metrics import SystemMetrics
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -234,8 +235,17 @@ class StageRun:
     because no training should end for it.
     """
 
-    def __init__(self, origin: Path, stage: str, parent_run_id: str | None, tags: Callable[[], dict[str, str]]) -> None:
+    def __init__(
+        self,
+        origin: Path,
+        stage: str,
+        parent_run_id: str | None,
+        tags: Callable[[], dict[str, str]],
+        *,
+        watch_machine: bool = False,
+    ) -> None:
         self._origin, self._stage, self._parent_run_id, self._make_tags = origin, stage, parent_run_id, tags
+        self._watch_machine = watch_machine
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
         self._written: deque[Future[None]] = deque()
 
@@ -250,6 +260,7 @@ class StageRun:
         tags = {**self.tags, **parent, **code_tags(self.tags, f"cm stage {self._stage}")}
         run = tracker.client.create_run(tracker.experiment_id, run_name=self._stage, tags=tags)
         self._tracker, self._run_id = tracker, run.info.run_id
+        self._machine = SystemMetrics() if self._watch_machine else None
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         closed = self._thread.submit(self._close, error)
@@ -271,8 +282,13 @@ class StageRun:
         self._written.append(self._thread.submit(lambda: action(self._tracker, self._run_id)))
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log numbers of a step."""
-        self.submit(lambda tracker, run_id: tracker.log_numbers(run_id, values, step=step))
+        """Log numbers of a step, and what the machine does meanwhile."""
+
+        def log(tracker: Tracker, run_id: str) -> None:
+            machine = self._machine.read() if self._machine else {}
+            tracker.log_numbers(run_id, {**values, **machine}, step=step)
+
+        self.submit(log)
 
     def image(self, key: str, path: Path, step: int) -> None:
         """Log a picture of a step; MLflow shows those of one key with a slider, side by side for several runs."""
