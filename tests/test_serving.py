@@ -4,12 +4,11 @@ import base64
 import io
 import json
 import os
-import socket
 import subprocess
 import sys
 import urllib.error
 import urllib.request
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from cm_core.model import ModelSpec, save_model
 from cm_core.networks import SongUNetParams
 from cm_core.noise import Noise
 from flows.tracking import MODEL_FILES, Tracker
-from servers import process, wait_for_page
+from servers import free_port, process, wait_for_page
 from test_cli import run
 
 MID_SIGMAS = [[], [3.0]]
@@ -93,8 +92,7 @@ def test_the_logged_model_holds_no_pickle_and_loads_as_a_pyfunc(root, models, sa
 @contextmanager
 def served(uri, root, folder):
     """Serve a model as a team would: from a folder without this code, with nothing of it on the path."""
-    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", uri, "--env-manager", "local"]
     env = {"MLFLOW_TRACKING_URI": f"sqlite:///{root / 'mlflow.db'}", "PYTHONPATH": "", "DO_NOT_TRACK": "true"}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
