@@ -1,6 +1,9 @@
 """Curricula: pure functions of the optimiser step, so that a resumed run needs no hidden state."""
 
 import math
+from bisect import bisect_right
+from itertools import accumulate
+from typing import NamedTuple
 
 
 def ct_num_scales(step: int, *, num_steps: int, s0: int, s1: int) -> int:
@@ -34,6 +37,28 @@ def ict_num_scales(step: int, *, num_steps: int, s0: int, s1: int) -> int:
 def ect_stage(step: int, *, num_steps: int, num_stages: int) -> int:
     """Stage of ECT's t -> r mapping: `num_stages` stages of equal length, 0-based (ECT, 2406.14548)."""
     return min(step * num_stages // num_steps, num_stages - 1)
+
+
+class Halving(NamedTuple):
+    """A round of progressive distillation: the student's steps, and which optimiser steps it lasts."""
+
+    num_intervals: int
+    first: int
+    end: int
+
+
+def pd_halving(step: int, *, num_steps: int, start_steps: int, end_steps: int) -> Halving:
+    """Return the round that `step` is in: intervals halve from start_steps to end_steps (CM, App. C; PD, 2202.00512).
+
+    The rounds of two steps and of one last twice as long as the others, as in the released code (50,000 and 100,000).
+    """
+    intervals = [start_steps]
+    while intervals[-1] > end_steps:
+        intervals.append(intervals[-1] // 2)
+    shares = list(accumulate(2 if n <= 2 else 1 for n in intervals))
+    ends = [num_steps * share // shares[-1] for share in shares]
+    index = min(bisect_right(ends, step), len(ends) - 1)
+    return Halving(intervals[index], ends[index - 1] if index else 0, ends[index])
 
 
 def linear_ramp(step: int, *, ramp_steps: int) -> float:

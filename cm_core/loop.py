@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from cm_core.batches import Batches
 from cm_core.checkpoint import load_state, save_state
@@ -107,22 +107,39 @@ class NonFiniteLossError(ArithmeticError):
 
 @dataclasses.dataclass
 class TrainState:
-    """Everything that training changes. Steps are counted from 0; `step` is the next one to take."""
+    """Everything that training changes. Steps are counted from 0; `step` is the next one to take.
+
+    The target begins as a copy of the model, and neither it nor a teacher gets gradients.
+    """
 
     model: Precond
-    target: Precond | None
-    optimizer: torch.optim.Optimizer
-    emas: list[Ema]
+    train: Train
+    target: Precond | None = None  # the model's average, for methods that keep one
+    teacher: Precond | None = None  # for methods that replace theirs in the course of the training
+    weighting: nn.Module | None = None  # the learned part of the loss
     step: int = 0
+    optimizer: torch.optim.Optimizer = dataclasses.field(init=False)
+    emas: list[Ema] = dataclasses.field(init=False)
 
-    @classmethod
-    def start(cls, model: Precond, target: Precond | None, train: Train) -> "TrainState":
-        """Begin training `model`; `target` is its averaged copy, for methods that keep one."""
-        if target is not None:
-            target.load_state_dict(model.state_dict())
-            target.requires_grad_(False)
-        emas = [Ema(rule, model) for rule in train.emas]
-        return cls(model, target, train.optimizer.build(list(model.parameters())), emas)
+    def __post_init__(self) -> None:
+        if self.target is not None:
+            self.target.load_state_dict(self.model.state_dict())
+            self.target.requires_grad_(False)
+        self.begin_afresh()
+
+    def begin_afresh(self) -> None:
+        """Forget what optimiser and averages gathered; they begin anew at the current weights."""
+        self.optimizer = self.train.optimizer.build(self.parameters())
+        self.emas = [Ema(rule, self.model) for rule in self.train.emas]
+
+    def replace_teacher(self) -> None:
+        """Let the model become its own teacher, as at the beginning of a halving (PD)."""
+        self.teacher.load_state_dict(self.model.state_dict())
+        self.begin_afresh()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return what the optimiser changes."""
+        return [p for module in (self.model, self.weighting) if module is not None for p in module.parameters()]
 
     def save(self, folder: Path) -> Path:
         """Write the state to `folder/step-<step>` atomically and return that path."""
@@ -146,9 +163,11 @@ class TrainState:
         return {**self.model.state_dict(), **self.emas[index].weights}
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {f"model/{name}": t for name, t in self.model.state_dict().items()}
-        if self.target is not None:
-            tensors |= {f"target/{name}": t for name, t in self.target.state_dict().items()}
+        tensors = {}
+        for role in ("model", "target", "teacher", "weighting"):
+            module = getattr(self, role)
+            if module is not None:
+                tensors |= {f"{role}/{name}": t for name, t in module.state_dict().items()}
         for index, ema in enumerate(self.emas):
             tensors |= {f"ema{index}/{name}": t for name, t in ema.weights.items()}
         for index, values in self.optimizer.state_dict()["state"].items():
@@ -156,7 +175,7 @@ class TrainState:
         return tensors
 
     def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        parameters, state = list(self.model.parameters()), {}
+        parameters, state = self.parameters(), {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer/"):
                 _, index, key = name.split("/")
@@ -169,15 +188,17 @@ class TrainState:
 
 
 def train_step(
-    state: TrainState, method: Method, models: Models, batches: Batches, context: StepContext, train: Train
+    state: TrainState, method: Method, models: Models, batches: Batches, context: StepContext
 ) -> tuple[Loss, Tensor]:
     """Take one optimiser step, move the averages and the target; return the losses and the gradient's norm."""
+    train = state.train
     loss = method.loss(models, batches.at(context.step), context)
     loss.per_sample.mean().backward()
-    grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), train.clip_norm or math.inf)
-    learning_rate = train.optimizer.learning_rate * linear_ramp(context.step, ramp_steps=train.ramp_steps)
+    grad_norm = torch.nn.utils.clip_grad_norm_(state.parameters(), train.clip_norm or math.inf)
+    factor = method.learning_rate_factor(context.step, context.num_steps)
+    factor *= linear_ramp(context.step, ramp_steps=train.ramp_steps)
     for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = train.optimizer.learning_rate * factor
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     for ema in state.emas:
@@ -193,24 +214,26 @@ def fit(
     method: Method,
     models: Models,
     batches: Batches,
-    train: Train,
     *,
     noise: Noise,
     seed: int,
 ) -> Iterator[dict[str, float]]:
-    """Train from `state.step` to `train.num_steps`, yielding metrics every `log_every` steps and at the end.
+    """Train from `state.step` to `state.train.num_steps`, yielding metrics every `log_every` steps and at the end.
 
     Between two yields nothing waits for the device. Raises NonFiniteLossError, naming step and sigma, before
     the caller could save the spoiled state.
     """
+    train = state.train
     state.model.train()
     models.target.train()  # the target's dropout must draw the student's mask
     window: list[tuple[int, Loss, Tensor]] = []
     while state.step < train.num_steps:
         step = state.step
+        if method.replaces_teacher_at(step, train.num_steps):
+            state.replace_teacher()
         generator = make_generator(batches.device, seed, "step", step)
         context = StepContext(step, train.num_steps, noise, generator, derive_seed(seed, "dropout", step))
-        loss, grad_norm = train_step(state, method, models, batches, context, train)
+        loss, grad_norm = train_step(state, method, models, batches, context)
         window.append((step, Loss(loss.per_sample.detach(), loss.sigma, loss.scalars), grad_norm))
         if state.step % train.log_every == 0 or state.step == train.num_steps:
             yield _summarise(window)

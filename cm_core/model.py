@@ -18,8 +18,9 @@ SPEC_FILE, WEIGHTS_FILE = "model.json", "ema.safetensors"
 class ModelSpec(Params):
     """A network, how it is wrapped, and the images it makes; stored beside the weights as model.json."""
 
-    form: Literal["denoiser", "skip", "piecewise"]
-    """denoiser: EDM's scalings; skip, piecewise: a consistency function, its boundary at sigma_min (CM, eq. 5, 4)."""
+    form: Literal["denoiser", "skip", "unshifted", "piecewise", "euler"]
+    """denoiser: EDM's scalings; skip, piecewise: a consistency function, its boundary at sigma_min (CM, eq. 5, 4);
+    unshifted: one with EDM's scalings, its boundary at 0 (ECT, sCM); euler: a denoiser for few Euler steps (PD)."""
     network: Network
     """The raw network's hyperparameters."""
     noise: Noise
@@ -32,14 +33,22 @@ class ModelSpec(Params):
     """Length of the augmentation vector the network is told; 0: none."""
     noise_scale: float = Field(1.0, gt=0)
     """Factor on ln(sigma) / 4 before the noise embedding; 1000 for networks in OpenAI's convention."""
+    euler_steps: int = Field(1, ge=1)
+    """Steps that a model of form euler was distilled to; it makes images with exactly so many."""
+
+    @property
+    def boundary(self) -> float:
+        """The noise level at which f(x, sigma) = x."""
+        return self.noise.sigma_min if self.form in ("skip", "piecewise") else 0.0
 
     def build(self, *, autocast: torch.dtype | None = None) -> Precond:
         """Return the model with fresh weights from the global generator."""
         net = self.network.build(self.image_shape, self.num_classes, augment_dim=self.augment_dim)
         return Precond(
             net,
-            sigma_min=0.0 if self.form == "denoiser" else self.noise.sigma_min,
+            sigma_min=self.boundary,
             sigma_data=self.noise.sigma_data,
+            c_noise=self.noise.c_noise,
             noise_scale=self.noise_scale,
             piecewise=self.form == "piecewise",
             autocast=autocast,
@@ -66,12 +75,17 @@ def load_model(
 
     Raises FileNotFoundError when the folder holds none.
     """
-    if not (folder / SPEC_FILE).is_file():
-        raise FileNotFoundError(f"{folder} holds no model: {SPEC_FILE} is missing")
-    spec = ModelSpec.model_validate_json((folder / SPEC_FILE).read_text())
+    spec = load_spec(folder)
     model = spec.build(autocast=autocast)
     load_weights(model, folder / WEIGHTS_FILE)
     return spec, model.to(device).eval().requires_grad_(False)
+
+
+def load_spec(folder: Path) -> ModelSpec:
+    """Read what a model is; raises FileNotFoundError when the folder holds none."""
+    if not (folder / SPEC_FILE).is_file():
+        raise FileNotFoundError(f"{folder} holds no model: {SPEC_FILE} is missing")
+    return ModelSpec.model_validate_json((folder / SPEC_FILE).read_text())
 
 
 def load_weights(model: torch.nn.Module, path: Path) -> None:

@@ -4,6 +4,7 @@ Grids decrease, as samplers walk them; a pair on one trajectory is (t, r) with t
 """
 
 import math
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -24,6 +25,8 @@ class Noise(Params):
     """Curvature of the Karras grid (EDM, eq. 5)."""
     sigma_data: float = Field(0.5, gt=0)
     """Standard deviation of the data in [-1, 1] (EDM, Table 1)."""
+    c_noise: Literal["log_sigma", "angle"] = "log_sigma"
+    """What networks are told of the level: ln(sigma) / 4 (EDM), or arctan(sigma / sigma_data), bounded (sCM)."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "Noise":

@@ -1,5 +1,7 @@
 """From raw network to denoiser or consistency function: the boundary condition lives here."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -9,8 +11,8 @@ from cm_core.tensors import expand_like
 class Precond(nn.Module):
     """f(x, sigma) -> x0_hat, with f(x, sigma_min) = x for any network (CM, eq. 5 and App. C).
 
-    The boundary holds by construction, so no loss has to enforce it. With sigma_min = 0
-    these are the EDM scalings (EDM, Table 1), and the same class is the teacher's denoiser.
+    The boundary holds by construction, so no loss has to enforce it. With sigma_min = 0 these are the EDM scalings
+    (EDM, Table 1), and the same class is the teacher's denoiser; TrigFlow's function too, whose F is -raw (sCM).
     """
 
     def __init__(
@@ -19,13 +21,15 @@ class Precond(nn.Module):
         *,
         sigma_min: float,
         sigma_data: float,
+        c_noise: Literal["log_sigma", "angle"] = "log_sigma",
         noise_scale: float = 1.0,
         piecewise: bool = False,
         autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.net, self.sigma_min, self.sigma_data = net, sigma_min, sigma_data
-        self.noise_scale, self.piecewise, self.autocast = noise_scale, piecewise, autocast
+        self.c_noise, self.noise_scale = c_noise, noise_scale
+        self.piecewise, self.autocast = piecewise, autocast
 
     def forward(
         self,
@@ -34,14 +38,20 @@ class Precond(nn.Module):
         labels: Tensor | None = None,  # [B] int64, -1 for none
         augment_labels: Tensor | None = None,  # [B, 9]
     ) -> Tensor:
-        c_skip, c_out, c_in, c_noise = self.scalings(sigma)
-        # Only the network's body may run in half precision: scalings and combination stay in x's own dtype.
-        with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            raw = self.net(expand_like(c_in, x) * x, c_noise, labels, augment_labels)
-        return expand_like(c_skip, x) * x + expand_like(c_out, x) * raw.to(x.dtype)
+        c_skip, c_out, c_in = self.scalings(sigma)
+        raw = self.raw(expand_like(c_in, x) * x, sigma, labels, augment_labels)
+        return expand_like(c_skip, x) * x + expand_like(c_out, x) * raw
 
-    def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return c_skip, c_out, c_in, c_noise, each [B]."""
+    def raw(
+        self, x_in: Tensor, sigma: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> Tensor:
+        """Return the network's own output for its own, scaled input, in the dtype of that."""
+        # Only the network's body may run in half precision: scalings and combination stay in x's own dtype.
+        with torch.autocast(x_in.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            return self.net(x_in, self.noise_labels(sigma), labels, augment_labels).to(x_in.dtype)
+
+    def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return c_skip, c_out, c_in, each [B]."""
         shifted = sigma - self.sigma_min
         total_std = (sigma**2 + self.sigma_data**2).sqrt()  # std of x when the data have sigma_data
         if self.piecewise:  # f = x at the boundary, the bare network elsewhere (CM, eq. 4)
@@ -50,4 +60,9 @@ class Precond(nn.Module):
         else:
             c_skip = self.sigma_data**2 / (shifted**2 + self.sigma_data**2)
             c_out = self.sigma_data * shifted / total_std
-        return c_skip, c_out, 1 / total_std, self.noise_scale * sigma.log() / 4
+        return c_skip, c_out, 1 / total_std
+
+    def noise_labels(self, sigma: Tensor) -> Tensor:
+        """Return c_noise, what the network is told of the noise level, [B]."""
+        told = (sigma / self.sigma_data).atan() if self.c_noise == "angle" else sigma.log() / 4
+        return self.noise_scale * told

@@ -47,6 +47,14 @@ def multistep(f: Denoiser, noise: ImageNoise, sigmas: Sequence[float], *, sigma_
     return x
 
 
+def euler_steps(denoiser: Denoiser, noise: ImageNoise, sigmas: Sequence[float]) -> Tensor:
+    """Sample a denoiser that was distilled to take one Euler step between each two `sigmas`, [B, C, H, W] (PD)."""
+    x = noise.draw().double() * sigmas[0]
+    for t, r in zip(sigmas[:-1], sigmas[1:], strict=True):
+        x = euler_step(_in_float32(denoiser), x, *_levels(x, t, r))
+    return x.float().clamp(-1, 1)
+
+
 def check_levels(sigmas: Sequence[float], *, sigma_min: float) -> None:
     """Raise ValueError unless noise levels decrease and stay above sigma_min."""
     ordered = all(a > b for a, b in zip(sigmas, sigmas[1:], strict=False))

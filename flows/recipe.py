@@ -69,7 +69,10 @@ class Recipe(Params):
         if self.teacher is None and self.student.method.needs_teacher:
             raise ValueError(f"student.method.kind={kind} distils a teacher, and teacher is null; train one or use ct")
         if self.teacher is None and self.student.initial_weights == "teacher":
-            raise ValueError("student.init_from=teacher, and teacher is null; train one or use random")
+            raise ValueError(
+                f"the student's first weights are the teacher's (kind={kind}), and teacher is null; train one, or set "
+                "student.init_from: random"
+            )
         shape = self.data.image_shape()
         if shape is not None:
             self._fits(shape)
@@ -79,7 +82,7 @@ class Recipe(Params):
 
     def _fits(self, shape: tuple[int, int, int]) -> None:
         """Refuse networks and distances that cannot work on images of this shape."""
-        if isinstance(self.student.method.distance, Lpips):
+        if isinstance(getattr(self.student.method, "distance", None), Lpips):
             check_lpips_shape(shape)
         if self.student.dropout is not None and "dropout" not in type(self.network).model_fields:
             raise ValueError(

@@ -17,9 +17,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from cm_core.model import load_model
-from cm_core.sampling import check_levels, multistep
 from flows.generate import draw_images, read_levels, usual_mid_sigmas
-from flows.stages.models import pick_device
+from flows.stages.models import few_steps, pick_device
 
 WEIGHTS = "student"  # the artifact that holds ema.safetensors and model.json
 MAX_IMAGES, MAX_STEPS = 1024, 64  # of one request
@@ -31,7 +30,7 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     n: int = Field(16, ge=1, le=MAX_IMAGES)
-    steps: int = Field(1, ge=1, le=MAX_STEPS)
+    steps: int | None = Field(None, ge=1, le=MAX_STEPS)
     seed: int = Field(0, ge=0)
     labels: list[int] | None = None
 
@@ -57,12 +56,16 @@ class ServedStudent(PythonModel):
 
     def _draw(self, request: Request) -> np.ndarray:
         labels = self._checked_labels(request)
-        sigma_max, sigma_min = self._spec.noise.sigma_max, self._spec.noise.sigma_min
-        sigmas = [sigma_max, *usual_mid_sigmas(self._spec, request.steps - 1, self._levels)]
-        check_levels(sigmas, sigma_min=sigma_min)
-        sampler = partial(multistep, sigmas=sigmas, sigma_min=sigma_min)
+        sampler = partial(few_steps, self._spec, mid_sigmas=self._mid_sigmas(request.steps))
         how = {"n": request.n, "seed": request.seed, "device": self._device, "labels": labels}
         return draw_images(self._spec, self._model, sampler, **how)
+
+    def _mid_sigmas(self, steps: int | None) -> list[float]:
+        if self._spec.form != "euler":
+            return usual_mid_sigmas(self._spec, (steps or 1) - 1, self._levels)
+        if steps not in (None, self._spec.euler_steps):
+            raise _refusal(f"steps: this model was distilled to {self._spec.euler_steps}, got {steps}")
+        return []
 
     def _checked_labels(self, request: Request) -> list[int] | None:
         labels, classes = request.labels, self._spec.num_classes

@@ -5,6 +5,7 @@ import pytest
 
 def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="also run tests marked slow")
+    parser.addoption("--kills", type=int, default=32, help="how often tests of kills kill, in all (32)")
 
 
 def pytest_collection_modifyitems(config, items):

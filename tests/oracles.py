@@ -30,6 +30,22 @@ class GaussianConsistency(nn.Module):
         return x * expand_like(((self.noise.sigma_min**2 + variance) / (t**2 + variance)).sqrt(), x)
 
 
+class HalfAngleNet(nn.Module):
+    """The raw network that makes Precond with EDM's scalings and c_noise "angle" the exact consistency function.
+
+    f = sigma_data x_in has to come out of c_skip x + c_out raw, so raw = x_in (1 - cos) / sin = x_in tan(angle / 2).
+    """
+
+    def __init__(self, gain: float = 1.0) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(gain, dtype=torch.float64))
+
+    def forward(
+        self, x: Tensor, angle: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> Tensor:
+        return self.gain.to(x.dtype) * expand_like((angle / 2).tan(), x) * x
+
+
 class ConstantNet(nn.Module):
     """A raw network that returns a fixed multiple of its input plus a constant; any shape."""
 

@@ -10,16 +10,32 @@ from cm_core.ema import ConstantEma, HalfLifeEma, PowerEma
 from cm_core.loop import Adam, NonFiniteLossError, RAdam, Train, TrainState, fit
 from cm_core.methods.base import Loss, Models
 from cm_core.methods.cd import CD
+from cm_core.methods.cm_inf import CMInf
 from cm_core.methods.ct import CT
+from cm_core.methods.ect import ECT
 from cm_core.methods.edm import EDM
 from cm_core.methods.ict import ICT
+from cm_core.methods.pd import PD
+from cm_core.methods.scm import SCM
 from cm_core.model import ModelSpec, build_seeded, load_model, save_model
 from cm_core.networks import SongUNetParams
 from cm_core.noise import Noise
+from flows.stages.student import build_weighting
 
 CPU, SHAPE = torch.device("cpu"), (1, 8, 8)
 NETWORK = SongUNetParams(channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(), dropout=0.2)
-METHODS = {"edm": EDM(), "cd": CD(), "cd-ema": CD(target_decay=0.9), "ct": CT(s1=10), "ict": ICT(s0=2, s1=8)}
+METHODS = {
+    "edm": EDM(),
+    "cd": CD(),
+    "cd-ema": CD(target_decay=0.9),
+    "ct": CT(s1=10),
+    "ict": ICT(s0=2, s1=8),
+    "ect": ECT(),
+    "scm": SCM(warmup_steps=4),
+    "scm-distil": SCM(distil=True),
+    "pd": PD(start_steps=4),  # halvings begin at steps 1 and 3 of 6
+    "cm_inf": CMInf(),
+}
 
 
 class Training:
@@ -32,15 +48,21 @@ class Training:
         self.train = Train(**(defaults | changes))
         self.spec = ModelSpec(form=method.form, network=NETWORK, noise=Noise(), image_shape=SHAPE)
         model, target = build_seeded(self.spec, 0), build_seeded(self.spec, 1)
-        self.state = TrainState.start(model, target if method.keeps_target else None, self.train)
-        teacher = build_seeded(ModelSpec(form="denoiser", network=NETWORK, noise=Noise(), image_shape=SHAPE), 2).eval()
+        teacher = build_seeded(self.spec.model_copy(update={"form": "denoiser"}), 2).eval()
+        self.state = TrainState(
+            model,
+            self.train,
+            target=target if method.keeps_target else None,
+            teacher=teacher if method.replaces_teacher else None,
+            weighting=build_weighting(method, 4, CPU),
+        )
         distance = method.distance.build(SHAPE) if hasattr(method, "distance") else None
-        self.models = Models(model, target if method.keeps_target else model, teacher, distance)
+        self.models = Models(model, target if method.keeps_target else model, teacher, distance, self.state.weighting)
         pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 1), dtype=np.uint8)
         self.batches = Batches(pixels, None, batch_size=self.train.batch_size, seed=3, device=CPU, flip=True)
 
     def steps(self):
-        return fit(self.state, self.method, self.models, self.batches, self.train, noise=Noise(), seed=5)
+        return fit(self.state, self.method, self.models, self.batches, noise=Noise(), seed=5)
 
     def tensors(self):
         return {name: tensor.clone() for name, tensor in self.state._tensors().items()}

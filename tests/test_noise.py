@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from cm_core.noise import Noise, add_noise, draw_lognormal, karras_grid, lognormal_pair_probabilities
+from cm_core.precond import Precond
+from oracles import ConstantNet
 
 GRID_18 = [0.002, 0.007528, 0.022935, 0.059947, 0.139516, 0.296442, 0.585348, 1.088171, 1.923340, 3.256822]
 GRID_18 += [5.315195, 8.400935, 12.910082, 19.352453, 28.374585, 40.785574, 57.585985, 80.0]
@@ -63,3 +65,27 @@ def test_add_noise_broadcasts_over_samples():
     x0, eps = torch.zeros(3, 2, 4, 4), torch.ones(3, 2, 4, 4)
     x_t = add_noise(x0, eps, torch.tensor([1.0, 2.0, 3.0]))
     assert x_t[:, 0, 0, 0].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("num_scales", "index", "sigma"),
+    [
+        (40, 22, 1.38237),
+        (201, 106, 1.91284),
+        (40, 17, 4.36556),
+        (40, 18, 3.51970),
+        (151, 67, 3.99122),
+        (151, 62, 5.24850),
+        (18, 11, 0.58535),
+    ],
+)
+def test_published_two_step_indices_are_these_levels(num_scales, index, sigma):
+    assert Noise().grid(num_scales)[index].item() == pytest.approx(sigma, abs=6e-6)
+
+
+def test_angles_of_trigflow_match_the_printed_map():
+    told = Precond(ConstantNet(), sigma_min=0.0, sigma_data=0.5, c_noise="angle").noise_labels
+    sigmas = torch.tensor([0.002, 0.5, 0.821, 1.526, 80], dtype=torch.float64)
+    angles = torch.tensor([0.004000, 0.785398, 1.023776, 1.254166, 1.564546], dtype=torch.float64)
+    torch.testing.assert_close(told(sigmas), angles, rtol=0, atol=6e-7)
+    assert 0.5 * math.tan(1.1) == pytest.approx(0.98238, abs=6e-6)  # the second step of sCM's samples

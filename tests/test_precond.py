@@ -17,7 +17,8 @@ VECTORS = [  # sigma, EDM c_skip, EDM c_out, c_in, ln(sigma)/4, CM c_skip, CM c_
 def test_scalings_match_the_printed_vectors(vector):
     sigma, edm_skip, edm_out, c_in, c_noise, cm_skip, cm_out = vector
     at = torch.tensor([sigma], dtype=torch.float64)
-    edm = Precond(ConstantNet(), sigma_min=0.0, sigma_data=0.5).scalings(at)
+    denoiser = Precond(ConstantNet(), sigma_min=0.0, sigma_data=0.5)
+    edm = (*denoiser.scalings(at), denoiser.noise_labels(at))
     cm = Precond(ConstantNet(), sigma_min=0.002, sigma_data=0.5).scalings(at)
     for found, expected in zip((*edm, *cm[:2]), (edm_skip, edm_out, c_in, c_noise, cm_skip, cm_out), strict=True):
         assert found.item() == pytest.approx(expected, rel=5e-7, abs=1e-12)

@@ -1,9 +1,6 @@
 """The stages that train and sample, called as plain functions on a few digits: no engine, no server."""
 
-import inspect
 import json
-from importlib import import_module
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,40 +8,8 @@ import pytest
 from cm_core.model import load_model
 from flows.errors import UserError
 from flows.monitor import Monitor
-from flows.recipe import load_recipe
 from flows.stages.training import StageStopped
-
-ROOT = Path(__file__).parents[1]
-SMALL = [
-    "network={kind: song_unet, channels: 8, channel_mult: [1], num_blocks: 1, attn_resolutions: []}",
-    "data.max_images=48",
-    "sample.num_images=6",
-    "sample.batch_size=4",
-    "sample.teacher_images=6",
-    "sample.teacher_sampler.num_steps=2",
-]
-TRAIN = {"num_steps": 4, "batch_size": 8, "log_every": 1, "save_every": 2, "grid_every": 2}
-
-
-def small_recipe(name, *overrides):
-    for section in ("student", *(() if name == "digits-ct" else ("teacher",))):
-        overrides = (*(f"{section}.train.{key}={value}" for key, value in TRAIN.items()), *overrides)
-    return load_recipe(name, [*SMALL, *overrides], root=ROOT)
-
-
-def run(stage, recipe, folder, monitor=None, **places):
-    """Call a stage with what its signature asks for, as `cm stage` does."""
-    function = getattr(import_module(f"flows.stages.{stage}"), stage)
-    values = {"out_dir": folder / stage, "state_dir": folder / "state" / stage, "monitor": monitor or Monitor()}
-    for name in inspect.signature(function).parameters:
-        if name.endswith("_dir") and name not in values:
-            values[name] = folder / name.removesuffix("_dir")
-        elif name not in values:
-            values[name] = getattr(recipe, name)
-    values |= places
-    values["out_dir"].mkdir(parents=True, exist_ok=True)
-    function(**{name: values[name] for name in inspect.signature(function).parameters})
-    return values["out_dir"]
+from small_stages import files, run_small, small_recipe
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +17,8 @@ def made(tmp_path_factory):
     """A folder in which cd has gone through prepare, teacher, student and sample."""
     folder, recipe = tmp_path_factory.mktemp("made"), small_recipe("digits-cd")
     for stage in ("prepare", "teacher", "student", "sample"):
-        run(stage, recipe, folder)
+        run_small(stage, recipe, folder)
     return folder
-
-
-def files(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_teacher_and_student_write_models_curves_and_grids(made):
@@ -80,16 +41,48 @@ def test_a_stopped_training_resumes_and_writes_the_same_bytes(made, tmp_path):
     recipe, remarks = small_recipe("digits-cd"), []
     places = {name: made / name.removesuffix("_dir") for name in ("prepare_dir", "teacher_dir")}
     with pytest.raises(StageStopped, match="stopped after step 1; the training state is saved"):
-        run("student", recipe, tmp_path, Stop(), **places)
+        run_small("student", recipe, tmp_path, Stop(), **places)
     assert not (tmp_path / "student" / "model.json").exists()
 
     class Listen(Monitor):
         def remark(self, text):
             remarks.append(text)
 
-    run("student", recipe, tmp_path, Listen(), **places)
+    run_small("student", recipe, tmp_path, Listen(), **places)
     assert "resuming from step 1" in remarks
     assert files(tmp_path / "student") == files(made / "student")
+
+
+METHODS = {
+    "ict": {"nfe_1", "nfe_2"},
+    "ect": {"nfe_1", "nfe_2"},
+    "scm": {"nfe_1", "nfe_2"},
+    "{kind: pd, start_steps: 4, end_steps: 2}": {"nfe_2"},
+    "cm_inf": {"nfe_1", "nfe_2"},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_resumes_to_the_same_bytes_and_samples(made, tmp_path, method):
+    class StopAtTwo(Monitor):
+        seen = 0
+
+        def metrics(self, values, step):
+            self.seen = step
+
+        def stop_requested(self):
+            return self.seen == 2
+
+    recipe = small_recipe("digits-cd", f"student.method={method}", "sample.teacher_images=0")
+    places = {name: made / name.removesuffix("_dir") for name in ("prepare_dir", "teacher_dir")}
+    run_small("student", recipe, tmp_path / "whole", **places)
+    with pytest.raises(StageStopped, match="stopped after step 2"):
+        run_small("student", recipe, tmp_path / "stopped", StopAtTwo(), **places)
+    run_small("student", recipe, tmp_path / "stopped", **places)
+    assert files(tmp_path / "whole" / "student") == files(tmp_path / "stopped" / "student")
+    run_small("sample", recipe, tmp_path / "whole", **places)
+    index = json.loads((tmp_path / "whole" / "sample" / "samples.json").read_text())
+    assert {row["name"] for row in index["rows"]} == METHODS[method] | {"untrained"}
 
 
 def test_samples_have_their_rows_and_do_not_depend_on_the_batch(made, tmp_path):
@@ -104,7 +97,7 @@ def test_samples_have_their_rows_and_do_not_depend_on_the_batch(made, tmp_path):
     for row in rows.values():
         assert np.load(made / "sample" / row["file"]).shape == (6, 8, 8, 1)
     places = {name: made / name.removesuffix("_dir") for name in ("prepare_dir", "teacher_dir", "student_dir")}
-    run("sample", small_recipe("digits-cd", "sample.batch_size=6"), tmp_path, **places)
+    run_small("sample", small_recipe("digits-cd", "sample.batch_size=6"), tmp_path, **places)
     for row in rows.values():
         a, b = (np.load(folder / "sample" / row["file"]).astype(int) for folder in (made, tmp_path))
         assert np.abs(a - b).max() <= 1  # convolutions of another batch size may round differently
@@ -118,11 +111,11 @@ def test_the_untrained_row_is_the_teacher_where_the_student_starts_from_it(made)
 def test_without_a_teacher_a_marker_stands_and_the_student_starts_at_random(made, tmp_path):
     recipe = small_recipe("digits-ct")
     places = {"prepare_dir": made / "prepare"}
-    run("teacher", recipe, tmp_path, **places)
+    run_small("teacher", recipe, tmp_path, **places)
     assert [path.name for path in (tmp_path / "teacher").iterdir()] == ["none.json"]
-    run("student", recipe, tmp_path, **places)
+    run_small("student", recipe, tmp_path, **places)
     assert json.loads((tmp_path / "student" / "origin.json").read_text())["init_from"] == "random"
-    run("sample", recipe, tmp_path, **places)
+    run_small("sample", recipe, tmp_path, **places)
     names = [row["name"] for row in json.loads((tmp_path / "sample" / "samples.json").read_text())["rows"]]
     assert names == ["nfe_1", "nfe_2", "untrained"]
 
@@ -130,23 +123,23 @@ def test_without_a_teacher_a_marker_stands_and_the_student_starts_at_random(made
 def test_students_of_labels_sample_every_class(made, tmp_path):
     recipe = small_recipe("digits-ct", "conditional=true")
     places = {"prepare_dir": made / "prepare"}
-    run("teacher", recipe, tmp_path, **places)
-    run("student", recipe, tmp_path, **places)
+    run_small("teacher", recipe, tmp_path, **places)
+    run_small("student", recipe, tmp_path, **places)
     assert load_model(tmp_path / "student")[0].num_classes == 10
-    run("sample", recipe, tmp_path, **places)
+    run_small("sample", recipe, tmp_path, **places)
     assert json.loads((tmp_path / "sample" / "samples.json").read_text())["labels"] == "every class equally often"
 
 
 def test_fewer_images_than_a_batch_are_refused_before_training(made, tmp_path):
     recipe = small_recipe("digits-ct", "student.train.batch_size=500")
     with pytest.raises(UserError, match=r"48 training images are fewer than train\.batch_size=500"):
-        run("student", recipe, tmp_path, prepare_dir=made / "prepare", teacher_dir=made / "teacher")
+        run_small("student", recipe, tmp_path, prepare_dir=made / "prepare", teacher_dir=made / "teacher")
 
 
 def test_distilling_without_a_teacher_is_refused(made, tmp_path):
-    run("teacher", small_recipe("digits-ct"), tmp_path, prepare_dir=made / "prepare")
+    run_small("teacher", small_recipe("digits-ct"), tmp_path, prepare_dir=made / "prepare")
     with pytest.raises(UserError, match="needs a teacher"):
-        run("student", small_recipe("digits-cd"), tmp_path, prepare_dir=made / "prepare")
+        run_small("student", small_recipe("digits-cd"), tmp_path, prepare_dir=made / "prepare")
 
 
 def test_lpips_without_its_weights_names_file_and_alternatives(tmp_path):
@@ -161,6 +154,6 @@ def test_lpips_without_its_weights_names_file_and_alternatives(tmp_path):
 
 def test_strips_come_from_training_images_where_none_are_held_out(made, tmp_path):
     recipe = small_recipe("digits-cd", "data.heldout_fraction=0")
-    run("prepare", recipe, tmp_path)
-    run("sample", recipe, tmp_path, teacher_dir=made / "teacher", student_dir=made / "student")
+    run_small("prepare", recipe, tmp_path)
+    run_small("sample", recipe, tmp_path, teacher_dir=made / "teacher", student_dir=made / "student")
     assert (tmp_path / "sample" / "strips.png").stat().st_size > 0

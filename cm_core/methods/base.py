@@ -3,14 +3,17 @@
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from cm_core.guidance import guided
+from cm_core.networks.layers import forward_mode_attention
 from cm_core.noise import Noise
 from cm_core.params import Params
 from cm_core.randomness import dropout_seed
+from cm_core.solvers import Denoiser
 
 
 class Batch(NamedTuple):
@@ -22,12 +25,13 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Models:
-    """The networks of one training step. Gradients reach the student alone."""
+    """The networks of one training step. Gradients reach the student and the weighting alone."""
 
     student: nn.Module
     target: nn.Module  # the student itself where the method keeps no averaged copy
     teacher: nn.Module | None = None
     distance: Callable[[Tensor, Tensor], Tensor] | None = None
+    weighting: nn.Module | None = None  # sigma [B] -> log-weight [B], learned with the student
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,22 @@ class Method(Params):
     """A training method: its fields are its hyperparameters, `loss` is the paper's algorithm.
 
     Every method has a `kind` and a `form` (how the raw network becomes the model, see ModelSpec), fixed or a field;
-    one that compares images has a field `distance`.
+    one that compares images has a field `distance`. What differs from the plain case is overridden here, one hook each.
     """
 
-    needs_teacher: ClassVar[bool] = False
+    starts_from: ClassVar[Literal["teacher", "random"]] = "random"
+    """The student's first weights where the recipe does not say."""
+    forward_mode: ClassVar[bool] = False
+    """Whether the loss takes forward-mode derivatives of the network."""
 
     def loss(self, models: Models, batch: Batch, context: StepContext) -> Loss:
         """Return the losses of one batch."""
         raise TypeError(f"{type(self).__name__} defines no loss")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the loss asks a teacher."""
+        return False
 
     def target_decay_at(self, step: int, num_steps: int) -> float:
         """Return mu of the target's average after `step`; 0 means that the target is the student itself."""
@@ -70,6 +82,23 @@ class Method(Params):
     def keeps_target(self) -> bool:
         """Whether an averaged copy of the student is kept as regression target."""
         return False
+
+    def build_weighting(self) -> nn.Module | None:
+        """Return the learned part of the loss, sigma [B] -> log-weight [B], trained with the student."""
+        return None
+
+    @property
+    def replaces_teacher(self) -> bool:
+        """Whether the student takes the teacher's place in the course of the training."""
+        return False
+
+    def replaces_teacher_at(self, step: int, num_steps: int) -> bool:
+        """Whether it does so before `step`: optimiser and averages then start afresh."""
+        return False
+
+    def learning_rate_factor(self, step: int, num_steps: int) -> float:
+        """Return the method's own schedule, a factor on the learning rate."""
+        return 1.0
 
 
 @functools.lru_cache(maxsize=8)
@@ -83,6 +112,12 @@ def draw_eps(x0: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
 
 
+def teacher_of(models: Models, batch: Batch, guidance: float) -> Denoiser:
+    """Return the teacher as a function of (x, sigma) alone, told the batch's labels and guided by them."""
+    assert models.teacher is not None, "the caller loads the teacher that the method needs"
+    return functools.partial(guided(models.teacher, guidance), labels=batch.labels)
+
+
 def consistency_distance(
     models: Models, batch: Batch, context: StepContext, *, x_t: Tensor, t: Tensor, x_r: Tensor, r: Tensor
 ) -> Tensor:
@@ -93,3 +128,9 @@ def consistency_distance(
         target = models.target(x_r, r, batch.labels)
     assert models.distance is not None, "the caller builds method.distance"
     return models.distance(x0_hat, target)
+
+
+def derivative(function: Callable[..., Tensor], primals: Any, tangents: Any) -> tuple[Tensor, Tensor]:
+    """Return a function's value and its derivative along `tangents`, by forward-mode differentiation."""
+    with forward_mode_attention():
+        return torch.func.jvp(function, primals, tangents)

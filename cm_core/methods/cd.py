@@ -3,7 +3,6 @@
 Differs from the paper: nothing. The weight lambda is 1, and l1 and l2 are means over the sample, as in its code.
 """
 
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -19,6 +18,7 @@ from cm_core.methods.base import (
     consistency_distance,
     draw_eps,
     grid_on,
+    teacher_of,
 )
 from cm_core.noise import add_noise
 from cm_core.solvers import STEPS
@@ -28,7 +28,7 @@ class CD(Method):
     """Make f agree along the teacher's trajectories: one solver step from t to r, f(x_t, t) pulled to f(x_r, r)."""
 
     model_config = ConfigDict(title="cd")
-    needs_teacher: ClassVar[bool] = True
+    starts_from: ClassVar[Literal["teacher", "random"]] = "teacher"
 
     kind: Literal["cd"] = "cd"
     """Name of the method."""
@@ -36,12 +36,19 @@ class CD(Method):
     """Grid points N (CM, section 6.1: 18 on CIFAR-10, 40 on larger images)."""
     solver: Literal["euler", "heun"] = "heun"
     """The teacher's step from t to r (CM, section 6.1)."""
+    guidance: float = Field(1.0, ge=0)
+    """Weight of the label in the teacher's classifier-free guidance, distilled with it; 1: none (2207.12598)."""
     distance: AnyDistance = L2()
     """How f(x_t, t) and its target are compared (CM, section 6.1: LPIPS is best where it applies)."""
     target_decay: float = Field(0.0, ge=0, lt=1)
     """Decay mu of the target's average; 0: the student's current weights (CM, Table 3)."""
     form: Literal["skip", "piecewise"] = "skip"
     """How the boundary f(x, sigma_min) = x is built in (CM, eq. 5 or eq. 4)."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Always: the trajectories are the teacher's."""
+        return True
 
     def loss(self, models: Models, batch: Batch, context: StepContext) -> Loss:
         """Return d(f(x_t, t), f_target(x_r, r)), x_r by one step of the teacher's ODE (CM, Algorithm 2)."""
@@ -51,7 +58,7 @@ class CD(Method):
         t, r = sigmas[i], sigmas[i + 1]
         x_t = add_noise(x0, draw_eps(x0, context.generator), t)
         with torch.no_grad():
-            x_r = STEPS[self.solver](partial(models.teacher, labels=batch.labels), x_t, t, r)
+            x_r = STEPS[self.solver](teacher_of(models, batch, self.guidance), x_t, t, r)
         return Loss(consistency_distance(models, batch, context, x_t=x_t, t=t, x_r=x_r, r=r), t)
 
     def target_decay_at(self, step: int, num_steps: int) -> float:

@@ -78,25 +78,30 @@ def _fetch(model: str) -> Path:
 
 def _choose_sampler(spec: "ModelSpec", args: Namespace, folder: Path) -> "tuple[Sampler, str]":
     """Return the function from (model, noise) to images in -1..1, and its description."""
-    from cm_core.sampling import TeacherSampler, check_levels, multistep
+    from cm_core.sampling import TeacherSampler, check_levels
+    from flows.stages.models import few_step_sigmas, few_steps
 
     if spec.form == "denoiser":
         if args.mid_sigmas or args.steps == 1:
             raise UserError("this model is a teacher, whose sampler takes --steps 2 or more and no --mid-sigmas")
         sampler = TeacherSampler(num_steps=args.steps or TEACHER_STEPS)
         return partial(sampler.sample, levels=spec.noise), f"{sampler.solver}, {sampler.nfe} network calls"
-    sigmas = [spec.noise.sigma_max, *_mid_sigmas(spec, args, folder)]
+    sigmas = few_step_sigmas(spec, _mid_sigmas(spec, args, folder))
     try:
         check_levels(sigmas, sigma_min=spec.noise.sigma_min)
     except ValueError as error:
         raise UserError(f"--mid-sigmas: {error}") from error
     how = f"{len(sigmas)} network calls at sigma {', '.join(f'{sigma:.4g}' for sigma in sigmas)}"
-    return partial(multistep, sigmas=sigmas, sigma_min=spec.noise.sigma_min), how
+    return partial(few_steps, spec, mid_sigmas=sigmas[1:]), how
 
 
 def _mid_sigmas(spec: "ModelSpec", args: Namespace, folder: Path) -> list[float]:
     from flows.generate import read_levels, usual_mid_sigmas
 
+    if spec.form == "euler":
+        if args.mid_sigmas or args.steps not in (None, spec.euler_steps):
+            raise UserError(f"this model was distilled to --steps {spec.euler_steps}, and takes no --mid-sigmas")
+        return []
     if args.mid_sigmas is None:
         known = read_levels(folder) or _levels_in_force()
         return usual_mid_sigmas(spec, (args.steps or 1) - 1, known)

@@ -1,12 +1,16 @@
 """What the stages with networks share: the device, the student's first weights, labels of samples."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from cm_core.model import ModelSpec, build_seeded, load_weights
 from cm_core.precond import Precond
+from cm_core.sampling import ImageNoise, euler_steps, multistep
+from cm_core.solvers import Denoiser
 
 ABSENT_FILE = "none.json"  # stands in the teacher's folder where a recipe has no teacher
 GRID_IMAGES = 64  # images of a grid drawn during training
@@ -37,6 +41,21 @@ def initial_student(spec: ModelSpec, *, init_from: str, seed: int, teacher_dir: 
     if init_from == "teacher":
         load_weights(model, teacher_dir / "ema.safetensors")
     return model
+
+
+def few_step_sigmas(spec: ModelSpec, mid_sigmas: Sequence[float] = ()) -> list[float]:
+    """Return the noise levels at which a student is asked: sigma_max and those given, or those of PD's Euler steps."""
+    if spec.form == "euler":
+        return spec.noise.grid(spec.euler_steps + 1)[:-1].tolist()
+    return [spec.noise.sigma_max, *mid_sigmas]
+
+
+def few_steps(spec: ModelSpec, f: Denoiser, noise: ImageNoise, mid_sigmas: Sequence[float] = ()) -> Tensor:
+    """Return a student's images, [B, C, H, W] in -1..1, one network call for each of `few_step_sigmas`."""
+    sigmas = few_step_sigmas(spec, mid_sigmas)
+    if spec.form == "euler":
+        return euler_steps(f, noise, [*sigmas, spec.noise.sigma_min])
+    return multistep(f, noise, sigmas, sigma_min=spec.boundary)
 
 
 def fixed_labels(spec: ModelSpec, indices: range, device: torch.device) -> torch.Tensor | None:

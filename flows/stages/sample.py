@@ -1,7 +1,7 @@
 """Stage `sample`: images from the student at one and more steps, from the untrained student and from the teacher."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,21 @@ from torch import Tensor
 from cm_core.model import ModelSpec, load_model
 from cm_core.params import Params
 from cm_core.precond import Precond
-from cm_core.sampling import ImageNoise, TeacherSampler, check_levels, multistep
+from cm_core.sampling import ImageNoise, TeacherSampler, check_levels
 from cm_core.tensors import from_pixels, to_pixels
 from flows.dataset import Dataset, load_dataset
 from flows.errors import UserError
 from flows.figures import save_grid, save_rows
 from flows.monitor import Monitor
-from flows.stages.models import ABSENT_FILE, fixed_labels, initial_student, pick_device, to_device
+from flows.stages.models import (
+    ABSENT_FILE,
+    few_step_sigmas,
+    few_steps,
+    fixed_labels,
+    initial_student,
+    pick_device,
+    to_device,
+)
 
 GRID_IMAGES = 100
 STRIP_SIGMAS = (0.2, 0.5, 1.0, 2.0, 5.0, 20.0, 80.0)  # from hardly visible noise to nothing but noise
@@ -94,18 +102,21 @@ def _check_levels(sample: Sample, spec: ModelSpec) -> None:
 
 def _student_rows(sample: Sample, spec: ModelSpec, f: Precond) -> list[Row]:
     rows: list[Row] = []
-    for mid in sample.mid_sigmas:
-        name = f"nfe_{len(mid) + 1}"
+    for mid in [()] if spec.form == "euler" else sample.mid_sigmas:  # PD's steps are settled in training
+        name = f"nfe_{len(few_step_sigmas(spec, mid))}"
         if any(row.name == name for row in rows):
             name += "_at_" + "_".join(f"{sigma:g}" for sigma in mid)
-        rows.append(_consistency_row(name, "student", sample, spec, f, [spec.noise.sigma_max, *mid]))
+        rows.append(_student_row(name, "student", sample, spec, f, mid))
     return rows
 
 
-def _consistency_row(name: str, model: str, sample: Sample, spec: ModelSpec, f: Precond, sigmas: list[float]) -> Row:
+def _student_row(
+    name: str, model: str, sample: Sample, spec: ModelSpec, f: Precond, mid_sigmas: Sequence[float] = ()
+) -> Row:
     def draw(noise: ImageNoise, labels: Tensor | None) -> Tensor:
-        return multistep(partial(f, labels=labels), noise, sigmas, sigma_min=spec.noise.sigma_min)
+        return few_steps(spec, partial(f, labels=labels), noise, mid_sigmas)
 
+    sigmas = few_step_sigmas(spec, mid_sigmas)
     return Row(name, model, len(sigmas), sigmas, sample.num_images, draw)
 
 
@@ -120,7 +131,7 @@ def _untrained_row(
     origin = json.loads((student_dir / "origin.json").read_text())
     f = to_device(initial_student(spec, **origin, teacher_dir=teacher_dir), device).eval().requires_grad_(False)
     f.autocast = autocast
-    return _consistency_row("untrained", "untrained", sample, spec, f, [spec.noise.sigma_max])
+    return _student_row("untrained", "untrained", sample, spec, f)
 
 
 def _teacher_row(sample: Sample, teacher_dir: Path, device: torch.device, autocast: torch.dtype | None) -> Row:

@@ -8,20 +8,25 @@ from typing import Literal
 import numpy as np
 import torch
 from pydantic import Field
+from torch import nn
 
 from cm_core.distances import Distance, Lpips
 from cm_core.loop import Train, TrainState
-from cm_core.methods.base import Models
+from cm_core.methods.base import Method, Models
 from cm_core.methods.cd import CD
+from cm_core.methods.cm_inf import CMInf
 from cm_core.methods.ct import CT
+from cm_core.methods.ect import ECT
 from cm_core.methods.ict import ICT
-from cm_core.model import ModelSpec, load_model
+from cm_core.methods.pd import PD
+from cm_core.methods.scm import SCM
+from cm_core.model import ModelSpec, load_model, load_spec
 from cm_core.networks import Network
 from cm_core.noise import Noise
 from cm_core.params import Params
 from cm_core.precond import Precond
 from cm_core.randomness import derive_seed
-from cm_core.sampling import ImageNoise, multistep
+from cm_core.sampling import ImageNoise
 from cm_core.tensors import to_pixels
 from flows.dataset import Dataset, load_dataset
 from flows.errors import UserError
@@ -30,6 +35,7 @@ from flows.monitor import Monitor
 from flows.stages.models import (
     ABSENT_FILE,
     GRID_IMAGES,
+    few_steps,
     fixed_labels,
     initial_student,
     pick_device,
@@ -38,7 +44,7 @@ from flows.stages.models import (
 )
 from flows.stages.training import make_batches, run_training
 
-StudentMethod = CD | CT | ICT  # what a recipe may name under student.method
+StudentMethod = CD | CT | ICT | ECT | SCM | PD | CMInf  # what a recipe may name under student.method
 
 
 class Student(Params):
@@ -47,7 +53,7 @@ class Student(Params):
     method: StudentMethod = CD()
     """The training method, with its paper's hyperparameters."""
     init_from: Literal["teacher", "random"] | None = None
-    """First weights; empty: as the method's paper does (cd: the teacher's, ct and ict: random)."""
+    """First weights; empty: as the method's paper does (ct and ict: random, the others: the teacher's)."""
     dropout: float | None = Field(None, ge=0, lt=1)
     """Dropout of the student, the same mask in student and target; empty: the network's (CM: 0, iCT: 0.3)."""
     train: Train = Train()
@@ -56,7 +62,7 @@ class Student(Params):
     @property
     def initial_weights(self) -> str:
         """Where the first weights come from, the method's habit resolved."""
-        return self.init_from or ("teacher" if self.method.needs_teacher else "random")
+        return self.init_from or self.method.starts_from
 
     @property
     def uses_teacher(self) -> bool:
@@ -79,7 +85,7 @@ def student(
     """Train the student and write its averaged weights. Raises UserError where a needed teacher is absent."""
     dataset, device, seed = load_dataset(prepare_dir), pick_device(), derive_seed(seed, "student")
     batches = make_batches(dataset, student.train, conditional=conditional, seed=seed, device=device)
-    teacher_spec, teacher = _load_teacher(student, teacher_dir, device)
+    teacher_spec = _teacher_spec(student, teacher_dir)
     if student.dropout is not None:
         network = network.model_copy(update={"dropout": student.dropout})
     spec = ModelSpec(
@@ -89,24 +95,32 @@ def student(
         image_shape=dataset.image_shape,
         num_classes=dataset.num_classes if conditional else 0,
         augment_dim=teacher_spec.augment_dim if teacher_spec else 0,
+        euler_steps=getattr(student.method, "end_steps", 1),
     )
     origin = {"init_from": student.initial_weights, "seed": derive_seed(seed, "init")}
     monitor.remark(f"first weights: {origin['init_from']}")
     model = _first_weights(spec, student.train, origin, teacher_dir, device)
-    target = copy.deepcopy(model) if student.method.keeps_target else None
+    teacher = _load_teacher(student, teacher_dir, device)
+    state = TrainState(
+        model,
+        student.train,
+        target=copy.deepcopy(model) if student.method.keeps_target else None,
+        teacher=teacher if student.method.replaces_teacher else None,
+        weighting=build_weighting(student.method, seed, device),
+    )
     models = Models(
         student=model,
-        target=model if target is None else target,
+        target=model if state.target is None else state.target,
         teacher=teacher,
         distance=_build_distance(student, dataset, state_dir, device, monitor),
+        weighting=state.weighting,
     )
     out_dir.mkdir(parents=True, exist_ok=True)
     run_training(
-        TrainState.start(model, target, student.train),
+        state,
         student.method,
         models,
         batches,
-        student.train,
         spec=spec,
         seed=seed,
         draw=partial(draw_samples, spec=spec, device=device),
@@ -117,13 +131,27 @@ def student(
     write_origin(out_dir, **origin)
 
 
-def _load_teacher(student: Student, teacher_dir: Path, device: torch.device) -> tuple[ModelSpec | None, Precond | None]:
+def _teacher_spec(student: Student, teacher_dir: Path) -> ModelSpec | None:
     if not student.uses_teacher:
-        return None, None
+        return None
     if (teacher_dir / ABSENT_FILE).exists():
         raise UserError(f"student.method.kind={student.method.kind} needs a teacher, and the recipe has teacher: null")
-    spec, teacher = load_model(teacher_dir, autocast=student.train.autocast)
-    return spec, to_device(teacher, device)
+    return load_spec(teacher_dir)
+
+
+def _load_teacher(student: Student, teacher_dir: Path, device: torch.device) -> Precond | None:
+    """Return the teacher where the loss asks one; the first weights alone do not keep it in memory."""
+    if not student.method.needs_teacher:
+        return None
+    return to_device(load_model(teacher_dir, autocast=student.train.autocast)[1], device)
+
+
+def build_weighting(method: Method, seed: int, device: torch.device) -> nn.Module | None:
+    """Return the learned part of the loss, its random features from `seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "weighting"))
+        weighting = method.build_weighting()
+    return None if weighting is None else weighting.to(device)
 
 
 def _first_weights(spec: ModelSpec, train: Train, origin: dict, teacher_dir: Path, device: torch.device) -> Precond:
@@ -134,8 +162,10 @@ def _first_weights(spec: ModelSpec, train: Train, origin: dict, teacher_dir: Pat
 
 def _build_distance(
     student: Student, dataset: Dataset, state_dir: Path, device: torch.device, monitor: Monitor
-) -> Distance:
-    distance = student.method.distance
+) -> Distance | None:
+    distance = getattr(student.method, "distance", None)
+    if distance is None:
+        return None
     if not isinstance(distance, Lpips):
         return distance.build(dataset.image_shape)
     vgg16 = None
@@ -153,4 +183,4 @@ def draw_samples(model: Precond, *, spec: ModelSpec, device: torch.device) -> np
     indices = range(GRID_IMAGES)
     f = partial(model, labels=fixed_labels(spec, indices, device))
     noise = ImageNoise(0, indices, spec.image_shape, device)
-    return to_pixels(multistep(f, noise, [spec.noise.sigma_max], sigma_min=spec.noise.sigma_min)).cpu().numpy()
+    return to_pixels(few_steps(spec, f, noise)).cpu().numpy()

@@ -65,11 +65,10 @@ def teacher(
     batches = make_batches(dataset, teacher.train, conditional=conditional, seed=seed, device=device)
     model = to_device(build_seeded(spec, derive_seed(seed, "init"), autocast=teacher.train.autocast), device)
     run_training(
-        TrainState.start(model, None, teacher.train),
+        TrainState(model, teacher.train),
         teacher.method,
         Models(student=model, target=model),
         batches,
-        teacher.train,
         spec=spec,
         seed=seed,
         draw=partial(draw_samples, spec=spec, sampler=teacher.grid_sampler, device=device),

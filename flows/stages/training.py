@@ -46,7 +46,6 @@ def run_training(
     method: Method,
     models: Models,
     batches: Batches,
-    train: Train,
     *,
     spec: ModelSpec,
     seed: int,
@@ -60,6 +59,7 @@ def run_training(
     Metrics and grids gather beside the states, so that a resumed training has all of them; they move to `out_dir`
     at the end. Raises StageStopped after saving when the monitor asks for it.
     """
+    train = state.train
     _resume(state, state_dir, monitor)
     log = _TrainingLog(state_dir / "log", before=state.step)
     averaged = to_device(spec.build(autocast=train.autocast), batches.device).eval().requires_grad_(False)
@@ -68,7 +68,7 @@ def run_training(
         if state.target is not None:
             state.target.net.compile()
     started, first = time.monotonic(), state.step
-    for metrics in fit(state, method, models, batches, train, noise=spec.noise, seed=seed):
+    for metrics in fit(state, method, models, batches, noise=spec.noise, seed=seed):
         step = state.step
         log.append(metrics)
         images_per_s = (step - first) * train.batch_size / (time.monotonic() - started)

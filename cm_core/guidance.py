@@ -1,0 +1,25 @@
+"""Classifier-free guidance (Ho and Salimans, 2207.12598): away from what a denoiser makes of no label at all."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+LabelledDenoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x [B, ...], sigma [B], labels [B]) -> x0_hat
+NO_LABEL = -1
+
+
+def guided(denoiser: LabelledDenoiser, guidance: float) -> LabelledDenoiser:
+    """Return D_uncond + guidance * (D_cond - D_uncond), which is the denoiser itself at 1.
+
+    Both are taken in one pass of twice the batch. The denoiser must have been trained with label dropout.
+    """
+    if guidance == 1:
+        return denoiser
+
+    def extrapolated(x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+        both = torch.cat([labels, torch.full_like(labels, NO_LABEL)])
+        with_label, without = denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+        return without + guidance * (with_label - without)
+
+    return extrapolated
