@@ -14,6 +14,7 @@ from flows.dvcfiles import PARAMS_FILE, STAGES_FILE
 from flows.imports import import_closure
 
 DEPLOYMENTS_FILE, WORK_POOL = "prefect.yaml", "local"
+NIGHTLY = {"cron": "0 2 * * *", "timezone": "UTC", "active": False}  # for whoever switches it on
 NOT_DECLARED = ("out_dir", "state_dir", "monitor")  # given to a stage, but no reason to run it again
 
 
@@ -61,6 +62,7 @@ def deployments(root: Path) -> str:
             "entrypoint": "flows/pipeline.py:consistency",
             "parameters": {"recipe": load_recipe(name, root=root).model_dump(mode="json"), "name": name},
             "work_pool": {"name": WORK_POOL},
+            "schedules": [dict(NIGHTLY)],
         }
         for name in recipe_names(root)
     ]

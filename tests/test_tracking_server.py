@@ -2,6 +2,7 @@
 
 import json
 import urllib.request
+from urllib.parse import urlencode
 
 import numpy as np
 import pytest
@@ -80,10 +81,8 @@ def test_what_a_pipeline_logs_comes_back_through_the_server(server, tmp_path):
     (picture,) = [
         file.path for file in tracker.client.list_artifacts(stage.info.run_id, "images") if file.path.endswith(".png")
     ]
-    with urllib.request.urlopen(f"{uri}/get-artifact?run_uuid={stage.info.run_id}&path={picture}") as answer:
-        assert answer.read().startswith(b"\x89PNG")
-    with urllib.request.urlopen(f"{uri}/get-artifact?run_uuid={parent_id}&path=evaluate/grid.png") as answer:
-        assert answer.read() == (tmp_path / "grid.png").read_bytes()
+    assert artifact(uri, stage.info.run_id, picture).startswith(b"\x89PNG")
+    assert artifact(uri, parent_id, "evaluate/grid.png") == (tmp_path / "grid.png").read_bytes()
 
     assert Registry(tracker).read("cm-made-up").aliases == {"candidate": 1, "champion": 1}
     spec, model = load_student("models:/cm-made-up@champion", tmp_path)
@@ -94,6 +93,11 @@ def test_what_a_pipeline_logs_comes_back_through_the_server(server, tmp_path):
     assert any(key.startswith("artifacts/") and key.endswith("student/ema.safetensors") for key in stored)
     (experiment,) = [one for one in experiments(uri) if one["name"] == "consistency-models"]
     assert experiment["artifact_location"].startswith("mlflow-artifacts:/"), "no worker needs the bucket's keys"
+
+
+def artifact(uri, run_id, path):
+    with urllib.request.urlopen(f"{uri}/get-artifact?{urlencode({'run_uuid': run_id, 'path': path})}") as answer:
+        return answer.read()
 
 
 def experiments(uri):
