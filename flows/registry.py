@@ -141,7 +141,10 @@ class Registry:
     def _add(self, name: str, model_id: str, numbers: Mapping[str, float], tags: Mapping[str, str]) -> Version:
         texts = {key: repr(value) for key, value in numbers.items()}
         everything = {**tags, **texts, MODEL_TAG: model_id}  # a search does not return the version's own model_id
-        found = self._client.create_model_version(name, f"models:/{model_id}", tags=everything, model_id=model_id)
+        source, at_once = f"models:/{model_id}", 0  # a version in a database is ready when it is there
+        found = self._client.create_model_version(
+            name, source, tags=everything, model_id=model_id, await_creation_for=at_once
+        )
         return Version.read(found)
 
     def _settle(self, name: str) -> None:

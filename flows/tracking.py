@@ -37,6 +37,7 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # where --json has its output
 }
 SMALL = 5 * 2**20  # bytes up to which a file is copied to MLflow; DVC keeps the large ones
 SHOWN = {".png", ".json", ".jsonl", ".csv", ".html", ".patch"}

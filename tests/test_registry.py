@@ -132,6 +132,21 @@ def test_aliases_follow_what_is_registered_and_what_is_promoted(tracker, capsys)
         assert code == 2 and words in err and err.count("\n") == 1
 
 
+def test_a_run_that_is_overtaken_before_it_moves_an_alias_corrects_itself(tracker, monkeypatch):
+    """A better version is registered, and crowned, between another run's look at the registry and its move."""
+    name, move, moved = "cm-overtaken", tracker.client.set_registered_model_alias, []
+
+    def overtaken(*alias):
+        if not moved:
+            moved.append(alias)
+            assert register(tracker, name, 1.0) == 2 and aliases(tracker, name) == {"candidate": 2, "champion": 2}
+        move(*alias)
+
+    monkeypatch.setattr(tracker.client, "set_registered_model_alias", overtaken)
+    assert register(tracker, name, 2.0) == 1
+    assert moved and aliases(tracker, name) == {"candidate": 2, "champion": 2}
+
+
 def test_models_are_listed_with_numbers_and_aliases(tracker, capsys):
     register(tracker, "cm-listed", 2.5, run_id="0123456789abcdef")
     found = [row for row in json.loads(run(capsys, "models", "--json")[1]) if row["name"] == "cm-listed"]
