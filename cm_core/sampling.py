@@ -5,12 +5,14 @@ Every image has a generator of its own, seeded by (seed, index): image i does no
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from cm_core.guidance import LabelledDenoiser, guided
 from cm_core.noise import Noise
 from cm_core.params import Params
 from cm_core.randomness import make_generator
@@ -77,14 +79,26 @@ class TeacherSampler(Params):
     """Largest level at which noise is added (EDM, Alg. 2)."""
     s_noise: float = Field(1.0, gt=0)
     """Standard deviation of the added noise relative to what the level asks for (EDM, Alg. 2)."""
+    guidance: float = Field(1.0, ge=0)
+    """Weight of the label in classifier-free guidance, which doubles the network calls; 1: none (2207.12598)."""
 
     @property
     def nfe(self) -> int:
         """Network calls an image."""
-        return {"heun": 2 * self.num_steps - 1, "dpm2": 2 * self.num_steps}.get(self.solver, self.num_steps)
+        calls = {"heun": 2 * self.num_steps - 1, "dpm2": 2 * self.num_steps}.get(self.solver, self.num_steps)
+        return calls if self.guidance == 1 else 2 * calls
 
-    def sample(self, denoiser: Denoiser, noise: ImageNoise, levels: Noise) -> Tensor:
-        """Return images, [B, C, H, W], from noise at sigma_max; the state is float64 (EDM, generate)."""
+    def sample(
+        self, denoiser: Denoiser | LabelledDenoiser, noise: ImageNoise, levels: Noise, labels: Tensor | None = None
+    ) -> Tensor:
+        """Return images, [B, C, H, W], from noise at sigma_max; the state is float64 (EDM, generate).
+
+        Raises ValueError where there are no labels [B] to guide by.
+        """
+        if labels is not None:
+            denoiser = partial(guided(denoiser, self.guidance), labels=labels)
+        elif self.guidance != 1:
+            raise ValueError(f"guidance={self.guidance} needs a model of labelled images")
         sigmas = [*levels.grid(self.num_steps).tolist(), 0.0]
         x = noise.draw().double() * sigmas[0]
         for t, r in zip(sigmas[:-1], sigmas[1:], strict=True):

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from flows.commands import doctor, models, recipes, registry, run, runs, sweep, why
+from flows.commands import doctor, edit, models, recipes, registry, run, runs, search, sweep, why
 from flows.errors import UserError
 from flows.workspace import StageFailed, home
 
-GROUPS = (run, sweep, recipes, models, registry, runs, why, doctor)
+GROUPS = (run, sweep, recipes, models, edit, search, registry, runs, why, doctor)
 FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 
 

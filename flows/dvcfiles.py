@@ -41,6 +41,11 @@ def upstream(stage: Stage, stages: Mapping[str, Stage]) -> list[Stage]:
     return [other for other in stages.values() if set(other.outs) & set(stage.deps)]
 
 
+def ancestors(stage: Stage, stages: Mapping[str, Stage]) -> set[str]:
+    """Return the names of all stages that have to be done before `stage` can begin."""
+    return {name for earlier in upstream(stage, stages) for name in (earlier.name, *ancestors(earlier, stages))}
+
+
 def _place(stage: Stage, stages: Mapping[str, Stage], ordered: dict[str, Stage]) -> None:
     for earlier in upstream(stage, stages):
         _place(earlier, stages, ordered)

@@ -50,6 +50,8 @@ class Artifacts:
     sample_dir: Path
     teacher_dir: Path
     student_dir: Path
+    edit_dir: Path
+    edits: Mapping[str, Any]  # edit.json
 
 
 def compose_report(rows: Sequence[Row], artifacts: Artifacts, protocol: Mapping[str, Any], plots: Path) -> Report:
@@ -58,6 +60,7 @@ def compose_report(rows: Sequence[Row], artifacts: Artifacts, protocol: Mapping[
     sections = [
         _plot_fid(rows, artifacts.files, plots),
         *_show_grids(artifacts, plots),
+        *_show_edits(artifacts),
         *_show_trainings(trainings, plots),
     ]
     return Report(
@@ -109,6 +112,20 @@ def _show_grids(artifacts: Artifacts, plots: Path) -> list[Section]:
         save_grid(heldout[:GRID_IMAGES], plots / "real_grid.png")
         grids = {"real": plots / "real_grid.png"} | grids
     return [Section("Samples", GRIDS_CAPTION, grids), Section("Denoising", STRIPS_CAPTION, {"": strips})]
+
+
+def _show_edits(artifacts: Artifacts) -> list[Section]:
+    """Show the editing gallery, a picture a task with what was measured."""
+    tasks = artifacts.edits["tasks"].items()
+    pictures = {_edit_label(name, facts): artifacts.edit_dir / facts["picture"] for name, facts in tasks}
+    return [Section("Editing", EDITS_CAPTION, pictures)] if pictures else []
+
+
+def _edit_label(name: str, facts: Mapping[str, Any]) -> str:
+    calls = f"{name}, {facts['nfe']} network call" + ("s" if facts["nfe"] > 1 else "")
+    if "rmse" not in facts:
+        return calls
+    return f"{calls}; off by {facts['rmse']:.1f} of 255 (given: {facts['rmse_given']:.1f})"
 
 
 def _show_trainings(folders: Mapping[str, Path], plots: Path) -> list[Section]:
@@ -254,6 +271,10 @@ TABLE_NOTE = (
 )
 FID_CAPTION = "Lower is better. Dashed: the floor (real) and the ceiling (untrained)."
 GRIDS_CAPTION = "The first images of each row, not chosen. Same place, same noise: in every grid but the real one."
+EDITS_CAPTION = (
+    "What the student does to images without having been trained for it. Of the rows: the images, what the edit was "
+    "given of them, and results that differ by their noise. Off by: root mean square from the images, in grey levels."
+)
 STRIPS_CAPTION = "Held-out images, noised to growing levels, and what one call of the student makes of each."
 TRAINING_CAPTION = "The averaged weights at even distances in the training, always from the same noise."
 LOSS_CAPTION = "Each training has its own loss. A curve tells whether it ran smoothly, the FID how good the images are."

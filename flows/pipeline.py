@@ -18,7 +18,17 @@ from prefect.context import TaskRunContext
 from prefect.futures import PrefectFuture
 from prefect.states import Completed
 
-from flows.dvcfiles import Cache, Stage, locked_outs, read_stages, stage_key, update_lock, upstream, version
+from flows.dvcfiles import (
+    Cache,
+    Stage,
+    ancestors,
+    locked_outs,
+    read_stages,
+    stage_key,
+    update_lock,
+    upstream,
+    version,
+)
 from flows.embedded import embedded_prefect
 from flows.pipeline_artifacts import ProgressArtifact, show_metrics, show_pictures, show_tracking
 from flows.recipe import Recipe, flatten, write_active
@@ -27,7 +37,7 @@ from flows.tracking import MODEL_NAME, PipelineRun, Tracker, recipe_name, shown_
 from flows.workspace import StageFailed, Workspace, cache_of, clone, describe_code, home, take_over
 
 RETRY_DELAYS = [2, 20]  # seconds; a training goes on from its last state
-FIGURES_OF = ("prepare/", "sample/", "evaluate/")  # what these stages show belongs on the parent run
+FIGURES_OF = ("prepare/", "sample/", "edit/", "evaluate/")  # what these stages show belongs on the parent run
 
 
 def run(recipe: Recipe, root: Path, *, name: str = "", keep: bool = True) -> dict[str, Any]:
@@ -60,7 +70,7 @@ def title(recipe: Recipe, name: str) -> str:
 
 @flow(flow_run_name=run_title, log_prints=True)
 def consistency(recipe: Recipe, name: str = "") -> dict[str, Any]:
-    """Prepare images, train teacher and student, sample, evaluate: whatever of it is not known already.
+    """Prepare images, train teacher and student, sample, edit, evaluate: whatever of it is not known already.
 
     Args:
         recipe: Every choice of the run.
@@ -101,13 +111,13 @@ def bring_up_all(workspace: Workspace, parent: PipelineRun) -> dict[str, dict[st
 
 
 def threads_for(stage: Stage, stages: Mapping[str, Stage]) -> int:
-    """Return how many threads a stage computes with: all cores, shared with the stages that read the same inputs.
+    """Return how many threads a stage computes with: all cores, shared with the stages that can begin when it can.
 
     Threads beyond the cores slow each other down several times. OMP_NUM_THREADS in the environment decides alone.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return int(os.environ["OMP_NUM_THREADS"])
-    beside = [other for other in stages.values() if upstream(other, stages) == upstream(stage, stages)]
+    beside = [other for other in stages.values() if ancestors(other, stages) == ancestors(stage, stages)]
     return max(1, (os.cpu_count() or 1) // len(beside))
 
 

@@ -22,6 +22,7 @@ from cm_core.noise import Noise
 from cm_core.params import Params
 from cm_core.sampling import check_levels
 from flows.errors import UserError
+from flows.stages.edit import Edit
 from flows.stages.evaluate import Evaluate
 from flows.stages.features import ClassifierFeatures, Features
 from flows.stages.prepare import Data
@@ -60,6 +61,8 @@ class Recipe(Params):
     """Training of the consistency model."""
     sample: Sample = Sample()
     """Images drawn for the evaluation."""
+    edit: Edit = Edit()
+    """The editing gallery."""
     evaluate: Evaluate = Evaluate()
     """Metrics and report."""
 
@@ -78,12 +81,29 @@ class Recipe(Params):
             self._fits(shape)
         for mid in self.sample.mid_sigmas:
             check_levels([self.noise.sigma_max, *mid], sigma_min=self.noise.sigma_min)
+        if self.teacher is not None:
+            self._can_guide("sample.teacher_sampler", self.sample.teacher_sampler.guidance, self.teacher)
+            self._can_guide("teacher.grid_sampler", self.teacher.grid_sampler.guidance, self.teacher)
+            self._can_guide("student.method", getattr(self.student.method, "guidance", 1.0), self.teacher)
         return self
 
+    def _can_guide(self, key: str, guidance: float, teacher: Teacher) -> None:
+        """Refuse guidance by a teacher that does not know images both with and without label."""
+        if guidance == 1:
+            return
+        if not self.conditional:
+            raise ValueError(f"{key}.guidance={guidance:g} needs labels, and conditional is false")
+        if teacher.method.label_dropout == 0:
+            raise ValueError(
+                f"{key}.guidance={guidance:g} needs a teacher that was trained without labels too, and "
+                "teacher.method.label_dropout is 0; 0.1 is usual"
+            )
+
     def _fits(self, shape: tuple[int, int, int]) -> None:
-        """Refuse networks and distances that cannot work on images of this shape."""
+        """Refuse networks, distances and edits that cannot work on images of this shape."""
         if isinstance(getattr(self.student.method, "distance", None), Lpips):
             check_lpips_shape(shape)
+        self.edit.check(shape, self.noise)
         if self.student.dropout is not None and "dropout" not in type(self.network).model_fields:
             raise ValueError(
                 f"student.dropout={self.student.dropout}, and network.kind={self.network.kind} has no dropout"
@@ -243,7 +263,8 @@ def validate(tree: Mapping[str, Any], *, source: Path | str, origins: Sequence[s
     try:
         return _build(Recipe, tree, "")
     except _Refused as refused:
-        place = f"--set {refused.key}" if _within(refused.key, origins) else f"{source}: {refused.key or 'recipe'}"
+        given = _within(refused.key, origins) or refused.key.startswith(tuple(f"{key}." for key in origins))
+        place = f"--set {refused.key}" if given else f"{source}: {refused.key or 'recipe'}"
         raise UserError(f"{place}{refused.value}: {refused.reason}") from None
 
 

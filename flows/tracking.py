@@ -39,6 +39,7 @@ SETTINGS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # where --json has its output
 }
+MOST_PARAMS = 100  # that MLflow takes at once
 SMALL = 5 * 2**20  # bytes up to which a file is copied to MLflow; DVC keeps the large ones
 SHOWN = {".png", ".json", ".jsonl", ".csv", ".html", ".patch"}
 
@@ -100,7 +101,9 @@ class Tracker:
         from mlflow.entities import Param
 
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in params.items()}
-        self.client.log_batch(run_id, params=[Param(key, text) for key, text in texts.items()])
+        entities = [Param(key, text) for key, text in texts.items()]
+        for start in range(0, len(entities), MOST_PARAMS):
+            self.client.log_batch(run_id, params=entities[start : start + MOST_PARAMS])
 
     def log_dataset(self, run_id: str, facts_file: Path, md5: str, context: str) -> None:
         """Log the data set that dataset.json describes as an input, with DVC's hash as the digest."""

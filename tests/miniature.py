@@ -93,3 +93,21 @@ def git(root: Path, *arguments: str) -> str:
     """Run git, shielded from a git command around the tests."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     return subprocess.run(["git", *arguments], cwd=root, env=env, check=True, capture_output=True, text=True).stdout
+
+
+def save_untrained(folder: Path, **what: object) -> None:
+    """Save a model of a small network with random weights; fresh ones end in zeros, whose images would be alike."""
+    import torch
+
+    from cm_core.model import ModelSpec, save_model
+    from cm_core.networks import MLPParams
+    from cm_core.noise import Noise
+
+    spec = ModelSpec(network=MLPParams(), noise=Noise(), **what)
+    torch.manual_seed(0)
+    model = spec.build()
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.normal_(0, 0.1)
+    folder.mkdir(parents=True)
+    save_model(folder, spec, model.state_dict())

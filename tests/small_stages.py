@@ -15,6 +15,8 @@ SMALL = [
     "sample.batch_size=4",
     "sample.teacher_images=6",
     "sample.teacher_sampler.num_steps=2",
+    "edit.num_images=3",
+    "edit.num_steps=2",
 ]
 TRAIN = {"num_steps": 4, "batch_size": 8, "log_every": 1, "save_every": 2, "grid_every": 2}
 

@@ -12,7 +12,7 @@ from flows.dvcfiles import PARAMS_FILE, load_yaml, read_stages
 from flows.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
-STAGES = ["prepare", "features", "teacher", "student", "sample", "evaluate"]
+STAGES = ["prepare", "features", "teacher", "student", "sample", "edit", "evaluate"]
 
 
 @pytest.fixture(scope="module")

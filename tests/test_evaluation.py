@@ -194,7 +194,18 @@ def artifacts(tmp_path_factory):
     write_samples(root / "sample", digits, {"nfe_2": 10, "nfe_1": 40, "untrained": 200, "teacher_nfe_35": 5})
     for name, steps in (("teacher", 40), ("student", 30)):
         write_training(root / name, digits, steps)
+    write_edits(root / "edit", digits, ("inpaint", "interpolate"))
     return root
+
+
+def write_edits(folder, digits, names):
+    folder.mkdir()
+    for name in names:
+        save_rows({"held-out": digits[:4], "result 1": digits[:4]}, folder / f"{name}.png")
+    tasks = {name: {"picture": f"{name}.png", "nfe": 2, "sigmas": [80.0, 1.0]} for name in names}
+    if "inpaint" in names:
+        tasks["inpaint"] |= {"rmse": 12.34, "rmse_given": 56.78}
+    (folder / "edit.json").write_text(json.dumps({"tasks": tasks}))
 
 
 def write_samples(folder, digits, noises):
@@ -225,7 +236,7 @@ def write_training(folder, digits, steps):
 
 
 def run(artifacts, out_dir, monitor=None, **folders):
-    names = ("prepare", "features", "teacher", "student", "sample")
+    names = ("prepare", "features", "teacher", "student", "sample", "edit")
     paths = {f"{name}_dir": folders.get(name, artifacts / name) for name in names}
     evaluate(Evaluate(kid_subsets=5), **paths, out_dir=out_dir, monitor=monitor or Monitor())
 
@@ -273,11 +284,18 @@ def test_plots_for_dvc_and_for_people(evaluated):
 def test_the_page_needs_nothing_but_itself(evaluated):
     page = (evaluated[0] / "report.html").read_text()
     sources = re.findall(r"(?:src|href)='?\"?([^'\" >]{0,30})", page)
-    assert len(sources) == 9  # FID, five grids, strips, training grids, losses
+    assert len(sources) == 11  # FID, five grids, strips, two edits, training grids, losses
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert not re.search(r"https?://|@import|url\(", page)
     for row in ("real", "untrained", "nfe_1", "nfe_2", "teacher_nfe_35"):
         assert f"<b>{row}</b>" in page
+    assert "inpaint, 2 network calls; off by 12.3 of 255 (given: 56.8)" in page
+
+
+def test_without_edits_there_is_no_such_section(artifacts, tmp_path):
+    write_edits(tmp_path / "edit", None, ())
+    run(artifacts, tmp_path / "out", edit=tmp_path / "edit")
+    assert "Editing" not in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_the_same_inputs_give_the_same_bytes(evaluated, artifacts, tmp_path):
@@ -318,6 +336,8 @@ def test_missing_inputs_name_the_stage_that_writes_them(artifacts, tmp_path):
         run(artifacts, tmp_path / "out", sample=tmp_path)
     with pytest.raises(UserError, match=r"features.json: no feature network here; the stage features"):
         run(artifacts, tmp_path / "out", features=tmp_path)
+    with pytest.raises(UserError, match=r"edit.json: no edited images here; the stage edit makes them"):
+        run(artifacts, tmp_path / "out", edit=tmp_path)
 
 
 def test_a_row_of_too_few_or_other_images_is_refused_by_name(artifacts, tmp_path):

@@ -93,6 +93,9 @@ REFUSED = [
     ("network.channel_mult=[1,1,1,1,1]", "recipe", "halve the image 4 times"),
     ("student.train.save_every=30", "student.train", "save_every=30 must be a multiple of log_every=100"),
     ("sample.mid_sigmas=[[90]]", "recipe", "must decrease and stay above sigma_min"),
+    ("sample.teacher_sampler.guidance=2", "recipe", "guidance=2 needs labels, and conditional is false"),
+    ("edit.factor=3", "recipe", "edit.factor=3 does not divide images of 8x8 pixels"),
+    ("edit.tasks=[paint]", "--set edit.tasks", "'inpaint', 'colorize'"),
     ("student=3", "--set student=3", "must be a section with keys method"),
     ("teacher.train.emas=[]", "--set teacher.train.emas", "at least 1"),
     ("features=resnet", "--set features", "inception-v3-compat"),
@@ -101,6 +104,14 @@ REFUSED = [
     ("seed", "--set seed", "expected key=value"),
     ("seed=[1", "--set seed=[1", "not a YAML value"),
 ]
+
+
+@pytest.mark.parametrize("key", ["sample.teacher_sampler", "teacher.grid_sampler", "student.method"])
+def test_guidance_needs_a_teacher_that_dropped_labels(root, key):
+    guidance = ["conditional=true", f"{key}.guidance=1.5"]
+    with pytest.raises(UserError, match=rf"{key}\.guidance=1\.5 needs a teacher.*label_dropout is 0"):
+        load_recipe("tiny", guidance, root=root)
+    assert load_recipe("tiny", [*guidance, "teacher.method.label_dropout=0.1"], root=root)
 
 
 @pytest.mark.parametrize(("override", "place", "reason"), REFUSED, ids=[case[0] for case in REFUSED])

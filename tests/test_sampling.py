@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from cm_core.guidance import guided
 from cm_core.noise import Noise
 from cm_core.sampling import ImageNoise, TeacherSampler, multistep
+from cm_core.tensors import expand_like
 from oracles import GaussianConsistency, GaussianDenoiser
 
 NOISE, CPU = Noise(), torch.device("cpu")
@@ -113,3 +115,47 @@ def test_an_image_does_not_depend_on_its_batch():
 def test_another_seed_gives_other_images():
     a, b = (ImageNoise(seed, range(2), (1, 4, 4), CPU).draw() for seed in (0, 1))
     assert (a - b).abs().min() > 0
+
+
+class TwoClasses(torch.nn.Module):
+    """D(x, sigma, label): class 0 is N(0, sd^2), class 1 N(m, sd^2), no label their common denoiser at equal odds."""
+
+    mean, variance = 0.3, 0.25
+
+    def forward(self, x, sigma, labels):
+        level = expand_like(sigma, x)
+        shrink = self.variance / (level**2 + self.variance)
+        of_zero, of_one = x * shrink, self.mean + (x - self.mean) * shrink
+        one = torch.sigmoid(self.mean * (x - self.mean / 2) / (level**2 + self.variance))
+        mixed = of_zero + one * (of_one - of_zero)
+        labels = expand_like(labels, x)
+        return torch.where(labels == 0, of_zero, torch.where(labels == 1, of_one, mixed))
+
+
+def test_guidance_extrapolates_from_no_label_to_the_label():
+    x, sigma, labels = torch.randn(6, 1, 2, 2), torch.rand(6) + 0.1, torch.tensor([0, 1, 0, 1, 1, 0])
+    denoiser = TwoClasses()
+    without = denoiser(x, sigma, torch.full_like(labels, -1))
+    for guidance in (0.0, 1.0, 2.5):
+        expected = without + guidance * (denoiser(x, sigma, labels) - without)
+        torch.testing.assert_close(guided(denoiser, guidance)(x, sigma, labels), expected)
+    assert guided(denoiser, 1.0) is denoiser
+
+
+def test_guided_samples_move_away_from_the_other_class():
+    def mean_of(guidance):
+        noise = ImageNoise(0, range(64), (1, 4, 4), CPU)
+        labels = torch.ones(64, dtype=torch.int64)
+        sampler = TeacherSampler(num_steps=12, guidance=guidance)
+        return sampler.sample(TwoClasses(), noise, NOISE, labels).mean().item()
+
+    unguided = mean_of(1.0)
+    assert unguided == pytest.approx(0.3, abs=0.05)
+    assert mean_of(0.0) < unguided - 0.05 and mean_of(3.0) > unguided + 0.05
+
+
+def test_guidance_counts_both_calls_and_needs_labels():
+    sampler = TeacherSampler(num_steps=5, guidance=2.0)
+    assert sampler.nfe == 2 * TeacherSampler(num_steps=5).nfe
+    with pytest.raises(ValueError, match=r"guidance=2\.0 needs a model of labelled images"):
+        sampler.sample(GaussianDenoiser(), ImageNoise(0, range(1), (1, 2, 2), CPU), NOISE)

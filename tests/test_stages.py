@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cm_core.model import load_model
 from flows.errors import UserError
@@ -157,3 +158,83 @@ def test_strips_come_from_training_images_where_none_are_held_out(made, tmp_path
     run_small("prepare", recipe, tmp_path)
     run_small("sample", recipe, tmp_path, teacher_dir=made / "teacher", student_dir=made / "student")
     assert (tmp_path / "sample" / "strips.png").stat().st_size > 0
+
+
+class Listen(Monitor):
+    """Keeps what a stage says."""
+
+    def __init__(self):
+        self.remarks, self.images, self.numbers = [], [], {}
+
+    def remark(self, text):
+        self.remarks.append(text)
+
+    def image(self, key, path, step):
+        assert path.exists()
+        self.images.append(key)
+
+    def metrics(self, values, step):
+        self.numbers |= values
+
+
+def test_the_gallery_shows_every_task_that_grey_images_allow(made, tmp_path):
+    places = {name: made / name.removesuffix("_dir") for name in ("prepare_dir", "student_dir")}
+    monitor = Listen()
+    out = run_small("edit", small_recipe("digits-cd"), tmp_path, monitor, **places)
+    index = json.loads((out / "edit.json").read_text())
+    tasks = ["inpaint", "superres", "stroke", "denoise", "interpolate"]
+    assert list(index["tasks"]) == tasks and index["split"] == "heldout"
+    assert monitor.remarks == ["colorize is left out: the images are grey"]
+    assert monitor.images == [f"edit/{name}" for name in tasks]
+    assert {path.name for path in out.iterdir()} == {"edit.json", *(f"{name}.png" for name in tasks)}
+    assert index["tasks"]["inpaint"]["known_error"] == 0
+    assert 0 < index["tasks"]["superres"]["known_error"]
+    assert [index["tasks"][name]["nfe"] for name in tasks] == [2, 2, 2, 1, 1]
+    assert monitor.numbers["rmse/denoise"] == index["tasks"]["denoise"]["rmse"]
+    again = run_small("edit", small_recipe("digits-cd"), tmp_path / "again", **places)
+    assert files(out) == files(again)
+
+
+def test_in_the_gallery_more_results_change_none(made, tmp_path):
+    places = {name: made / name.removesuffix("_dir") for name in ("prepare_dir", "student_dir")}
+    rows = []
+    for count in (1, 3):
+        recipe = small_recipe("digits-cd", "edit.tasks=[inpaint]", f"edit.num_results={count}")
+        out = run_small("edit", recipe, tmp_path / str(count), **places)
+        rows.append(np.asarray(Image.open(out / "inpaint.png"))[:, -100:])
+    height = len(rows[0])
+    assert np.abs(rows[0].astype(int) - rows[1][:height]).max() <= 1  # batches of another size may round differently
+
+
+def test_students_of_colours_and_labels_colourise(made, tmp_path):
+    recipe = small_recipe("digits-ct", "conditional=true", "data.channels=rgb", "edit.tasks=[colorize, interpolate]")
+    for stage in ("prepare", "teacher", "student"):
+        run_small(stage, recipe, tmp_path)
+    for mask in ("right", "pixels"):
+        changed = recipe.model_copy(update={"edit": recipe.edit.model_copy(update={"mask": mask})})
+        out = run_small("edit", changed, tmp_path)
+        assert list(json.loads((out / "edit.json").read_text())["tasks"]) == ["colorize", "interpolate"]
+
+
+def test_edits_that_do_not_fit_the_images_are_refused(made, tmp_path):
+    places = {name: made / name.removesuffix("_dir") for name in ("prepare_dir", "student_dir")}
+    recipe = small_recipe("digits-cd")
+    for change, reason in (
+        ({"factor": 3}, "edit.factor=3 does not divide images of 8x8 pixels"),
+        ({"denoise_sigma": 0.001}, "edit.denoise_sigma=0.001: noise levels must lie above sigma_min=0.002"),
+        ({"stroke_sigma": 0.003}, "edit.stroke_sigma=0.003: noise levels must lie above sigma_min=0.002"),
+        ({"stroke_sigma": 81.0}, "edit.stroke_sigma=81: noise levels must lie .* up to sigma_max=80"),
+    ):
+        changed = recipe.model_copy(update={"edit": recipe.edit.model_copy(update=change)})
+        with pytest.raises(UserError, match=reason):
+            run_small("edit", changed, tmp_path, **places)
+    recipe.edit.model_copy(update={"factor": 3, "tasks": ("inpaint",)}).check((1, 8, 8), recipe.noise)
+
+
+def test_a_student_that_is_no_consistency_model_has_no_gallery(made, tmp_path):
+    recipe = small_recipe("digits-cd", "student.method={kind: pd, start_steps: 4, end_steps: 2}")
+    run_small("student", recipe, tmp_path, prepare_dir=made / "prepare", teacher_dir=made / "teacher")
+    monitor = Listen()
+    out = run_small("edit", recipe, tmp_path, monitor, prepare_dir=made / "prepare")
+    assert json.loads((out / "edit.json").read_text())["tasks"] == {}
+    assert monitor.remarks == ["no gallery: the student is no consistency model"]

@@ -23,7 +23,8 @@ data: {source: digits, max_images: 90}
 network: {kind: mlp, width: 16}
 features: {kind: classifier, num_steps: 10, width: 8, batch_size: 32}
 teacher: {train: {num_steps: 4, batch_size: 32, log_every: 2, save_every: 4, grid_every: 4}}
-student: {train: {num_steps: 4, batch_size: 32, log_every: 2, save_every: 4, grid_every: 4, emas: [{kind: constant, decay: 0}]}}
+student:
+  train: {num_steps: 4, batch_size: 32, log_every: 2, save_every: 4, grid_every: 4, emas: [{kind: constant, decay: 0}]}
 sample: {num_images: 60, mid_sigmas: [[], [0.8]], teacher_images: 60}
 evaluate: {kid_subsets: 2, isc_min_images: 30}
 """

@@ -292,3 +292,11 @@ def test_a_training_does_not_end_for_a_number_that_could_not_be_written(root, mo
         running.run_stage("teacher", root)
     assert (root / "out/teacher/resumed.json").exists(), "it trained to its end all the same"
     assert newest(tracker, "teacher").data.tags["dvc.out"] == dvc_md5(root / "out/teacher")
+
+
+def test_a_recipe_of_any_length_is_logged(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    params = {f"section.key{number}": number for number in range(250)}
+    with PipelineRun(Tracker(tmp_path), "long", {"recipe": "long"}, params) as parent:
+        pass
+    assert len(parent.tracker.client.get_run(parent.run_id).data.params) == 250

@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cm_core.precond import Precond
     from flows.generate import Sampler
 
+MODEL = "a folder with model.json, or models:/... of MLflow"
 LOGGED = ("models:/", "runs:/")  # how MLflow's names of models begin
 TEACHER_STEPS = 18  # EDM's on CIFAR-10
 
@@ -38,6 +39,15 @@ def add_sampling_options(parser: ArgumentParser, *, count: int) -> None:
     parser.add_argument("--n", metavar="N", type=positive, default=count, help=f"number of images; default {count}")
 
 
+def save_images(images: "np.ndarray", folder: Path) -> None:
+    """Write images [N, H, W, C] as one PNG each, by their number."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, image in enumerate(images):
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(folder / f"{index:06d}.png")
+
+
 def is_model(where: str) -> bool:
     """Whether this names a model, and not images."""
     return where.startswith(LOGGED) or (Path(where) / "model.json").is_file()
@@ -48,24 +58,28 @@ def draw(model: str, args: Namespace) -> "tuple[np.ndarray, str]":
     from flows.generate import draw_images
     from flows.stages.models import pick_device
 
-    folder = _fetch(model) if model.startswith(LOGGED) else Path(model)
-    spec, net = _load(folder)
-    sampler, how = _choose_sampler(spec, args, folder)
+    spec, net = load(model)
+    sampler, how = _choose_sampler(spec, args, model)
     with Bar("sampling") as bar:
         options = {"n": args.n, "seed": args.seed, "device": pick_device(), "on_batch": bar.progress}
         return draw_images(spec, net, sampler, **options), how
 
 
-def _load(folder: Path) -> "tuple[ModelSpec, Precond]":
+def load(model: str) -> "tuple[ModelSpec, Precond]":
+    """Return what a model is, and itself, on the CPU. Raises UserError where there is none."""
     from cm_core.model import load_model
 
     try:
-        return load_model(folder)
+        return load_model(_locate(model))
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"{error}; a model is a folder such as out/student, or models:/... of MLflow") from error
 
 
-def _fetch(model: str) -> Path:
+@cache  # a command asks more than once, and the weights may be far away
+def _locate(model: str) -> Path:
+    """Return the folder of a model, downloaded where it is one of MLflow's."""
+    if not model.startswith(LOGGED):
+        return Path(model)
     from mlflow.exceptions import MlflowException
 
     from flows.tracking import fetch_student
@@ -76,7 +90,7 @@ def _fetch(model: str) -> Path:
         raise UserError(f"{model}: {' '.join(str(error).split())}") from error
 
 
-def _choose_sampler(spec: "ModelSpec", args: Namespace, folder: Path) -> "tuple[Sampler, str]":
+def _choose_sampler(spec: "ModelSpec", args: Namespace, model: str) -> "tuple[Sampler, str]":
     """Return the function from (model, noise) to images in -1..1, and its description."""
     from cm_core.sampling import TeacherSampler, check_levels
     from flows.stages.models import few_step_sigmas, few_steps
@@ -86,7 +100,7 @@ def _choose_sampler(spec: "ModelSpec", args: Namespace, folder: Path) -> "tuple[
             raise UserError("this model is a teacher, whose sampler takes --steps 2 or more and no --mid-sigmas")
         sampler = TeacherSampler(num_steps=args.steps or TEACHER_STEPS)
         return partial(sampler.sample, levels=spec.noise), f"{sampler.solver}, {sampler.nfe} network calls"
-    sigmas = few_step_sigmas(spec, _mid_sigmas(spec, args, folder))
+    sigmas = few_step_sigmas(spec, _mid_sigmas(spec, args, model))
     try:
         check_levels(sigmas, sigma_min=spec.noise.sigma_min)
     except ValueError as error:
@@ -95,19 +109,23 @@ def _choose_sampler(spec: "ModelSpec", args: Namespace, folder: Path) -> "tuple[
     return partial(few_steps, spec, mid_sigmas=sigmas[1:]), how
 
 
-def _mid_sigmas(spec: "ModelSpec", args: Namespace, folder: Path) -> list[float]:
-    from flows.generate import read_levels, usual_mid_sigmas
-
+def _mid_sigmas(spec: "ModelSpec", args: Namespace, model: str) -> list[float]:
     if spec.form == "euler":
         if args.mid_sigmas or args.steps not in (None, spec.euler_steps):
             raise UserError(f"this model was distilled to --steps {spec.euler_steps}, and takes no --mid-sigmas")
         return []
     if args.mid_sigmas is None:
-        known = read_levels(folder) or _levels_in_force()
-        return usual_mid_sigmas(spec, (args.steps or 1) - 1, known)
+        return usual_mid_sigmas(spec, (args.steps or 1) - 1, model)
     if args.steps not in (None, len(args.mid_sigmas) + 1):
         raise UserError(f"--steps {args.steps} needs {args.steps - 1} --mid-sigmas, got {len(args.mid_sigmas)}")
     return args.mid_sigmas
+
+
+def usual_mid_sigmas(spec: "ModelSpec", count: int, model: str) -> list[float]:
+    """Return the levels that a logged model's recipe samples at, or the recipe in force; else a Karras grid's."""
+    from flows import generate
+
+    return generate.usual_mid_sigmas(spec, count, generate.read_levels(_locate(model)) or _levels_in_force())
 
 
 def _levels_in_force() -> "Sequence[Sequence[float]]":

@@ -5,7 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.drawing import add_sampling_options, draw, is_model
+from flows.commands.drawing import MODEL, add_sampling_options, draw, is_model, save_images
 from flows.commands.output import Bar, add_json_option, print_json, print_metrics
 from flows.errors import UserError
 from flows.workspace import home
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from flows.dataset import Dataset
 
 GRID_IMAGES = 100
-MODEL = "a folder with model.json, or models:/... of MLflow"
 
 
 def add_parsers(commands: Any) -> None:
@@ -52,7 +51,6 @@ def sample(args: Namespace) -> None:
 def write_images(images: "np.ndarray", out: Path) -> Path:
     """Write one array, or one PNG an image; return the path of the grid, which lies beside them."""
     import numpy as np
-    from PIL import Image
 
     from flows.figures import save_grid
 
@@ -60,9 +58,7 @@ def write_images(images: "np.ndarray", out: Path) -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
         np.save(out, images)
     else:
-        out.mkdir(parents=True, exist_ok=True)
-        for index, image in enumerate(images):
-            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(out / f"{index:06d}.png")
+        save_images(images, out)
     grid = out.with_suffix(".png")
     save_grid(images[:GRID_IMAGES], grid)
     return grid

@@ -35,6 +35,7 @@ def evaluate(
     teacher_dir: Path,
     student_dir: Path,
     sample_dir: Path,
+    edit_dir: Path,
     out_dir: Path,
     monitor: Monitor,
 ) -> None:
@@ -48,7 +49,9 @@ def evaluate(
     _refuse_unusable(rows, dataset, files, evaluate)
     rows = _measure(rows, files, evaluate, monitor)
     protocol = _protocol(rows, dataset, files, samples, evaluate)
-    artifacts = Artifacts(dataset, files, samples, sample_dir, teacher_dir, student_dir)
+    artifacts = Artifacts(
+        dataset, files, samples, sample_dir, teacher_dir, student_dir, edit_dir, _read_edits(edit_dir)
+    )
     plots = out_dir / "plots"
     plots.mkdir(parents=True, exist_ok=True)
     write_report(compose_report(rows, artifacts, protocol, plots), out_dir / "report.html")
@@ -61,11 +64,18 @@ def evaluate(
 
 
 def _read_samples(sample_dir: Path) -> dict[str, Any]:
-    path = sample_dir / "samples.json"
+    return _read_index(sample_dir / "samples.json", "no samples here; the stage sample writes them")
+
+
+def _read_edits(edit_dir: Path) -> dict[str, Any]:
+    return _read_index(edit_dir / "edit.json", "no edited images here; the stage edit makes them")
+
+
+def _read_index(path: Path, absent: str) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path}: no samples here; the stage sample writes them") from None
+        raise UserError(f"{path}: {absent}") from None
 
 
 def _read_rows(

@@ -140,7 +140,7 @@ def _teacher_row(sample: Sample, teacher_dir: Path, device: torch.device, autoca
     num_images = sample.num_images if sample.teacher_images is None else sample.teacher_images
 
     def draw(noise: ImageNoise, labels: Tensor | None) -> Tensor:
-        return sampler.sample(partial(denoiser, labels=labels), noise, spec.noise)
+        return sampler.sample(denoiser, noise, spec.noise, labels)
 
     sigmas = [*spec.noise.grid(sampler.num_steps).tolist(), 0.0]
     return Row(f"teacher_nfe_{sampler.nfe}", "teacher", sampler.nfe, sigmas, num_images, draw)

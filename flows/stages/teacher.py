@@ -82,6 +82,5 @@ def teacher(
 def draw_samples(model: Precond, *, spec: ModelSpec, sampler: TeacherSampler, device: torch.device) -> np.ndarray:
     """Return the images of a training grid, the same noise every time, uint8 [N, H, W, C]."""
     indices = range(GRID_IMAGES)
-    denoiser = partial(model, labels=fixed_labels(spec, indices, device))
     noise = ImageNoise(0, indices, spec.image_shape, device)
-    return to_pixels(sampler.sample(denoiser, noise, spec.noise)).cpu().numpy()
+    return to_pixels(sampler.sample(model, noise, spec.noise, fixed_labels(spec, indices, device))).cpu().numpy()

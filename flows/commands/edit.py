@@ -1,0 +1,211 @@
+"""`cm edit`: a user's own pictures filled in, coloured, enlarged, repainted, denoised or blended by a student."""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.commands.drawing import MODEL, usual_mid_sigmas
+from flows.commands.editor import Editor, to_array
+from flows.commands.output import positive
+from flows.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from cm_core.editing import Draws, Operator
+    from cm_core.solvers import Denoiser
+
+RESIZES = ("center-crop", "center-crop-dhariwal", "pad", "stretch", "none")  # as in flows.stages.prepare
+FILLING_STEPS = 39  # the paper's (CM, App. D: 40 levels, the last of which needs no call)
+STROKE_SIGMA, STROKE_STEPS = 5.38, 2  # (CM, App. D)
+BLEND_SIGMA = 1.0
+
+
+def add_parsers(commands: Any) -> None:
+    """Declare the subcommand and its tasks."""
+    parser = commands.add_parser("edit", help="edit your own pictures with a student: inpaint, colorize, superres, ...")
+    tasks = parser.add_subparsers(title="tasks", metavar="TASK", required=True)
+
+    task = _add_task(tasks, inpaint, "invent a part of a picture", steps=FILLING_STEPS)
+    task.add_argument(
+        "--mask", metavar="MASK", type=Path, required=True, help="a picture of the same size, white where to invent"
+    )
+    _add_task(tasks, colorize, "invent the colours of a picture", steps=FILLING_STEPS)
+    task = _add_task(tasks, superres, "invent the details of a small picture", steps=FILLING_STEPS)
+    task.add_argument("--factor", metavar="P", type=positive, required=True, help="how many times each side grows")
+    task = _add_task(tasks, stroke, "turn a rough painting into an image", steps=STROKE_STEPS)
+    _add_sigma(task, f"noise level to start from, lower keeps more of the painting; default {STROKE_SIGMA}")
+    task = _add_task(tasks, denoise, "remove noise of a known level", steps=1, count=1)
+    _add_sigma(task, "standard deviation of the noise: grey levels / 127.5", needed=True)
+    task = _add_task(tasks, interpolate, "blend two pictures, or two samples", steps=1, pictures="*")
+    task.add_argument("--seeds", metavar="SEED", type=int, nargs=2, help="blend the first samples of these seeds")
+    _add_sigma(task, f"noise level at which pictures are blended; default {BLEND_SIGMA}")
+
+
+def _add_task(
+    tasks: Any, command: Callable[[Namespace], None], text: str, *, steps: int, count: int = 8, pictures: str = ""
+) -> ArgumentParser:
+    """Declare one task with the options that all of them have."""
+    task = tasks.add_parser(command.__name__, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    several = {"nargs": pictures, "dest": "images"} if pictures else {"dest": "image"}
+    task.add_argument(metavar="IMAGE", type=Path, **several, help="PNG, JPEG, WebP, GIF, BMP, TIFF or PNM")
+    task.add_argument("--model", metavar="MODEL", help=f"{MODEL}; default: out/student of the workspace")
+    task.add_argument("--steps", metavar="N", type=positive, default=steps, help=f"network calls; default {steps}")
+    task.add_argument("--seed", metavar="N", type=int, default=0, help="result i is drawn from (seed, i); default 0")
+    task.add_argument("--n", metavar="N", type=positive, default=count, help=f"number of results; default {count}")
+    task.add_argument("--label", metavar="CLASS", type=int, help="class of the result, for a model of classes")
+    task.add_argument(
+        "--resize",
+        choices=RESIZES,
+        default=RESIZES[0],
+        help=f"how other sizes get to the model's; default {RESIZES[0]}",
+    )
+    task.add_argument(
+        "--out",
+        metavar="PATH",
+        type=Path,
+        default=Path("out/edited"),
+        help="folder of the results; PATH.png shows them all; default out/edited",
+    )
+    task.set_defaults(command=command)
+    return task
+
+
+def _add_sigma(task: ArgumentParser, text: str, *, needed: bool = False) -> None:
+    task.add_argument("--sigma", metavar="SIGMA", type=float, required=needed, help=text)
+
+
+def inpaint(args: Namespace) -> None:
+    """Invent what the mask covers; every other pixel stays as it is."""
+    import torch
+
+    from cm_core import editing
+
+    editor = Editor(args)
+    pixels, size = editor.read(args.image)
+    mask = torch.from_numpy(editor.read_mask(args.mask, size)).to(editor.device)
+    print(f"{args.mask}: {mask.float().mean():.0%} of the pixels are to be invented")
+    operator, y = editing.inpaint(mask), editor.to_tensor(pixels)
+    _fill_in(editor, y, operator, {"image": pixels, "given": to_array(operator.given(y))[0]})
+
+
+def colorize(args: Namespace) -> None:
+    """Invent the colours; the luminance stays as it is."""
+    from cm_core import editing
+
+    editor = Editor(args)
+    channels = editor.spec.image_shape[0]
+    if channels != 3:
+        raise UserError(f"{editor.name}: makes images of {channels} channel; colorize needs a model of RGB images")
+    pixels, _ = editor.read(args.image)
+    grey = editing.to_grey(editor.to_tensor(pixels))
+    _fill_in(editor, grey, editing.colorize(device=editor.device), {"image": pixels, "grey": to_array(grey)[0]})
+
+
+def superres(args: Namespace) -> None:
+    """Invent the details; the mean of every patch stays as it is."""
+    from cm_core import editing
+
+    editor, factor = Editor(args), args.factor
+    _, height, width = editor.spec.image_shape
+    if factor < 2 or height % factor or width % factor:
+        raise UserError(f"--factor {factor}: must be 2 or more and divide the model's {width}x{height} pixels")
+    operator = editing.superres(factor, device=editor.device)
+    small = (width // factor, height // factor)
+    if editor.size_of(args.image) == small:
+        pixels = editor.read(args.image, small)[0].repeat(factor, axis=0).repeat(factor, axis=1)
+        print(f"{args.image}: taken as the small picture, {small[0]}x{small[1]}")
+        return _fill_in(editor, editor.to_tensor(pixels), operator, {"given": pixels})
+    pixels, _ = editor.read(args.image)
+    print(f"{args.image}: averaged to {small[0]}x{small[1]} first; a picture of that size is taken as it is")
+    y = editor.to_tensor(pixels)
+    return _fill_in(editor, y, operator, {"image": pixels, "given": to_array(operator.given(y))[0]})
+
+
+def _fill_in(editor: Editor, y: "Tensor", operator: "Operator", shown: "Mapping[str, np.ndarray]") -> None:
+    from cm_core import editing
+
+    sigmas, sigma_min = editing.filling_sigmas(editor.spec.noise, editor.args.steps), editor.spec.boundary
+
+    def make(f: "Denoiser", noise: "Draws", count: int) -> "Tensor":
+        return editing.fill_in(f, noise, y.expand(count, -1, -1, -1), operator, sigmas, sigma_min=sigma_min)
+
+    editor.write(editor.draw(make), sigmas, shown)
+
+
+def stroke(args: Namespace) -> None:
+    """Repaint a rough picture from the noise level that hides its roughness."""
+    from cm_core import editing
+
+    editor = Editor(args)
+    sigmas = editor.levels(STROKE_SIGMA if args.sigma is None else args.sigma)
+    pixels, _ = editor.read(args.image)
+    y = editor.to_tensor(pixels)
+
+    def make(f: "Denoiser", noise: "Draws", count: int) -> "Tensor":
+        return editing.repaint(f, noise, y.expand(count, -1, -1, -1), sigmas, sigma_min=editor.spec.boundary)
+
+    editor.write(editor.draw(make), sigmas, {"image": pixels})
+
+
+def denoise(args: Namespace) -> None:
+    """Remove noise of a known level with one call; further steps add noise again and remove it."""
+    from cm_core import editing
+
+    if args.steps == 1 and args.n > 1:
+        raise UserError(f"--n {args.n}: one network call adds no noise, so that all results would be alike; --steps 2")
+    editor = Editor(args)
+    sigmas = editor.levels(args.sigma)
+    pixels, size = editor.read(args.image)
+    if size != editor.size:
+        print(f"{args.image}: resizing changes noise; --sigma speaks of the {editor.size[0]}x{editor.size[1]} pixels")
+    x = editor.to_tensor(pixels)
+
+    def make(f: "Denoiser", noise: "Draws", count: int) -> "Tensor":
+        return editing.denoise(f, noise, x.expand(count, -1, -1, -1), sigmas, sigma_min=editor.spec.boundary)
+
+    editor.write(editor.draw(make), sigmas, {"image": pixels})
+
+
+def interpolate(args: Namespace) -> None:
+    """Blend two pictures at a noise level, or the noises of two samples; --n frames, both ends included."""
+    if args.seeds is not None and (args.images or args.sigma is not None):
+        raise UserError("--seeds blends samples, from noise alone; it goes with neither pictures nor --sigma")
+    if args.seeds is None and len(args.images) != 2:
+        raise UserError(f"interpolate takes two pictures, or --seeds A B; got {len(args.images)} pictures")
+    editor = Editor(args)
+    if args.seeds is not None:
+        _interpolate_samples(editor)
+    else:
+        _interpolate_pictures(editor)
+
+
+def _interpolate_samples(editor: Editor) -> None:
+    from cm_core import editing
+
+    a, b = (editor.noise(seed, range(1)) for seed in editor.args.seeds)
+    sigmas = [editor.spec.noise.sigma_max, *usual_mid_sigmas(editor.spec, editor.args.steps - 1, editor.name)]
+
+    def make(f: "Denoiser", _: "Draws", count: int) -> "Tensor":
+        weights = editor.weights(count)
+        return editing.interpolate_samples(f, a, b, weights, sigmas, sigma_min=editor.spec.boundary)
+
+    editor.write(editor.draw(make, at_once=True), sigmas, {})
+
+
+def _interpolate_pictures(editor: Editor) -> None:
+    from cm_core import editing
+
+    sigmas = editor.levels(BLEND_SIGMA if editor.args.sigma is None else editor.args.sigma)
+    pictures = [editor.read(path)[0] for path in editor.args.images]
+    a, b = map(editor.to_tensor, pictures)
+    noise = editor.noise(editor.args.seed, range(1))
+
+    def make(f: "Denoiser", _: "Draws", count: int) -> "Tensor":
+        weights = editor.weights(count)
+        return editing.interpolate_images(f, noise, a, b, weights, sigmas, sigma_min=editor.spec.boundary)
+
+    shown = {f"image {name}": pixels for name, pixels in zip("AB", pictures, strict=True)}
+    editor.write(editor.draw(make, at_once=True), sigmas, shown)

@@ -1,0 +1,176 @@
+"""What the tasks of `cm edit` share: a student that reads pictures in its shape, draws results and writes them."""
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flows.commands.drawing import load, save_images
+from flows.commands.output import Bar
+from flows.errors import UserError
+from flows.workspace import home
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from cm_core.editing import Draws
+    from cm_core.solvers import Denoiser
+
+    Make = Callable[[Denoiser, Draws, int], Tensor]  # (model, noise, number of images) -> images
+
+BACKGROUND = "white"  # behind transparent pixels
+COLUMNS, SHOWN = 8, 64  # results in a row of the grid, and in all
+TRAITS = {  # of flows.images, that a person should know of
+    "exif_rotated": "turned upright as its EXIF says",
+    "alpha": f"transparent pixels shown on {BACKGROUND}",
+    "several_frames": "its first frame alone",
+    "sixteen_bit": "16 bits cut to 8",
+    "palette": "a palette turned into colours",
+    "cmyk": "CMYK turned into RGB",
+}
+
+
+class Editor:
+    """A student and the options of a command: reads pictures in its shape, draws results, writes them."""
+
+    def __init__(self, args: Namespace) -> None:
+        from cm_core.editing import NOT_CONSISTENT
+        from flows.stages.models import pick_device, to_device
+
+        self.args, self.name = args, args.model or str(home() / "out" / "student")
+        self.spec, net = load(self.name)
+        if self.spec.form in NOT_CONSISTENT:
+            what = "teacher" if self.spec.form == "denoiser" else "student of progressive distillation"
+            raise UserError(f"{self.name}: is a {what}; editing needs a consistency model")
+        self._check_label()
+        self.device = pick_device()
+        self.net = to_device(net, self.device)
+        self.size = self.spec.image_shape[2], self.spec.image_shape[1]
+
+    def _check_label(self) -> None:
+        label, classes = self.args.label, self.spec.num_classes
+        if classes and (label is None or not 0 <= label < classes):
+            given = "no --label" if label is None else f"--label {label}"
+            raise UserError(f"{given}: {self.name} makes images of {classes} classes, --label 0 to {classes - 1}")
+        if label is not None and not classes:
+            raise UserError(f"--label {label}: {self.name} knows no classes")
+
+    def levels(self, sigma: float) -> list[float]:
+        """Return the noise levels from --sigma on, one a step; UserError where the model knows no such levels."""
+        from cm_core.editing import falling_sigmas
+
+        try:
+            return falling_sigmas(self.spec.noise, sigma, self.args.steps)
+        except ValueError as error:
+            raise UserError(f"--sigma {sigma:g} --steps {self.args.steps}: {error}") from error
+
+    def size_of(self, path: Path) -> tuple[int, int]:
+        """Return width and height of a picture, as seen."""
+        from flows.images import open_image, upright_size
+
+        with open_image(lambda: path, str(path)) as image:
+            return upright_size(image)
+
+    def read(self, path: Path, wanted: tuple[int, int] | None = None) -> "tuple[np.ndarray, tuple[int, int]]":
+        """Return a picture in the model's channels, uint8 [H, W, C], and its own size; say what was done to it.
+
+        It comes in the model's size, or has the `wanted` one. Raises UserError where it cannot be brought to it.
+        """
+        size, (width, height) = self.size_of(path), wanted or self.size
+        same = size == (width, height)
+        if not same and (width != height or self.args.resize == "none"):
+            raise UserError(f"{path}: is {size[0]}x{size[1]} pixels, where {self.name} makes {width}x{height}")
+        pixels, traits = self._convert(path, resize="none" if same else self.args.resize)
+        notes = [] if same else [f"{self.args.resize} from {size[0]}x{size[1]} to {width}x{height}"]
+        notes += ["enlarged on the way"] if "upscaled" in traits else []
+        notes += [text for trait, text in TRAITS.items() if trait in traits]
+        if pixels.shape[-1] == 1 and "greyscale" not in traits:
+            notes.append("its colours dropped, for the model makes grey images")
+        if notes:
+            print(f"{path}: {', '.join(notes)}")
+        return pixels, size
+
+    def read_mask(self, path: Path, size: tuple[int, int]) -> "np.ndarray":
+        """Return where a mask is white or transparent, bool [H, W]; it is resized as its picture of `size` was."""
+        own = self.size_of(path)
+        if own not in (size, self.size):
+            allowed = " or ".join(f"{w}x{h}" for w, h in dict.fromkeys((size, self.size)))
+            raise UserError(f"{path}: the mask is {own[0]}x{own[1]} pixels, where {allowed} are expected")
+        pixels, _ = self._convert(path, resize="none" if own == self.size else self.args.resize, channels=1)
+        mask = pixels[..., 0] > 127
+        if not mask.any():
+            raise UserError(f"{path}: the mask is black all over; white is what is to be invented")
+        return mask
+
+    def _convert(self, path: Path, *, resize: str, channels: int | None = None) -> "tuple[np.ndarray, set[str]]":
+        from flows.images import convert, open_image
+
+        channels = channels or self.spec.image_shape[0]
+        with open_image(lambda: path, str(path)) as image:
+            return convert(
+                image, str(path), channels=channels, resize=resize, resolution=self.size[0], background=BACKGROUND
+            )
+
+    def to_tensor(self, pixels: "np.ndarray") -> "Tensor":
+        """Return one picture as the model sees it, [1, C, H, W] in -1..1."""
+        import torch
+
+        from cm_core.tensors import from_pixels
+
+        return from_pixels(torch.from_numpy(pixels.copy())[None].to(self.device))
+
+    def noise(self, seed: int, indices: range) -> "Draws":
+        """Return the noise of images by their numbers."""
+        from cm_core.sampling import ImageNoise
+
+        return ImageNoise(seed, indices, self.spec.image_shape, self.device)
+
+    def weights(self, count: int) -> "Tensor":
+        """Return how far each frame is on the way from A to B, [F]."""
+        import torch
+
+        return torch.linspace(0, 1, count, device=self.device)
+
+    def draw(self, make: "Make", *, at_once: bool = False) -> "np.ndarray":
+        """Return --n results, uint8 [N, H, W, C], made in batches unless they belong together."""
+        import numpy as np
+        import torch
+
+        from flows.generate import BATCH
+
+        batches, batch_size = [], self.args.n if at_once else BATCH
+        with torch.no_grad(), Bar("editing") as bar:
+            for start in range(0, self.args.n, batch_size):
+                indices = range(start, min(start + batch_size, self.args.n))
+                labels = (
+                    torch.full((len(indices),), self.args.label, device=self.device) if self.spec.num_classes else None
+                )
+                made = make(partial(self.net, labels=labels), self.noise(self.args.seed, indices), len(indices))
+                batches.append(to_array(made))
+                bar.progress(indices.stop, self.args.n)
+        return np.concatenate(batches)
+
+    def write(self, results: "np.ndarray", sigmas: Sequence[float], shown: "Mapping[str, np.ndarray]") -> None:
+        """Write the results, and beside them a grid with the pictures that they came from; say where."""
+        from flows.figures import save_rows
+
+        rows = {name: pixels[None] for name, pixels in shown.items()}
+        for start in range(0, min(len(results), SHOWN), COLUMNS):
+            row = results[start : start + COLUMNS]
+            rows[f"{start} to {start + len(row) - 1}" if len(row) > 1 else str(start)] = row
+        save_images(results, self.args.out)
+        grid = self.args.out.with_name(self.args.out.name + ".png")
+        save_rows(rows, grid)
+        calls = f"{len(sigmas)} network call" + ("s" if len(sigmas) > 1 else "")
+        levels = f"{sigmas[0]:.4g}" if len(sigmas) == 1 else f"{sigmas[0]:.4g} to {sigmas[-1]:.4g}"
+        count = f"{len(results)} image" + ("s" if len(results) > 1 else "")
+        print(f"{self.args.out}: {count}, {calls} at sigma {levels}; {grid} shows them")
+
+
+def to_array(x: "Tensor") -> "np.ndarray":
+    """Return images [B, C, H, W] in -1..1 as uint8 [B, H, W, C]."""
+    from cm_core.tensors import to_pixels
+
+    return to_pixels(x).cpu().numpy()

@@ -1,0 +1,228 @@
+"""`cm search`: the noise levels at which a student of few network calls makes the best images, by FID."""
+
+import json
+import signal
+import sys
+import tempfile
+import textwrap
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.commands.output import Bar, add_json_option, positive, print_json, print_table
+from flows.commands.recipes import add_recipe_arguments
+from flows.dvcfiles import ancestors, locked_outs, read_stages, version
+from flows.errors import UserError
+from flows.tracking import StageRun, Tracker, recipe_name
+from flows.workspace import Workspace, clone, describe_code, home, origin
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from flows.recipe import Recipe
+
+NEEDED = ("student", "features")  # the artifacts that a search reads
+NUM_IMAGES = 10_000  # (CM, App. C)
+NUM_IMAGES_HELP = f"images a candidate, always of the same noise; default {NUM_IMAGES:,}, at most as many as trained on"
+NUM_SCALES = 40  # of the grid, where the method has none of its own (CM, section 6.1, for images of 64 pixels and more)
+DIGITS = 4  # of a noise level: what is printed is exactly what was measured
+MAX_NAME = 120  # characters of a search's name
+
+
+def add_parsers(commands: Any) -> None:
+    """Declare the subcommand."""
+    parser = commands.add_parser("search", help="find the noise levels for a student of K network calls, by FID")
+    add_recipe_arguments(parser)
+    parser.add_argument("--nfe", metavar="K", type=positive, required=True, help="network calls an image, 2 or more")
+    parser.add_argument("--num-images", metavar="N", type=positive, help=NUM_IMAGES_HELP)
+    parser.add_argument(
+        "--num-scales", metavar="N", type=positive, help=f"points of the grid; default: the method's, else {NUM_SCALES}"
+    )
+    parser.add_argument("--write", action="store_true", help="put the recipe with the levels found in force")
+    add_json_option(parser)
+    parser.set_defaults(command=search)
+
+
+def search(args: Namespace) -> None:
+    """Bring the student and the feature network up to date, search, and print what was found."""
+    from flows.recipe import load_recipe, with_absolute_paths, write_active
+
+    # As for `cm run`: the default end by SIGTERM would leave stages running.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    root = home()
+    recipe = with_absolute_paths(load_recipe(args.recipe, args.overrides, root=root), Path.cwd())
+    grid = make_grid(recipe, args.nfe, args.num_scales)
+    if args.num_images == 1:
+        raise UserError("--num-images 1: FID compares spreads, which takes 2 images or more")
+    name = textwrap.shorten(" ".join(["search", Path(args.recipe).stem, *args.overrides]), MAX_NAME, placeholder=" ...")
+    with clone(root, name) as workspace:
+        write_active(recipe, workspace.root)
+        entries = bring_up(workspace)
+        found = find(recipe, grid, args, workspace, entries)
+    report(recipe, found, args)
+
+
+def make_grid(recipe: "Recipe", nfe: int, num_scales: int | None) -> list[float]:
+    """Return the decreasing noise levels among which to search; UserError where there is nothing to find."""
+    method = recipe.student.method
+    if method.form == "euler":
+        raise UserError(f"student.method.kind={method.kind}: its training fixes the levels; there is nothing to search")
+    count = num_scales or getattr(method, "num_scales", NUM_SCALES)
+    if not 2 <= nfe < count:
+        raise UserError(f"--nfe {nfe}: must lie between 2 and {count - 1}, for a grid of {count} points (--num-scales)")
+    return [float(f"{sigma:.{DIGITS}g}") for sigma in recipe.noise.grid(count).tolist()]
+
+
+def bring_up(workspace: Workspace) -> dict[str, dict[str, Any]]:
+    """Bring what a search needs up to date, nothing twice; return the entries of dvc.lock."""
+    stages = read_stages(workspace.root)
+    wanted = {*NEEDED, *(name for needed in NEEDED for name in ancestors(stages[needed], stages))}
+    entries = {}
+    for name in (name for name in stages if name in wanted):
+        result = workspace.bring_up(name, on_line=_to_stderr)
+        _to_stderr(f"{name}: cached" if result.cached else f"{name}: done in {workspace.seconds[name]:.1f} s")
+        entries[name] = result.entry
+    return entries
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # stdout is for the result
+
+
+def find(
+    recipe: "Recipe", grid: Sequence[float], args: Namespace, workspace: Workspace, entries: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Search, and log every candidate to an MLflow run; return the result as plain values."""
+    from cm_core.search import Search
+
+    scorer = Scorer(recipe, workspace.root, args.num_images)
+    versions = {f"dvc.dep.{name}": version(locked_outs(entries[name])) for name in NEEDED}
+
+    def tags() -> dict[str, str]:
+        return {**describe_code(workspace.origin), "recipe": recipe_name(recipe, workspace.origin), **versions}
+
+    with StageRun(origin(workspace.origin), "search", None, tags) as run:
+
+        def score(indices: tuple[int, ...]) -> float:
+            sigmas = [grid[index] for index in indices]
+            fid = scorer.fid(sigmas, f"candidate {len(search.scores) + 1}: sigma {_words(sigmas)}")
+            run.metrics({scorer.metric: fid}, len(search.scores))
+            _to_stderr(f"sigma {_words(sigmas)}: {scorer.metric} {fid:.4g}")
+            return fid
+
+        search = Search(score)
+        best = search.run(num_scales=len(grid), nfe=args.nfe)
+        found = {
+            "recipe": args.recipe,
+            "nfe": args.nfe,
+            "metric": scorer.metric,
+            "num_images": scorer.num_images,
+            "grid": list(grid),
+            "candidates": [
+                {"indices": list(indices), "sigmas": [grid[index] for index in indices], "fid": fid}
+                for indices, fid in search.scores.items()
+            ],
+            "best": {"indices": list(best), "sigmas": [grid[index] for index in best], "fid": search.scores[best]},
+        }
+        run.submit(partial(_log, recipe=recipe, found=found))
+    return found
+
+
+def _log(tracker: Tracker, run_id: str, *, recipe: "Recipe", found: Mapping[str, Any]) -> None:
+    from flows.recipe import flatten
+
+    settings = {f"search.{key}": found[key] for key in ("nfe", "num_images")} | {
+        "search.num_scales": len(found["grid"])
+    }
+    tracker.log_params(run_id, {**flatten(recipe.model_dump(mode="json")), **settings})
+    tracker.log_numbers(run_id, {f"best/{found['metric']}": found["best"]["fid"]})
+    mid_sigmas = json.dumps(found["best"]["sigmas"][1:])
+    tracker.set_tags(run_id, {"search.mid_sigmas": mid_sigmas, "mlflow.source.name": "cm search"})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "search.json"
+        path.write_text(json.dumps(found, indent=2) + "\n")
+        tracker.log_files(run_id, {path.name: path})
+
+
+class Scorer:
+    """The student and the feature network of a workspace: FID of images drawn at given levels."""
+
+    def __init__(self, recipe: "Recipe", root: Path, num_images: int | None) -> None:
+        import numpy as np
+        import torch
+
+        from cm_core.evaluation import Reference
+        from cm_core.features import build_extractor
+        from cm_core.model import load_model
+        from flows.feature_files import load_feature_files
+        from flows.stages.models import pick_device, to_device
+
+        files, self.sample, self.device = load_feature_files(root / "out" / "features"), recipe.sample, pick_device()
+        self.batch_size = recipe.evaluate.batch_size
+        self.reference = Reference.of(torch.from_numpy(np.array(files.reference)))
+        self.num_images = num_images or min(NUM_IMAGES, len(files.reference))
+        self.metric = f"fid_{files.short_name}"
+        self.extractor = build_extractor(files.extractor, files.weights, self.device)
+        autocast = torch.bfloat16 if self.sample.precision == "bf16" else None
+        self.spec, f = load_model(root / "out" / "student", autocast=autocast)
+        self.f = to_device(f, self.device)
+
+    def fid(self, sigmas: Sequence[float], title: str) -> float:
+        """Return the FID of images drawn at these levels; the noise is the same each time."""
+        from cm_core.evaluation import frechet_distance
+        from cm_core.features import extract_features
+
+        with Bar(title) as bar:
+            images = self._draw(sigmas, bar)
+            found = extract_features(images, self.extractor, batch_size=self.batch_size, device=self.device)
+        return frechet_distance(found.features, self.reference)
+
+    def _draw(self, sigmas: Sequence[float], bar: Bar) -> "np.ndarray":
+        import numpy as np
+        import torch
+
+        from cm_core.sampling import ImageNoise
+        from cm_core.tensors import to_pixels
+        from flows.stages.models import few_steps, fixed_labels
+
+        batches, size = [], self.sample.batch_size
+        with torch.no_grad():
+            for start in range(0, self.num_images, size):
+                indices = range(start, min(start + size, self.num_images))
+                noise = ImageNoise(self.sample.seed, indices, self.spec.image_shape, self.device)
+                f = partial(self.f, labels=fixed_labels(self.spec, indices, self.device))
+                batches.append(to_pixels(few_steps(self.spec, f, noise, sigmas[1:])).cpu().numpy())
+                bar.progress(indices.stop, self.num_images)
+        return np.concatenate(batches)
+
+
+def report(recipe: "Recipe", found: Mapping[str, Any], args: Namespace) -> None:
+    """Print the candidates and how to use the best; with --write, put it in force."""
+    from flows.recipe import load_recipe, with_absolute_paths, write_active
+
+    best, override = found["best"], set_override(found["best"]["sigmas"])
+    rows = [
+        (_words(one["sigmas"]), ", ".join(map(str, one["indices"])), f"{one['fid']:#.4g}", "best" * (one == best))
+        for one in sorted(found["candidates"], key=lambda one: one["indices"])
+    ]
+    if args.json:
+        print_json({**found, "set": override})
+    else:
+        title = f"{len(rows)} candidates, {found['num_images']:,} images each"
+        print_table(("sigma", "grid points", found["metric"], ""), rows, title=title, numbers=2)
+        print(f"Use it with: --set {override}")
+    if args.write:
+        overrides = [*args.overrides, override]
+        path = write_active(with_absolute_paths(load_recipe(args.recipe, overrides, root=home()), Path.cwd()), home())
+        print(f"{path}: holds {' '.join([args.recipe, *overrides])}", file=sys.stderr)
+
+
+def set_override(sigmas: Sequence[float]) -> str:
+    """Return what --set takes to sample at one call and at these levels."""
+    return f"sample.mid_sigmas=[[],[{','.join(f'{sigma:g}' for sigma in sigmas[1:])}]]"
+
+
+def _words(sigmas: Sequence[float]) -> str:
+    return ", ".join(f"{sigma:g}" for sigma in sigmas)
