@@ -9,11 +9,26 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from flows.commands import data, doctor, edit, gc, models, plan, recipes, run, runs, search, services, why
+from flows.commands import (
+    data,
+    doctor,
+    edit,
+    gc,
+    models,
+    plan,
+    recipes,
+    registry,
+    run,
+    runs,
+    search,
+    services,
+    sweep,
+    why,
+)
 from flows.errors import UserError
 from flows.workspace import StageFailed, home
 
-GROUPS = (run, recipes, data, plan, models, edit, search, runs, why, services, doctor, gc)
+GROUPS = (run, sweep, recipes, data, plan, models, edit, search, registry, runs, why, services, doctor, gc)
 FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 
 

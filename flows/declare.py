@@ -6,15 +6,15 @@ prefect.yaml: one deployment a recipe, every value spelled out, because they fil
 """
 
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from flows.dvcfiles import GPU, PARAMS_FILE, STAGES_FILE
+from flows.imports import import_closure
 
 DEPLOYMENTS_FILE = "prefect.yaml"
 WORK_POOL = GPU  # of a recipe: its heavy stages need one
-PACKAGES = ("cm_core", "flows")
+NIGHTLY = {"cron": "0 2 * * *", "timezone": "UTC", "active": False}  # for whoever switches it on
 NOT_DECLARED = ("out_dir", "state_dir", "monitor")  # given to a stage, but no reason to run it again
 
 
@@ -35,64 +35,6 @@ def read_signature(root: Path, stage: str) -> list[str]:
     tree = ast.parse((root / "flows" / "stages" / f"{stage}.py").read_text())
     function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == stage)
     return [argument.arg for argument in function.args.args + function.args.kwonlyargs]
-
-
-def import_closure(root: Path, module: str) -> list[str]:
-    """Return the files under `root` that importing `module` may run, itself and its packages included, sorted."""
-    found: dict[str, Path] = {}
-    waiting = [module]
-    while waiting:
-        name = waiting.pop()
-        file = _find(root, name)
-        if name in found or file is None:
-            continue
-        found[name] = file
-        waiting += [*_parents(name), *_imports(ast.parse(file.read_text()), _package(name, file))]
-    return sorted(file.relative_to(root).as_posix() for file in found.values())
-
-
-def _find(root: Path, module: str) -> Path | None:
-    """Return the file of one of our modules; None for other people's, and for names that are no modules."""
-    if module.split(".")[0] not in PACKAGES:
-        return None
-    path = root.joinpath(*module.split("."))
-    return next((file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()), None)
-
-
-def _package(module: str, file: Path) -> str:
-    return module if file.name == "__init__.py" else module.rpartition(".")[0]
-
-
-def _parents(module: str) -> list[str]:
-    parts = module.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts))]
-
-
-def _imports(tree: ast.AST, package: str) -> Iterator[str]:
-    """Yield what the code imports, functions included; `from a import b` may mean the module a.b, so both."""
-    for node in _run_time_nodes(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = _absolute(node, package)
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
-
-
-def _run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """Walk the tree, leaving out what stands under `if TYPE_CHECKING:`."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
-            node = ast.Module(node.orelse, [])
-        yield node
-        yield from _run_time_nodes(node)
-
-
-def _absolute(node: ast.ImportFrom, package: str) -> str:
-    if not node.level:
-        return node.module or ""
-    parts = package.split(".")
-    return ".".join([*parts[: len(parts) - node.level + 1], *([node.module] if node.module else [])])
 
 
 def write_declarations(root: Path) -> bool:
@@ -120,6 +62,7 @@ def deployment_entries(root: Path) -> list[dict[str, Any]]:
             "entrypoint": "flows/pipeline.py:consistency",
             "parameters": {"recipe": load_recipe(name, root=root).model_dump(mode="json"), "name": name},
             "work_pool": {"name": WORK_POOL},
+            "schedules": [dict(NIGHTLY)],
         }
         for name in recipe_names(root)
     ]

@@ -141,6 +141,42 @@ def save_lines(
     figure.savefig(path, format="png", metadata={"Software": None})  # a version string would change the bytes
 
 
+def save_bars(
+    series: Mapping[str, Mapping[str, float]],
+    path: Path,
+    *,
+    categories: Sequence[str],
+    xlabel: str,
+    title: str,
+    levels: Mapping[str, float] | None = None,
+) -> None:
+    """Plot {series: {category: value}} as groups of horizontal bars, and `levels` as dashed lines, into one PNG.
+
+    The scale is logarithmic where all values are positive.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 1.6 + 0.22 * len(categories) * (len(series) + 1)), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel=xlabel, title=title)
+    height = 1 / (len(series) + 1)
+    for index, ((name, values), colour) in enumerate(zip(series.items(), _colours(len(series)), strict=True)):
+        places = [categories.index(category) + index * height for category in values]
+        bars = axes.barh(places, list(values.values()), height, label=name, color=colour)
+        axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
+    for (name, value), dashes in zip((levels or {}).items(), _dash_patterns(len(levels or {})), strict=True):
+        axes.axvline(value, label=name, color="#777777", linewidth=1.2, linestyle=dashes)
+    everything = [*(value for values in series.values() for value in values.values()), *(levels or {}).values()]
+    axes.set_xscale("log" if min(everything) > 0 else "linear")
+    axes.set_yticks([place + height * (len(series) - 1) / 2 for place in range(len(categories))], categories)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
 def _mark_integers(axes, values: Sequence[float]) -> None:
     """Label exactly the values that occur: decades say little about 1, 2 and 35 network calls."""
     ticks = sorted(set(values))

@@ -34,6 +34,7 @@ from flows.embedded import embedded_prefect
 from flows.gpu_turn import gpu_turn
 from flows.pipeline_artifacts import ProgressArtifact, show_metrics, show_pictures, show_tracking
 from flows.recipe import Recipe, flatten, write_active
+from flows.registry import Rule, register_student
 from flows.tracking import MODEL_NAME, PipelineRun, Tracker, recipe_name, shown_files
 from flows.workspace import StageFailed, Workspace, cache_of, clone, describe_code, home, take_over
 
@@ -79,6 +80,7 @@ def consistency(recipe: Recipe, name: str = "") -> dict[str, Any]:
     """
     root = home()
     name = name or recipe_name(recipe, root)
+    Rule.in_force()  # complains before anything is computed
     with clone(root, name) as workspace:
         write_active(recipe, workspace.root)
         tags = {**describe_code(root), "recipe": name, **_flow_tags()}
@@ -87,7 +89,7 @@ def consistency(recipe: Recipe, name: str = "") -> dict[str, Any]:
         end_earlier_starts(tracker)
         with PipelineRun(tracker, title(recipe, name), tags, params) as parent:
             stages = bring_up_all(workspace, parent)
-            return finish(workspace, parent, stages, name)
+            return finish(workspace, parent, stages, recipe, name)
 
 
 def _flow_tags() -> dict[str, str]:
@@ -173,7 +175,9 @@ def _outcome(stage: str, future: PrefectFuture, workspace: Workspace) -> dict[st
     return {"cached": cached, "seconds": seconds, "entry": entry}
 
 
-def finish(workspace: Workspace, parent: PipelineRun, stages: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
+def finish(
+    workspace: Workspace, parent: PipelineRun, stages: dict[str, dict[str, Any]], recipe: Recipe, name: str
+) -> dict[str, Any]:
     """Show the results in MLflow and in Prefect, whoever computed them, and return them."""
     outs = {stage: locked_outs(result["entry"]) for stage, result in stages.items()}
     files = stored_files(outs, cache_of(workspace.root))
@@ -184,7 +188,7 @@ def finish(workspace: Workspace, parent: PipelineRun, stages: dict[str, dict[str
     if "prepare/dataset.json" in files:
         parent.log_dataset(files["prepare/dataset.json"], outs["prepare"])
     if MODEL_NAME in outs:
-        parent.log_student(files, outs[MODEL_NAME], metrics, run_ids.get(MODEL_NAME))
+        publish_student(parent, recipe, outs, files, metrics, run_ids.get(MODEL_NAME))
     show_metrics(metrics)
     show_pictures(figures)
     show_tracking(parent.tracker.uri, parent.tracker.experiment_id, parent.run_id)
@@ -197,6 +201,28 @@ def finish(workspace: Workspace, parent: PipelineRun, stages: dict[str, dict[str
         "mlflow": {"uri": parent.tracker.uri, "experiment_id": parent.tracker.experiment_id, "run_id": parent.run_id},
         "folder": str(workspace.folder),
     }
+
+
+def publish_student(
+    parent: PipelineRun,
+    recipe: Recipe,
+    outs: Mapping[str, Mapping[str, str]],
+    files: Mapping[str, Path],
+    metrics: Mapping[str, Any],
+    trained_by: str | None,
+) -> None:
+    """Log the student, and register it as measured; say what it is called there."""
+    model_id = parent.log_student(files, outs[MODEL_NAME], metrics, trained_by, recipe.sample.mid_sigmas)
+    name, registered = register_student(
+        parent.tracker,
+        model_id,
+        dataset=json.loads(files["prepare/dataset.json"].read_text())["name"],
+        data_version=version(outs["prepare"]),
+        protocol=json.loads(files["evaluate/protocol.json"].read_text()),
+        metrics=metrics,
+        tags={"recipe": parent.tags["recipe"], "method": recipe.student.method.kind, "run_id": parent.run_id},
+    )
+    print(f"student: {name} version {registered.number} in MLflow's registry")
 
 
 def stored_files(outs: Mapping[str, Mapping[str, str]], cache: Cache) -> dict[str, Path]:

@@ -129,6 +129,18 @@ def load_recipe(name: str, overrides: Sequence[str] = (), *, root: Path) -> Reci
     return validate(tree, source=path, origins=[override.split("=", 1)[0] for override in overrides])
 
 
+def vary(name: str, values: Iterable[Mapping[str, Any]], *, root: Path, source: str) -> Recipe:
+    """Read a recipe and lay mappings {dotted key: value} over it, one after the other, as `source` asks for.
+
+    Raises UserError as `load_recipe` does, naming `source`.
+    """
+    tree = read_yaml(_recipe_path(name, root))
+    for layer in values:
+        for key, value in layer.items():
+            tree = merge(tree, _nested(key, value))
+    return validate(tree, source=source)
+
+
 def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
     """Return the recipe with its local paths made absolute, `~` too: a flow run works in a clone, far from `base`.
 
@@ -222,6 +234,10 @@ def parse_override(override: str) -> dict[str, Any]:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise UserError(f"--set {override}: {text!r} is not a YAML value") from None
+    return _nested(key, value)
+
+
+def _nested(key: str, value: Any) -> Any:
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
@@ -243,7 +259,7 @@ def merge(base: Any, layer: Any) -> Any:
     return {**base, **{key: merge(base[key], value) if key in base else value for key, value in layer.items()}}
 
 
-def validate(tree: Mapping[str, Any], *, source: Path, origins: Sequence[str] = ()) -> Recipe:
+def validate(tree: Mapping[str, Any], *, source: Path | str, origins: Sequence[str] = ()) -> Recipe:
     """Build the recipe from nested plain values; `origins` are the keys that came from --set.
 
     Raises UserError: one line naming file, key, value and what is allowed.

@@ -127,7 +127,8 @@ def _tracked_run(stage: Stage, root: Path, recipe: Recipe, inputs: Mapping[str, 
             context = "training" if stage.name in TRAINS else "evaluation"
             tracker.log_dataset(run_id, root / PREPARED / FACTS_FILE, inputs[PREPARED], context)
 
-    with StageRun(origin(root), stage.name, belonging.parent_run_id, tags) as run:
+    watch = stage.name in TRAINS
+    with StageRun(origin(root), stage.name, belonging.parent_run_id, tags, watch_machine=watch) as run:
         run.submit(log_inputs)
         yield run
 
@@ -144,6 +145,7 @@ def _log_outputs(run: StageRun, stage: Stage, root: Path, recipe: Recipe, outs: 
         if stage.name == MODEL_NAME:
             method = flatten({"method": recipe.student.method.model_dump(mode="json")})
             weights = {name: folder / name for name in MODEL_FILES}
-            tracker.link_model(run_id, tracker.student_model(run_id, weights, version(outs), method))
+            model_id = tracker.student_model(run_id, weights, version(outs), method, recipe.sample.mid_sigmas)
+            tracker.link_model(run_id, model_id)
 
     run.submit(log_outputs)

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.dvcfiles import version
 from flows.errors import UserError
+from flows.system_metrics import SystemMetrics
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -35,6 +36,8 @@ SETTINGS = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # where --json has its output
 }
 MOST_PARAMS = 100  # that MLflow takes at once
 SMALL = 5 * 2**20  # bytes up to which a file is copied to MLflow; DVC keeps the large ones
@@ -129,9 +132,19 @@ class Tracker:
             self.client.log_artifacts(run_id, folder)
 
     def student_model(
-        self, run_id: str, files: Mapping[str, Path], data_version: str, params: Mapping[str, Any]
+        self,
+        run_id: str,
+        files: Mapping[str, Path],
+        data_version: str,
+        params: Mapping[str, Any],
+        mid_sigmas: Sequence[Sequence[float]] = (),
     ) -> str:
-        """Return the id of the logged model with this data version; log `files` {name: path} if there is none yet."""
+        """Return the id of the logged model with this data version; log `files` {name: path} if there is none yet.
+
+        `mid_sigmas` are the noise levels that its recipe samples at.
+        """
+        from flows.model_package import packaged_student
+
         query = f"name = '{MODEL_NAME}' and tags.`dvc.out` = '{data_version}'"
         for known in self.client.search_logged_models([self.experiment_id], query):
             if known.status == "READY":  # a query for it finds nothing: the store keeps a number
@@ -143,8 +156,9 @@ class Tracker:
             tags={"dvc.out": data_version},
             params={key: str(value) for key, value in params.items()},
         )
-        with _folder_of({name: files[name] for name in MODEL_FILES}) as folder:
-            self.client.log_model_artifacts(model.model_id, folder)
+        weights = {name: files[name] for name in MODEL_FILES}
+        with packaged_student(weights, mid_sigmas, model.model_id) as folder:
+            self.client.log_model_artifacts(model.model_id, str(folder))
         self.client.finalize_logged_model(model.model_id, "READY")
         return model.model_id
 
@@ -176,14 +190,21 @@ def _folder_of(files: Mapping[str, Path]) -> Iterator[str]:
         yield folder
 
 
-def load_student(model_uri: str, origin: Path) -> "tuple[ModelSpec, Precond]":
-    """Download a logged student (models:/ID, models:/NAME@ALIAS) and build it, ready to sample."""
-    from cm_core.model import load_model
+def fetch_student(model_uri: str, origin: Path) -> Path:
+    """Download a logged student (models:/ID, models:/NAME@ALIAS); return the folder that `load_model` reads."""
+    from flows.model_package import weights_of
 
     Tracker(origin)
     import mlflow
 
-    return load_model(Path(mlflow.artifacts.download_artifacts(model_uri)))
+    return weights_of(Path(mlflow.artifacts.download_artifacts(model_uri)))
+
+
+def load_student(model_uri: str, origin: Path) -> "tuple[ModelSpec, Precond]":
+    """Download a logged student and build it, ready to sample."""
+    from cm_core.model import load_model
+
+    return load_model(fetch_student(model_uri, origin))
 
 
 def _dataset_source(source: str) -> tuple[str, dict[str, Any]]:
@@ -215,6 +236,19 @@ class Belonging:
         parent = {PARENT_VARIABLE: self.parent_run_id} if self.parent_run_id else {}
         return {**parent, TAGS_VARIABLE: json.dumps(self.tags)}
 
+    @contextmanager
+    def in_environment(self) -> Iterator[None]:
+        """Let what this process starts meanwhile belong to it."""
+        before = {name: os.environ.get(name) for name in self.variables()}
+        os.environ.update(self.variables())
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
+
 
 Action = Callable[[Tracker, str], None]  # something to do with a run, given by its id
 
@@ -226,8 +260,17 @@ class StageRun:
     because no training should end for it.
     """
 
-    def __init__(self, origin: Path, stage: str, parent_run_id: str | None, tags: Callable[[], dict[str, str]]) -> None:
+    def __init__(
+        self,
+        origin: Path,
+        stage: str,
+        parent_run_id: str | None,
+        tags: Callable[[], dict[str, str]],
+        *,
+        watch_machine: bool = False,
+    ) -> None:
         self._origin, self._stage, self._parent_run_id, self._make_tags = origin, stage, parent_run_id, tags
+        self._watch_machine = watch_machine
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
         self._written: deque[Future[None]] = deque()
 
@@ -242,6 +285,7 @@ class StageRun:
         tags = {**self.tags, **parent, **code_tags(self.tags, f"cm stage {self._stage}")}
         run = tracker.client.create_run(tracker.experiment_id, run_name=self._stage, tags=tags)
         self._tracker, self._run_id = tracker, run.info.run_id
+        self._machine = SystemMetrics() if self._watch_machine else None
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         closed = self._thread.submit(self._close, error)
@@ -263,8 +307,13 @@ class StageRun:
         self._written.append(self._thread.submit(lambda: action(self._tracker, self._run_id)))
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log numbers of a step."""
-        self.submit(lambda tracker, run_id: tracker.log_numbers(run_id, values, step=step))
+        """Log numbers of a step, and what the machine does meanwhile."""
+
+        def log(tracker: Tracker, run_id: str) -> None:
+            machine = self._machine.read() if self._machine else {}
+            tracker.log_numbers(run_id, {**values, **machine}, step=step)
+
+        self.submit(log)
 
     def image(self, key: str, path: Path, step: int) -> None:
         """Log a picture of a step; MLflow shows those of one key with a slider, side by side for several runs."""
@@ -276,13 +325,27 @@ class StageRun:
 
 
 class PipelineRun:
-    """The parent run of a flow: its children are the runs of the stages that really ran for it."""
+    """The parent run of a flow: its children are the runs of the stages that really ran for it.
 
-    def __init__(self, tracker: Tracker, name: str, tags: Mapping[str, str], params: Mapping[str, Any]) -> None:
-        self.tracker, self.tags, self._name, self._params = tracker, {**tags, "stage": "pipeline"}, name, params
+    With `stage="sweep"` it is the parent of the pipeline runs of a sweep, each of which finds it in the environment.
+    """
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        name: str,
+        tags: Mapping[str, str],
+        params: Mapping[str, Any],
+        *,
+        stage: str = "pipeline",
+    ) -> None:
+        self.tracker, self.tags, self._name, self._params = tracker, {**tags, "stage": stage}, name, params
 
     def __enter__(self) -> "PipelineRun":
-        tags = {**self.tags, **code_tags(self.tags, "consistency"), "mlflow.note.content": describe_run(self.tags, {})}
+        above = Belonging.read().parent_run_id
+        parent = {"mlflow.parentRunId": above} if above else {}
+        code = code_tags(self.tags, "consistency")
+        tags = {**self.tags, **parent, **code, "mlflow.note.content": describe_run(self.tags, {})}
         run = self.tracker.client.create_run(self.tracker.experiment_id, run_name=self._name, tags=tags)
         self.run_id = run.info.run_id
         self.tracker.log_params(self.run_id, self._params)
@@ -327,17 +390,22 @@ class PipelineRun:
         self.tracker.log_dataset(self.run_id, facts, version(outs), "training")
 
     def log_student(
-        self, files: Mapping[str, Path], outs: Mapping[str, str], metrics: Mapping[str, Any], run_id: str | None
-    ) -> None:
-        """Link the student's model, logged now if need be, and give it the metrics of its own images.
+        self,
+        files: Mapping[str, Path],
+        outs: Mapping[str, str],
+        metrics: Mapping[str, Any],
+        run_id: str | None,
+        mid_sigmas: Sequence[Sequence[float]],
+    ) -> str:
+        """Link the student's model, logged now if need be, give it the metrics of its own images, return its id.
 
         `run_id` is the run that trained it; `files` holds its weights as student/NAME.
         """
         own = {name: files[f"{MODEL_NAME}/{name}"] for name in MODEL_FILES}
-        model_id = self.tracker.student_model(run_id or self.run_id, own, version(outs), {})
+        model_id = self.tracker.student_model(run_id or self.run_id, own, version(outs), {}, mid_sigmas)
         self.tracker.link_model(self.run_id, model_id)
-        numbers = {key: value for key, value in flat_numbers(metrics) if "/nfe_" in key}
-        self.tracker.log_numbers(self.run_id, numbers, model_id=model_id)
+        self.tracker.log_numbers(self.run_id, student_numbers(metrics), model_id=model_id)
+        return model_id
 
 
 def shown_files(files: Mapping[str, Path]) -> dict[str, Path]:
@@ -358,6 +426,11 @@ def flat_numbers(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield from flat_numbers(value, f"{prefix}{key}/")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield f"{prefix}{key}", float(value)
+
+
+def student_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of the student's own images, {fid_classifier/nfe_1: value}."""
+    return {key: value for key, value in flat_numbers(metrics) if "/nfe_" in key}
 
 
 def status_after(error: BaseException | None) -> str:

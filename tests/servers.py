@@ -1,9 +1,19 @@
 """Servers on the loopback that tests talk to over HTTP."""
 
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
 import threading
+import time
+import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 
 @contextmanager
@@ -60,3 +70,107 @@ def point_aws_at(monkeypatch, endpoint: str) -> None:
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_PROFILE", raising=False)
+
+
+@contextmanager
+def mlflow_server(folder, *arguments: str, store: str | None = None) -> Iterator[str]:
+    """Run MLflow's tracking server, its database and files below `folder` unless told otherwise; yield its address."""
+    store = store or f"sqlite:///{folder / 'server.db'}"
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", store]
+    if "--artifacts-destination" not in arguments:
+        command += ["--artifacts-destination", str(folder / "artifacts")]
+    quiet = {"DO_NOT_TRACK": "true", "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with process([*command, *arguments], folder, quiet) as log:
+        wait_for_page(f"http://127.0.0.1:{port}/health", log)
+        yield f"http://127.0.0.1:{port}"
+
+
+def free_port() -> int:
+    """Return a port of the loopback that nobody listens on."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def process(command, folder, variables=None, **options) -> Iterator[Path]:
+    """Run a command in a process group of its own, which is killed in the end; yield the file with its output."""
+    log = Path(tempfile.mkstemp(prefix="log-", dir=folder)[1])
+    with log.open("w") as output:
+        popen = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, **(variables or {})},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            **options,
+        )
+    try:
+        yield log
+    finally:
+        os.killpg(popen.pid, signal.SIGTERM)
+        try:
+            popen.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(popen.pid, signal.SIGKILL)
+            popen.wait()
+
+
+def wait_for_page(url: str, log: Path, seconds: float = 300) -> None:
+    """Wait until a server answers there; what it said before it did not goes into the error."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{url}: {error}\n{log.read_text()[-2000:]}") from error
+            time.sleep(0.3)
+
+
+@contextmanager
+def postgres(folder: Path) -> Iterator[str]:
+    """Run PostgreSQL with its data below `folder`; yield host:port, where postgres/postgres may do anything.
+
+    The server refuses to run as root, so there it runs as nobody, who gets the folder.
+    """
+    data, port = folder / "postgres", free_port()
+    user = {"user": "nobody", "group": "nogroup"} if os.geteuid() == 0 else {}
+    data.mkdir()
+    (folder / "password").write_text("postgres")
+    if user:
+        shutil.chown(data, **user)
+        for above in (folder, *folder.parents[:-1]):
+            above.chmod(above.stat().st_mode | 0o011)
+    init = ["--username", "postgres", "--pwfile", str(folder / "password"), "--auth", "scram-sha-256", "--no-sync"]
+    subprocess.run([binary("initdb"), "-D", str(data), *init], check=True, capture_output=True, cwd="/", **user)
+    options = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
+    settings = [word for key, value in options.items() for word in ("-c", f"{key}={value}")]
+    with process([binary("postgres"), "-D", str(data), "-p", str(port), *settings], folder, **user) as log:
+        wait_until_it_accepts(port, log)
+        yield f"127.0.0.1:{port}"
+
+
+def binary(name: str) -> str:
+    """Return the newest of PostgreSQL's programs, which Debian does not put on the path."""
+    found = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}")) or [shutil.which(name)]
+    assert found[-1], f"{name}: PostgreSQL is not installed (apt-get install postgresql)"
+    return str(found[-1])
+
+
+def wait_until_it_accepts(port: int, log: Path, seconds: float = 300) -> None:
+    """Wait until PostgreSQL lets a client in: it listens before it is ready."""
+    import psycopg2
+
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            psycopg2.connect(host="127.0.0.1", port=port, user="postgres", password="postgres").close()
+            return
+        except psycopg2.OperationalError as error:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"port {port}: {error}\n{log.read_text()[-2000:]}") from error
+            time.sleep(0.2)

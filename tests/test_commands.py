@@ -19,10 +19,12 @@ from cm_core.networks import MLPParams
 from cm_core.noise import Noise
 from cm_core.sampling import ImageNoise, TeacherSampler, multistep
 from cm_core.tensors import to_pixels
-from flows.commands.run import by_row, demo_rows
+from flows.commands.run import demo_rows
 from flows.dataset import load_dataset
 from flows.monitor import Monitor
 from flows.recipe import load_recipe, write_active
+from flows.registry import Registry
+from flows.rows import by_row
 from flows.stages.features import features
 from flows.stages.prepare import prepare
 from flows.tracking import MODEL_FILES, PipelineRun, Tracker
@@ -202,12 +204,39 @@ def test_runs_stand_side_by_side(tmp_path, monkeypatch, capsys):
     rows = [line.split() for line in lines if line.strip()][2:]
     assert [row[:4] for row in rows] == [[one[:8], "digits", "cd", "finished"] for one in reversed(ids)]
     assert [row[-1] for row in rows] == ["3.500", "2.500"] and "fid_classifier/nfe_1" in lines[1]
-    chosen = run(capsys, "runs", ids[0][:12], ids[1])[1]
-    assert "student.method.solver   heun       euler" in chosen and "seed" not in chosen
     found = json.loads(run(capsys, "runs", "--json", "--max", "1")[1])
     assert [one["id"] for one in found] == [ids[1]] and found[0]["metrics"]["fid_classifier/real"] == 1.0
-    code, _, err = run(capsys, "runs", "zzz")
-    assert code == 2 and "'zzz'" in err and err.count("\n") == 1
+    compare(tmp_path, capsys, ids)
+
+
+def compare(root, capsys, ids):
+    """Runs are named by id, name, recipe or alias; only the differing params are shown."""
+    out = run(capsys, "runs", "compare", ids[0][:12], "digits euler")[1]
+    short = [one[:8] for one in ids]
+    assert "student.method.solver   heun       euler" in out and "seed" not in out
+    (line,) = [line for line in out.splitlines() if line.split()[:1] == ["fid_classifier/nfe_1"]]
+    assert line.split() == ["fid_classifier/nfe_1", "2.500", "3.500", "+1.000"] and f"{short[1]} - {short[0]}" in out
+
+    tracker = Tracker(root)
+    model = tracker.client.create_logged_model(tracker.experiment_id, "student").model_id
+    tags = {"data": "d", "protocol": "p", "run_id": ids[0]}
+    Registry(tracker).register("cm-digits", model, {"fid_classifier/nfe_1": 2.5}, tags)
+    for names in (
+        ("champion", "digits"),
+        ("cm-digits@candidate", ids[1]),
+        ("digits heun", "digits euler", "digits heun"),
+    ):
+        found = json.loads(run(capsys, "runs", "compare", *names, "--json")[1])
+        assert [one["id"] for one in found["runs"]] == [*ids, *ids[: len(names) - 2]]
+        assert found["params"]["student.method.solver"][:2] == ["heun", "euler"]
+        assert found["metrics"][0]["differences"][0] == 1.0
+    for names, words in (
+        (("zzz", ids[0]), "run 'zzz': no pipeline run"),
+        ((ids[0], "cm-digits@best"), "no version has this alias; there are candidate, champion"),
+        ((ids[0], "cm-none@champion"), "no registered model 'cm-none'; there are cm-digits"),
+    ):
+        code, _, err = run(capsys, "runs", "compare", *names)
+        assert code == 2 and words in err and err.count("\n") == 1
 
 
 @pytest.mark.slow

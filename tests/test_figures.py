@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flows.figures import CAPTION, GAP, MARGIN, enlarge, save_grid, save_lines, save_montage, save_rows, tile
+from flows.figures import CAPTION, GAP, MARGIN, enlarge, save_bars, save_grid, save_lines, save_montage, save_rows, tile
 
 
 @pytest.fixture
@@ -84,3 +84,15 @@ def test_a_montage_shows_each_picture_under_its_name(images, tmp_path):
     centres = [(row * height + CAPTION + 54, column * width + 54) for row, column in ((0, 0), (0, 1), (1, 0), (1, 1))]
     assert [int(montage[centre][0]) for centre in centres] == [50, 150, 250, 255]
     assert (montage[:CAPTION, :width] < 100).any(), "no name is drawn"
+
+
+def test_bars_are_the_same_bytes_each_time_and_grow_with_the_categories(tmp_path):
+    sizes = []
+    for count in (2, 9):
+        names = [f"method {index}" for index in range(count)]
+        series = {"nfe_1": {name: index + 1.0 for index, name in enumerate(names)}, "nfe_2": {names[0]: 0.5}}
+        for path in (tmp_path / "a.png", tmp_path / "b.png"):
+            save_bars(series, path, categories=names, xlabel="FID", title="all", levels={"real": 0.1})
+        assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+        sizes.append(Image.open(tmp_path / "a.png").size)
+    assert sizes[0][0] == sizes[1][0] and sizes[0][1] < sizes[1][1]

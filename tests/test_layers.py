@@ -13,15 +13,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("cm_core", "flows")
 # Libraries that cost a second or more, and the modules that may import them when they are imported themselves.
 HEAVY = {
-    "torch": ("cm_core.*", "flows.stages.*", "flows.recipe"),
+    "torch": ("cm_core.*", "flows.stages.*", "flows.recipe", "flows.generate"),
     "prefect": (
         "flows.pipeline",
         "flows.pipeline_artifacts",
         "flows.embedded",
         "flows.gpu_turn",
         "flows.earlier_starts",
+        "flows.sweep",
     ),
-    **dict.fromkeys(["mlflow", "dvc", "boto3", "sklearn", "scipy", "matplotlib", "torchvision", "lpips"], ()),
+    "mlflow": ("flows.served_student",),  # MLflow itself runs it
+    **dict.fromkeys(["dvc", "boto3", "sklearn", "scipy", "matplotlib", "torchvision", "lpips"], ()),
     **dict.fromkeys(["torch_fidelity", "rich", "tqdm"], ()),
 }
 ENGINES = {"prefect", "mlflow", "dvc"}

@@ -132,6 +132,10 @@ def test_everything_a_stage_did_is_in_mlflow(root, tracker, monkeypatch, tmp_pat
     assert run.inputs.dataset_inputs[0].dataset.digest == prepared
     losses = tracker.client.get_metric_history(run.info.run_id, "loss")
     assert [(m.step, m.value) for m in losses] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    machine = tracker.client.get_metric_history(run.info.run_id, "system/cpu_utilization_percentage")
+    assert [m.step for m in machine] == [1], "at the training's steps, once a second"
+    assert 0 < run.data.metrics["system/system_memory_usage_percentage"] <= 100
+    assert not [name for name in newest(tracker, "prepare").data.metrics if name.startswith("system/")]
     files = {file.path for file in tracker.client.list_artifacts(run.info.run_id, "teacher")}
     assert files == {"teacher/grid.png", "teacher/resumed.json"}
     pictures = [file.path for file in tracker.client.list_artifacts(run.info.run_id, "images")]
@@ -169,6 +173,9 @@ def test_a_stopped_training_goes_on_and_its_state_goes_when_dvc_has_the_result(r
     monkeypatch.delenv("TEST_STOP_AT")
     running.run_stage("teacher", root)
     assert (root / "out/teacher/resumed.json").read_text() == "2"
+    resumed = newest(tracker, "teacher").info.run_id
+    machine = tracker.client.get_metric_history(resumed, "system/cpu_utilization_percentage")
+    assert [m.step for m in machine] == [3], "it goes on where the training does"
 
     outs = {"out/teacher": dvc_md5(root / "out/teacher")}
     assert state.drop_finished(root, lambda made: False) == []

@@ -266,8 +266,18 @@ class Block(nn.Module):
         if fuses(x):
             return self._fused(x, emb)
         h = self.conv0(self.resample(F.silu(self.norm0(x))))
-        h = F.dropout(F.silu(self.modulate(h, emb)), self.dropout, self.training)
+        h = self.drop(F.silu(self.modulate(h, emb)))
         return self.attention((self.skip(self.resample(x)) + self.conv1(h)) * self.skip_scale)
+
+    def drop(self, h: Tensor) -> Tensor:
+        """Dropout whose mask depends on the shape alone.
+
+        PyTorch's follows memory: in another layout or precision, as a forward-mode pass has them, other activations go.
+        """
+        if not self.training or self.dropout == 0:
+            return h
+        keep = torch.empty(h.shape, dtype=torch.bool, device=h.device).bernoulli_(1 - self.dropout)
+        return h * keep / (1 - self.dropout)
 
     def modulate(self, h: Tensor, emb: Tensor) -> Tensor:
         params = expand_like(self.affine(emb), h)
@@ -281,7 +291,7 @@ class Block(nn.Module):
         from cm_core.networks.kernels import join
 
         h = conv_without_bias(self.conv0, self.resample(fused_norm(self.norm0, x, silu=True)))
-        h = F.dropout(self._fused_modulate(h, self.affine(emb)), self.dropout, self.training)
+        h = self.drop(self._fused_modulate(h, self.affine(emb)))
         h, skip, bias = conv_without_bias(self.conv1, h), self.resample(x), self.conv1.bias
         if isinstance(self.skip, nn.Conv2d):
             skip, bias = conv_without_bias(self.skip, skip), bias + self.skip.bias

@@ -1,8 +1,8 @@
 """Images from a trained model, wherever it lies: a folder, or a model logged to MLflow."""
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,14 +12,11 @@ from flows.workspace import home, origin
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
 
     from cm_core.model import ModelSpec
     from cm_core.precond import Precond
-    from cm_core.sampling import ImageNoise
-    from cm_core.solvers import Denoiser
+    from flows.generate import Sampler
 
-BATCH = 250  # images at a time; has no influence on them
 MODEL = "a folder with model.json, or models:/... of MLflow"
 LOGGED = ("models:/", "runs:/")  # how MLflow's names of models begin
 TEACHER_STEPS = 18  # EDM's on CIFAR-10
@@ -35,7 +32,8 @@ def add_sampling_options(parser: ArgumentParser, *, count: int) -> None:
         metavar="SIGMA",
         type=float,
         nargs="+",
-        help="noise levels of a student's later steps; default: those of the recipe in force, else a Karras grid",
+        help="noise levels of a student's later steps; default: the logged model's, else those of the recipe in force, "
+        "else a Karras grid",
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="image i is drawn from (seed, i); default 0")
     parser.add_argument("--n", metavar="N", type=positive, default=count, help=f"number of images; default {count}")
@@ -57,25 +55,14 @@ def is_model(where: str) -> bool:
 
 def draw(model: str, args: Namespace) -> "tuple[np.ndarray, str]":
     """Return images of a model, uint8 [N, H, W, C], and how they were sampled; on the GPU when there is one."""
-    import numpy as np
-    import torch
+    from flows.generate import draw_images
+    from flows.stages.models import pick_device
 
-    from cm_core.sampling import ImageNoise
-    from cm_core.tensors import to_pixels
-    from flows.stages.models import fixed_labels, pick_device, to_device
-
-    device = pick_device()
     spec, net = load(model)
-    net, (sampler, how) = to_device(net, device), _choose_sampler(spec, args)
-    batches = []
-    with torch.no_grad(), Bar("sampling") as bar:
-        for start in range(0, args.n, BATCH):
-            indices = range(start, min(start + BATCH, args.n))
-            noise = ImageNoise(args.seed, indices, spec.image_shape, device)
-            f = partial(net, labels=fixed_labels(spec, indices, device))
-            batches.append(to_pixels(sampler(f, noise)).cpu().numpy())
-            bar.progress(indices.stop, args.n)
-    return np.concatenate(batches), how
+    sampler, how = _choose_sampler(spec, args, model)
+    with Bar("sampling") as bar:
+        options = {"n": args.n, "seed": args.seed, "device": pick_device(), "on_batch": bar.progress}
+        return draw_images(spec, net, sampler, **options), how
 
 
 def load(model: str) -> "tuple[ModelSpec, Precond]":
@@ -83,23 +70,27 @@ def load(model: str) -> "tuple[ModelSpec, Precond]":
     from cm_core.model import load_model
 
     try:
-        return _load_logged(model) if model.startswith(LOGGED) else load_model(Path(model))
+        return load_model(_locate(model))
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"{error}; a model is a folder such as out/student, or models:/... of MLflow") from error
 
 
-def _load_logged(model: str) -> "tuple[ModelSpec, Precond]":
+@cache  # a command asks more than once, and the weights may be far away
+def _locate(model: str) -> Path:
+    """Return the folder of a model, downloaded where it is one of MLflow's."""
+    if not model.startswith(LOGGED):
+        return Path(model)
     from mlflow.exceptions import MlflowException
 
-    from flows.tracking import load_student
+    from flows.tracking import fetch_student
 
     try:
-        return load_student(model, origin(home()))
+        return fetch_student(model, origin(home()))
     except MlflowException as error:
         raise UserError(f"{model}: {' '.join(str(error).split())}") from error
 
 
-def _choose_sampler(spec: "ModelSpec", args: Namespace) -> "tuple[Callable[[Denoiser, ImageNoise], Tensor], str]":
+def _choose_sampler(spec: "ModelSpec", args: Namespace, model: str) -> "tuple[Sampler, str]":
     """Return the function from (model, noise) to images in -1..1, and its description."""
     from cm_core.sampling import TeacherSampler, check_levels
     from flows.stages.models import few_step_sigmas, few_steps
@@ -109,7 +100,7 @@ def _choose_sampler(spec: "ModelSpec", args: Namespace) -> "tuple[Callable[[Deno
             raise UserError("this model is a teacher, whose sampler takes --steps 2 or more and no --mid-sigmas")
         sampler = TeacherSampler(num_steps=args.steps or TEACHER_STEPS)
         return partial(sampler.sample, levels=spec.noise), f"{sampler.solver}, {sampler.nfe} network calls"
-    sigmas = few_step_sigmas(spec, _mid_sigmas(spec, args))
+    sigmas = few_step_sigmas(spec, _mid_sigmas(spec, args, model))
     try:
         check_levels(sigmas, sigma_min=spec.noise.sigma_min)
     except ValueError as error:
@@ -118,25 +109,31 @@ def _choose_sampler(spec: "ModelSpec", args: Namespace) -> "tuple[Callable[[Deno
     return partial(few_steps, spec, mid_sigmas=sigmas[1:]), how
 
 
-def _mid_sigmas(spec: "ModelSpec", args: Namespace) -> list[float]:
+def _mid_sigmas(spec: "ModelSpec", args: Namespace, model: str) -> list[float]:
     if spec.form == "euler":
         if args.mid_sigmas or args.steps not in (None, spec.euler_steps):
             raise UserError(f"this model was distilled to --steps {spec.euler_steps}, and takes no --mid-sigmas")
         return []
     if args.mid_sigmas is None:
-        return usual_mid_sigmas(spec, (args.steps or 1) - 1)
+        return usual_mid_sigmas(spec, (args.steps or 1) - 1, model)
     if args.steps not in (None, len(args.mid_sigmas) + 1):
         raise UserError(f"--steps {args.steps} needs {args.steps - 1} --mid-sigmas, got {len(args.mid_sigmas)}")
     return args.mid_sigmas
 
 
-def usual_mid_sigmas(spec: "ModelSpec", count: int) -> list[float]:
-    """Return the levels that the recipe in force samples at, so that the report's images come out; else a grid's."""
+def usual_mid_sigmas(spec: "ModelSpec", count: int, model: str) -> list[float]:
+    """Return the levels that a logged model's recipe samples at, or the recipe in force; else a Karras grid's."""
+    from flows import generate
+
+    return generate.usual_mid_sigmas(spec, count, generate.read_levels(_locate(model)) or _levels_in_force())
+
+
+def _levels_in_force() -> "Sequence[Sequence[float]]":
+    """Return the levels that the recipe in force samples at, so that the report's images come out."""
     from flows.recipe import load_active
 
-    grid = spec.noise.grid(count + 2).tolist()[1:-1]
     try:
         root = home()
     except UserError:  # a model in a folder can be sampled anywhere
-        return grid
-    return next((list(mid) for mid in load_active(root).sample.mid_sigmas if len(mid) == count), grid)
+        return ()
+    return load_active(root).sample.mid_sigmas

@@ -186,7 +186,7 @@ def _interpolate_samples(editor: Editor) -> None:
     from cm_core import editing
 
     a, b = (editor.noise(seed, range(1)) for seed in editor.args.seeds)
-    sigmas = [editor.spec.noise.sigma_max, *usual_mid_sigmas(editor.spec, editor.args.steps - 1)]
+    sigmas = [editor.spec.noise.sigma_max, *usual_mid_sigmas(editor.spec, editor.args.steps - 1, editor.name)]
 
     def make(f: "Denoiser", _: "Draws", count: int) -> "Tensor":
         weights = editor.weights(count)

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.commands.drawing import BATCH, load, save_images
+from flows.commands.drawing import load, save_images
 from flows.commands.output import Bar
 from flows.errors import UserError
 from flows.workspace import home
@@ -137,6 +137,8 @@ class Editor:
         """Return --n results, uint8 [N, H, W, C], made in batches unless they belong together."""
         import numpy as np
         import torch
+
+        from flows.generate import BATCH
 
         batches, batch_size = [], self.args.n if at_once else BATCH
         with torch.no_grad(), Bar("editing") as bar:

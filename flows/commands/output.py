@@ -1,6 +1,7 @@
 """What the subcommands share: tables for people, JSON for machines, progress on stderr, types of arguments."""
 
 import json
+import signal
 import sys
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterable, Mapping, Sequence
@@ -51,6 +52,11 @@ def print_metrics(rows: Mapping[str, Mapping[str, float]], *, title: str) -> Non
     cells = [[f"{row[key]:#.4g}" if key in row else "-" for key in METRICS] for row in rows.values()]
     table = [[name, *values] for name, values in zip(rows, cells, strict=True)]
     print_table(("images", *columns), table, title=title, numbers=len(METRICS))
+
+
+def prepare_for_cancelling() -> None:
+    """Let SIGTERM unwind this process: a cancelled flow gets one, and the default would leave Prefect's server."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 class Bar(Monitor):

@@ -1,8 +1,6 @@
 """`cm run`, `cm demo`, `cm stage`: bring recipes about through Prefect, or one stage as DVC starts it."""
 
 import gc
-import signal
-import sys
 import textwrap
 import time
 from argparse import Namespace
@@ -10,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.output import CHARTS, add_json_option, print_json, print_metrics
+from flows.commands.output import CHARTS, add_json_option, prepare_for_cancelling, print_json, print_metrics
 from flows.commands.recipes import add_recipe_arguments
+from flows.rows import Metrics, Rows, by_row
 from flows.services import use_running
 from flows.workspace import home
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
 
 MAX_NAME = 120  # characters of a run's name, however many overrides it has
 DISTILLED, ISOLATED = "digits-cd", "digits-ct"  # the recipes of the demo
-Metrics = Mapping[str, Mapping[str, float]]  # as in metrics.json: <metric>_<network> -> images -> value
-Rows = dict[str, dict[str, float]]  # images -> metric -> value
 
 
 def add_parsers(commands: Any) -> None:
@@ -66,8 +63,7 @@ def run(args: Namespace) -> None:
 
 def run_pipeline(recipe: "Recipe", root: Path, *, name: str, keep: bool) -> dict[str, Any]:
     """Run the flow in this process; with `keep`, the workspace holds its recipe and results afterwards."""
-    # A cancelled flow sends SIGTERM to its process, whose default end would leave Prefect's own server running.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    prepare_for_cancelling()
     use_running(root)
     from flows import pipeline  # now that the recipe is known to be good: this import takes seconds
 
@@ -99,16 +95,6 @@ def demo_rows(distilled: Metrics, isolated: Metrics) -> tuple[str, Rows]:
     teacher = {name: row for name, row in cd.items() if name.startswith("teacher_")}
     # Before its training the distilled student is the teacher; the isolated one is what "untrained" says.
     return network, {"real": cd["real"], "untrained": ct["untrained"], **teacher, **students}
-
-
-def by_row(metrics: Metrics) -> tuple[str, Rows]:
-    """Return the network and the metrics row by row: {images: {metric: value}}."""
-    rows: Rows = {}
-    for key, values in metrics.items():
-        metric, _, network = key.partition("_")
-        for name, value in values.items():
-            rows.setdefault(name, {})[metric] = value
-    return network, rows
 
 
 def _where_to_look(root: Path, mlflow: Mapping[str, str]) -> str:

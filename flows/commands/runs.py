@@ -1,4 +1,4 @@
-"""`cm runs`: pipeline runs side by side, from MLflow."""
+"""`cm runs`, `cm runs compare`: pipeline runs side by side, from MLflow."""
 
 import os
 from argparse import Namespace
@@ -14,52 +14,103 @@ from flows.workspace import home, origin
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
+    from flows.tracking import Tracker
+
 SHORT = 8  # characters of an id that are shown
-SEARCHED = 1000  # runs among which a given id is looked for
+SEARCHED = 1000  # newest runs among which one is looked for
 PIPELINES = "tags.stage = 'pipeline'"
+RUN = "how its id begins, its name or recipe (the newest), champion, candidate, or MODEL@ALIAS of the registry"
 
 
 def add_parsers(commands: Any) -> None:
-    """Declare the subcommand."""
-    parser = commands.add_parser("runs", help="list pipeline runs, newest first; given ids, how those differ")
-    parser.add_argument("ids", metavar="ID", nargs="*", help="how a run's id begins")
+    """Declare the subcommands."""
+    parser = commands.add_parser("runs", help="list pipeline runs, newest first; compare some")
     parser.add_argument("--max", metavar="N", type=positive, default=20, help="at most so many; default 20")
     add_json_option(parser)
     parser.set_defaults(command=runs)
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", parser_class=type(parser))
+
+    parser = actions.add_parser("compare", help="the params in which runs differ, and their metrics side by side")
+    parser.add_argument("first", metavar="RUN", help=RUN)
+    parser.add_argument("others", metavar="RUN", nargs="+", help="another; its metrics are shown against the first's")
+    add_json_option(parser)
+    parser.set_defaults(command=compare)
 
 
 def runs(args: Namespace) -> None:
-    """Print the newest runs, or chosen ones and the params in which they differ."""
-    found = [describe(run) for run in find_runs(home(), args.ids, args.max)]
+    """Print the newest runs."""
+    tracker = tracker_of(home())
+    found = [describe(run) for run in find_pipelines(tracker, args.max)] if tracker else []
     if args.json:
         print_json(found)
     elif not found:
         print("No runs yet; `cm run RECIPE` makes one")
     else:
         _print_runs(found)
-        if args.ids:
-            columns = ("param", *(run["id"][:SHORT] for run in found))
-            print_table(columns, differing([run["params"] for run in found]))
 
 
-def find_runs(root: Path, ids: Sequence[str], limit: int) -> "list[Run]":
-    """Return the newest pipeline runs, or those whose ids begin as given; UserError where one does not exist."""
-    if not os.environ.get("MLFLOW_TRACKING_URI") and not (origin(root) / "mlflow.db").exists():
-        newest, where = [], origin(root) / "mlflow.db"
+def compare(args: Namespace) -> None:
+    """Print how runs differ: params, then every metric and its difference to the first run's."""
+    tracker = tracker_of(home(), must_exist=True)
+    newest = find_pipelines(tracker, SEARCHED)
+    found = [describe(resolve(given, newest, tracker)) for given in (args.first, *args.others)]
+    params = list(differing([run["params"] for run in found]))
+    metrics = list(side_by_side([run["metrics"] for run in found]))
+    if args.json:
+        print_json({"runs": found, "params": {name: values for name, *values in params}, "metrics": metrics})
     else:
+        _print_runs(found)
+        _print_comparison([run["id"][:SHORT] for run in found], params, metrics)
+
+
+def tracker_of(root: Path, *, must_exist: bool = False) -> "Tracker | None":
+    """Return the connection to MLflow; where nothing was tracked yet None, or UserError if something must exist."""
+    database = origin(root) / "mlflow.db"
+    if os.environ.get("MLFLOW_TRACKING_URI") or database.exists():
         from flows.tracking import Tracker
 
-        tracker = Tracker(origin(root))
-        where = tracker.uri
-        newest = tracker.client.search_runs([tracker.experiment_id], PIPELINES, max_results=SEARCHED if ids else limit)
-    return [_only(given, newest, str(where)) for given in ids] if ids else list(newest)
+        return Tracker(origin(root))
+    if must_exist:
+        raise UserError(f"{database}: no runs yet; `cm run RECIPE` makes one")
+    return None
 
 
-def _only(given: str, runs: "Sequence[Run]", where: str) -> "Run":
-    matching = [run for run in runs if run.info.run_id.startswith(given)]
-    if len(matching) != 1:
-        raise UserError(f"run {given!r}: {len(matching) or 'no'} pipeline runs in {where} have an id that begins so")
-    return matching[0]
+def find_pipelines(tracker: "Tracker", limit: int) -> "list[Run]":
+    """Return the newest pipeline runs."""
+    return list(tracker.client.search_runs([tracker.experiment_id], PIPELINES, max_results=limit))
+
+
+def resolve(given: str, newest: "Sequence[Run]", tracker: "Tracker") -> "Run":
+    """Return the run that `given` names. Raises UserError where none does, or several ids begin so."""
+    from flows.registry import CANDIDATE, CHAMPION
+
+    name, at, alias = given.rpartition("@")
+    if at or given in (CANDIDATE, CHAMPION):
+        return tracker.client.get_run(_registered_run(name, alias, tracker))
+    begins = [run for run in newest if run.info.run_id.startswith(given)]
+    called = [run for run in newest if given in (run.info.run_name, run.data.tags.get("recipe"))]
+    if len(begins) > 1 and not called:
+        raise UserError(f"run {given!r}: {len(begins)} pipeline runs in {tracker.uri} have an id that begins so")
+    if not begins and not called:
+        raise UserError(f"run {given!r}: no pipeline run in {tracker.uri} has such an id, name or recipe")
+    return (called or begins)[0]
+
+
+def _registered_run(name: str, alias: str, tracker: "Tracker") -> str:
+    """Return the id of the run that measured the version which an alias of the registry names."""
+    from flows.registry import RUN_TAG, Registry
+
+    registry = Registry(tracker)
+    names = [name] if name else registry.names()
+    if len(names) != 1:
+        raise UserError(f"{alias}: there are registered models {', '.join(names) or 'none yet'}; say MODEL@{alias}")
+    registered = registry.read(names[0])
+    version = registered.versions.get(registered.aliases.get(alias, 0))
+    if version is None:
+        raise UserError(f"{names[0]}@{alias}: no version has this alias; there are {', '.join(registered.aliases)}")
+    if RUN_TAG not in version.tags:
+        raise UserError(f"{names[0]}@{alias}: version {version.number} was not registered by a pipeline run")
+    return version.tags[RUN_TAG]
 
 
 def describe(run: "Run") -> dict[str, Any]:
@@ -99,3 +150,30 @@ def differing(params: Sequence[Mapping[str, str]]) -> Iterator[list[str]]:
         values = [run.get(name, "-") for run in params]
         if len(set(values)) > 1:
             yield [name, *values]
+
+
+def side_by_side(metrics: Sequence[Mapping[str, float]]) -> Iterator[dict[str, Any]]:
+    """Yield every metric with the values of all runs, and the differences of the later ones to the first."""
+    for name in sorted({name for run in metrics for name in run}):
+        first, *others = values = [run.get(name) for run in metrics]
+        differences = [None if None in (first, other) else other - first for other in others]
+        yield {"metric": name, "values": values, "differences": differences}
+
+
+def _print_comparison(
+    ids: Sequence[str], params: Sequence[Sequence[str]], metrics: Sequence[Mapping[str, Any]]
+) -> None:
+    if params:
+        print_table(("param", *ids), params)
+    else:
+        print("The runs have the same params\n")
+    signed = [f"{one} - {ids[0]}" for one in ids[1:]]
+    rows = [
+        [
+            row["metric"],
+            *("-" if value is None else f"{value:#.4g}" for value in row["values"]),
+            *("-" if value is None else f"{value:+#.4g}" for value in row["differences"]),
+        ]
+        for row in metrics
+    ]
+    print_table(("metric", *ids, *signed), rows, numbers=len(ids) + len(signed))

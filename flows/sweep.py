@@ -1,0 +1,117 @@
+"""A sweep as one Prefect flow: every point is a run of the pipeline, and what points share is computed once."""
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from flows.embedded import embedded_prefect
+from flows.pipeline import consistency
+from flows.pipeline_artifacts import show_metrics, show_pictures, show_tracking
+from flows.recipe import with_absolute_paths
+from flows.rows import Rows
+from flows.sweep_page import Point, Sweep, load_sweep
+from flows.sweep_report import Outcome, network_of, table, write_report
+from flows.tracking import PipelineRun, Tracker
+from flows.workspace import StageFailed, describe_code, home, origin
+
+RESULTS = Path("out/sweeps")  # in the workspace: table and plots of each sweep, by name
+
+
+class SweepFailed(StageFailed):
+    """Points of a sweep failed; the others are in `results`."""
+
+    def __init__(self, failed: Mapping[str, str], results: dict[str, Any]) -> None:
+        total = len(results["points"]) + len(failed)
+        reasons = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
+        super().__init__(f"{len(failed)} of {total} points failed:\n{reasons}")
+        self.results = results
+
+
+def run_sweep(name: str, overrides: Sequence[str], root: Path) -> dict[str, Any]:
+    """Run a sweep: here, with Prefect embedded, or with the server of PREFECT_API_URL.
+
+    Returns what the flow returns. Raises SweepFailed when all points have been tried and some failed.
+    """
+    with embedded_prefect(root), chdir(root):
+        return sweep(name, list(overrides))
+
+
+@flow(flow_run_name="{name}", log_prints=True)
+def sweep(name: str, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Run the pipeline on every point of a page of params/sweeps, and compare them in one table.
+
+    Args:
+        name: A page of params/sweeps.
+        overrides: Values over its recipe, such as student.train.num_steps=100.
+    """
+    root = home()
+    planned = load_sweep(name, overrides or (), root=root)
+    tags = {**describe_code(root), "recipe": planned.recipe, "sweep": planned.name}
+    params = {"points": len(planned.points), "recipe": planned.recipe, "overrides": overrides or []}
+    with PipelineRun(Tracker(origin(root)), planned.name, tags, params, stage="sweep") as parent:
+        outcomes, failed = run_points(planned, parent, root)
+        results = finish(planned, outcomes, parent, root)
+        if failed:
+            raise SweepFailed(failed, results)
+        return results
+
+
+def run_points(
+    planned: Sweep, parent: PipelineRun, root: Path
+) -> tuple[list[tuple[Outcome, dict[str, Any]]], dict[str, str]]:
+    """Run all points one after the other; return what was measured, and why the others failed, by name."""
+    outcomes, failed = [], {}
+    for number, point in enumerate(planned.points, 1):
+        print(f"point {number} of {len(planned.points)}: {point.name}")
+        try:
+            with parent.belonging().in_environment():
+                recipe = with_absolute_paths(point.recipe, root)
+                results = consistency(recipe, f"{planned.name} {point.name}")
+        except Exception as error:  # whatever it is: the other points are not concerned, and the end tells it
+            failed[point.name] = next(iter(str(error).splitlines()[-1:]), type(error).__name__)
+            print(f"point {point.name} failed: {failed[point.name]}")
+        else:
+            outcomes.append((Outcome(point, results["metrics"]), results))
+    return outcomes, failed
+
+
+def finish(
+    planned: Sweep, runs: Sequence[tuple[Outcome, dict[str, Any]]], parent: PipelineRun, root: Path
+) -> dict[str, Any]:
+    """Write, log and show the table and the plots of the points that were measured; return the results."""
+    outcomes = [outcome for outcome, _ in runs]
+    rows, files = {}, []
+    if outcomes:
+        rows, files = table(outcomes), write_report(planned, outcomes, root / RESULTS / planned.name)
+        parent.log_results(_numbers(rows, network_of(outcomes)), {path.name: path for path in files})
+        show_metrics(_by_metric(rows, network_of(outcomes)))
+        show_pictures({f"{planned.name}-{path.name}": path for path in files})
+    show_tracking(parent.tracker.uri, parent.tracker.experiment_id, parent.run_id)
+    return {
+        "name": planned.name,
+        "network": network_of(outcomes) if outcomes else None,
+        "rows": rows,
+        "points": {outcome.point.name: _describe(outcome.point, results) for outcome, results in runs},
+        "files": [str(path) for path in files],
+        "mlflow": {"uri": parent.tracker.uri, "run_id": parent.run_id},
+    }
+
+
+def _describe(point: Point, results: Mapping[str, Any]) -> dict[str, Any]:
+    cached = [stage for stage, result in results["stages"].items() if result["cached"]]
+    return {"values": dict(point.values), "cached": cached, "mlflow_run_id": results["mlflow"]["run_id"]}
+
+
+def _by_metric(rows: Rows, network: str) -> dict[str, dict[str, float]]:
+    metrics = dict.fromkeys(metric for row in rows.values() for metric in row)
+    return {f"{key}_{network}": {name: row[key] for name, row in rows.items() if key in row} for key in metrics}
+
+
+def _numbers(rows: Rows, network: str) -> dict[str, dict[str, float]]:
+    """Return the table under names that MLflow takes."""
+    tidy = {re.sub(r"[^\w.\- /]+", " ", name.replace(", ", "/")): row for name, row in rows.items()}
+    return _by_metric(tidy, network)

@@ -1,0 +1,39 @@
+"""What the machine does while a stage trains, by MLflow's own collectors, at the training's own steps.
+
+MLflow's monitor counts samples of its own, from 0 in every process; read at the steps that are logged, CPU and GPU
+stand over the same axis as the loss, and go on where a training is resumed.
+"""
+
+import time
+from contextlib import suppress
+
+EVERY = 1.0  # seconds between two readings
+
+
+class SystemMetrics:
+    """CPU, memory, and every GPU that NVML sees."""
+
+    def __init__(self) -> None:
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+
+        self._monitors = [CPUMonitor()]
+        with suppress(ImportError, RuntimeError):  # no nvidia-ml-py, or no GPU
+            self._monitors.append(GPUMonitor())
+        self._collect()  # utilisation counts from here
+        self._last = time.monotonic() - EVERY
+
+    def read(self) -> dict[str, float]:
+        """Return {system/NAME: number} since the last reading; nothing if that was a moment ago."""
+        if time.monotonic() - self._last < EVERY:
+            return {}
+        self._last = time.monotonic()
+        return self._collect()
+
+    def _collect(self) -> dict[str, float]:
+        found = {}
+        for monitor in self._monitors:
+            monitor.collect_metrics()
+            found |= {f"system/{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
+            monitor.clear_metrics()
+        return found
