@@ -2,11 +2,21 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
+from cm_core.batches import Batches
 from cm_core.graphs import replay_passes
+from cm_core.loop import Train, TrainState, fit
 from cm_core.methods.base import Batch, Models, StepContext
+from cm_core.methods.cd import CD
+from cm_core.methods.cm_inf import CMInf
+from cm_core.methods.ct import CT
+from cm_core.methods.ect import ECT
+from cm_core.methods.edm import EDM
+from cm_core.methods.ict import ICT
+from cm_core.methods.pd import PD
 from cm_core.methods.scm import SCM
 from cm_core.model import ModelSpec
 from cm_core.networks import DhariwalUNetParams, SongUNetParams
@@ -15,6 +25,7 @@ from cm_core.noise import Noise
 from cm_core.randomness import dropout_seed
 from cm_core.sampling import ImageNoise
 from flows.stages.models import to_device
+from flows.stages.student import build_weighting
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA, SHAPE, BATCH = torch.device("cuda"), (3, 32, 32), 32
@@ -114,6 +125,46 @@ def test_the_derivative_sees_the_mask_of_the_pass_that_is_trained(autocast):
         f = -model.raw(x_in, sigma)
     assert g.isfinite().all()
     assert relative([f.detach()], [f_minus]) < (1e-4 if autocast is None else 3e-2)
+
+
+METHODS = {
+    "edm": EDM(),
+    "cd": CD(target_decay=0.9),
+    "ct": CT(),
+    "ict": ICT(),
+    "ect": ECT(),
+    "scm": SCM(),
+    "scd": SCM(distil=True),
+    "pd": PD(start_steps=4),
+    "cm_inf": CMInf(),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_with_recorded_passes_as_without(name):
+    losses = [take_steps(METHODS[name], recorded) for recorded in (False, True)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def take_steps(method, recorded):
+    """Return the losses of six steps of a small network with dropout in bf16."""
+    network, dropout = NETWORKS["ddpmpp"], 0.2
+    model = build(network, form=method.form, dropout=dropout, autocast=torch.bfloat16)
+    teacher = build(network, form="denoiser", autocast=torch.bfloat16).eval().requires_grad_(False)
+    target = copy.deepcopy(model) if method.keeps_target else None
+    train = Train(num_steps=6, batch_size=16, log_every=1, save_every=6, grid_every=6, precision="bf16")
+    weighting = build_weighting(method, 0, CUDA)
+    state = TrainState(
+        model, train, target=target, teacher=teacher if method.replaces_teacher else None, weighting=weighting
+    )
+    distance = method.distance.build(SHAPE) if hasattr(method, "distance") else None
+    models = Models(model, target or model, teacher, distance, weighting)
+    if recorded:
+        for net in {id(m): m for m in (model, models.target, teacher)}.values():
+            replay_passes(net.net)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
+    batches = Batches(pixels, None, batch_size=16, seed=0, device=CUDA)
+    return [entry["loss"] for entry in fit(state, method, models, batches, noise=Noise(), seed=0)]
 
 
 def test_the_network_agrees_with_the_cpu():

@@ -120,7 +120,8 @@ class GroupNorm(nn.GroupNorm):
     """In fp32 under autocast on every device: on the CPU its forward-mode derivative is fp32 beside a bf16 value."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x if x.dtype.itemsize >= 4 else x.float())
+        x = x if x.dtype.itemsize >= 4 else x.float()
+        return super().forward(x.contiguous() if is_plain() else x)  # the derivative's formula takes views
 
 
 class BoxDown(nn.Module):
@@ -276,7 +277,9 @@ class Block(nn.Module):
         """
         if not self.training or self.dropout == 0:
             return h
-        keep = torch.empty(h.shape, dtype=torch.bool, device=h.device).bernoulli_(1 - self.dropout)
+        layout = torch.channels_last if h.is_cuda else torch.contiguous_format  # what the networks have there
+        keep = torch.empty(h.shape, dtype=torch.bool, device=h.device, memory_format=layout)
+        keep.bernoulli_(1 - self.dropout)
         return h * keep / (1 - self.dropout)
 
     def modulate(self, h: Tensor, emb: Tensor) -> Tensor:
