@@ -66,7 +66,8 @@ def title(recipe: Recipe, name: str) -> str:
     """Return a readable name of a run, such as `digits-cd · cd heun N=18`."""
     method = recipe.student.method
     labels = {"solver": "{}", "num_scales": "N={}", "s0": "s0={}", "s1": "s1={}"}
-    words = [label.format(getattr(method, field)) for field, label in labels.items() if hasattr(method, field)]
+    chosen = {field: getattr(method, field, None) for field in labels}
+    words = [label.format(chosen[field]) for field, label in labels.items() if chosen[field] is not None]
     return " ".join(([f"{name} ·"] if name else []) + [method.kind, *words])
 
 

@@ -181,7 +181,7 @@ def test_a_stopped_training_goes_on_and_its_state_goes_when_dvc_has_the_result(r
     assert state.drop_finished(root, lambda made: False) == []
     seen = []
     (dropped,) = state.drop_finished(root, lambda made: seen.append(made) or True)
-    assert seen == [outs] and dropped.name.startswith("teacher-") and not dropped.exists()
+    assert seen == [outs] and dropped.startswith("teacher-") and not (tmp_path / dropped).exists()
 
 
 def test_a_state_is_one_process_at_a_time_and_is_not_dropped_in_use(tmp_path):
@@ -189,11 +189,11 @@ def test_a_state_is_one_process_at_a_time_and_is_not_dropped_in_use(tmp_path):
 import sys
 from pathlib import Path
 from flows.state import hold_state
-with hold_state(Path({str(tmp_path)!r}), "teacher", "key", lambda: print("waits", flush=True)) as folder:
-    print("has", folder.name, flush=True)
+with hold_state(Path({str(tmp_path)!r}), "teacher", "key", lambda: print("waits", flush=True), print) as held:
+    print("has", held.folder.name, flush=True)
 """
-    with state.hold_state(tmp_path, "teacher", "key", lambda: pytest.fail("nobody to wait for")) as folder:
-        state.mark_finished(folder, {})
+    with state.hold_state(tmp_path, "teacher", "key", lambda: pytest.fail("nobody to wait for"), pytest.fail) as held:
+        state.mark_finished(held.folder, {})
         other = subprocess.Popen(
             [sys.executable, "-c", holder], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -205,11 +205,11 @@ with hold_state(Path({str(tmp_path)!r}), "teacher", "key", lambda: print("waits"
 
 def test_another_place_for_states(tmp_path, monkeypatch):
     monkeypatch.setenv("CM_STATE", str(tmp_path / "elsewhere"))
-    with state.hold_state(tmp_path, "teacher", "key", lambda: None) as folder:
-        assert folder == tmp_path / "elsewhere" / "teacher-key" and folder.is_dir()
-    monkeypatch.setenv("CM_STATE", "s3://bucket/states")
-    with pytest.raises(UserError, match="CM_STATE=s3://bucket/states"):
-        state.states_folder(tmp_path)
+    with state.hold_state(tmp_path, "teacher", "key", lambda: None, pytest.fail) as held:
+        assert held.folder == tmp_path / "elsewhere" / "teacher-key" and held.folder.is_dir()
+    monkeypatch.setenv("CM_STATE", "ftp://bucket/states")
+    with pytest.raises(UserError, match="CM_STATE=ftp://bucket/states: must be a folder of this machine or s3://"):
+        state.states_bucket()
 
 
 def test_a_pipeline_run_that_fails_ends_with_its_children(tracker):

@@ -36,6 +36,10 @@ class CT(Method):
     """Grid intervals at the end (CM, Table 3: 150, ImageNet-64 200)."""
     mu0: float = Field(0.9, gt=0, lt=1)
     """Target decay at the start (CM, Table 3: CIFAR-10 0.9, others 0.95)."""
+    num_scales: int | None = Field(None, ge=2)
+    """Grid points N at every step; empty: N(k), which grows from s0 to s1 + 1 (CM, Figure 3d: fixed is worse)."""
+    target_decay: float | None = Field(None, ge=0, lt=1)
+    """Target decay mu at every step; empty: mu(k), which follows N(k) (CM, Figure 3d)."""
     mu_per_interval: bool = True
     """Divide mu's exponent by N - 1 intervals (released code) or by N points (paper)."""
     distance: AnyDistance = L2()
@@ -62,11 +66,15 @@ class CT(Method):
         return Loss(distance, t, {"num_scales": num_scales, "target_decay": decay})
 
     def num_scales_at(self, step: int, num_steps: int) -> int:
-        """Return N(k)."""
+        """Return N(k), or the fixed N."""
+        if self.num_scales is not None:
+            return self.num_scales
         return ct_num_scales(step, num_steps=num_steps, s0=self.s0, s1=self.s1)
 
     def target_decay_at(self, step: int, num_steps: int) -> float:
-        """Return mu(k)."""
+        """Return mu(k), or the fixed mu."""
+        if self.target_decay is not None:
+            return self.target_decay
         num_scales = self.num_scales_at(step, num_steps)
         return ct_target_decay(num_scales, s0=self.s0, mu0=self.mu0, per_interval=self.mu_per_interval)
 
