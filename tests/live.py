@@ -1,14 +1,12 @@
-"""Real services for tests: a workspace with a recipe of seconds, PostgreSQL, `cm up`, more workers, their REST API."""
+"""Real services for tests: a workspace with a recipe of seconds, `cm up`, more workers, their REST API."""
 
 import functools
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +19,6 @@ import pytest
 from miniature import REPOSITORY, commit, git
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-POSTGRES = shutil.which("initdb")
 TINY = """# A page for tests: eight by eight, seconds.
 data: {source: digits, max_images: 64}
 network: {kind: song_unet, channels: 8, channel_mult: [1], num_blocks: 1, attn_resolutions: []}
@@ -54,55 +51,6 @@ def cm(root: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Run `cm` in the workspace."""
     command = [sys.executable, "-m", "flows.cli", *arguments]
     return subprocess.run(command, cwd=root, env=environment(root), capture_output=True, text=True, check=False)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@contextmanager
-def postgres() -> Iterator[str]:
-    """Run a PostgreSQL server with a database `cm`; yield its address. As root, it runs as the user postgres."""
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
-        own = {"user": "postgres", "group": "postgres"} if os.getuid() == 0 else {}
-        if own:
-            shutil.chown(folder, "postgres", "postgres")
-        with _postgres_server(Path(folder), own) as port:
-            yield f"postgresql://cm:secret@127.0.0.1:{port}/cm"
-
-
-@contextmanager
-def _postgres_server(folder: Path, own: dict[str, str]) -> Iterator[int]:
-    data, port = folder / "data", free_port()
-    initdb = ["initdb", "--pgdata", str(data), "--username", "cm", "--auth", "trust", "--no-sync"]
-    subprocess.run(initdb, check=True, stdout=subprocess.DEVNULL, cwd=folder, **own)
-    options = ["-p", str(port), "-c", "listen_addresses=127.0.0.1", "-k", str(folder), "-c", "fsync=off"]
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(["postgres", "-D", str(data), *options], stdout=log, stderr=log, cwd=folder, **own)
-    try:
-        _create_database(port)
-        yield port
-    finally:
-        server.send_signal(signal.SIGINT)
-        server.wait()
-
-
-def _create_database(port: int) -> None:
-    import psycopg2
-
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            connection = psycopg2.connect(host="127.0.0.1", port=port, user="cm", dbname="postgres")
-            break
-        except psycopg2.OperationalError:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-    connection.autocommit = True
-    connection.cursor().execute("create database cm")
-    connection.close()
 
 
 class Up:

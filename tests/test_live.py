@@ -12,12 +12,10 @@ import pytest
 
 from flows.devices import visible_devices
 from flows.services import still_runs
-from live import CHROMIUM, POSTGRES, Up, make_live_workspace, postgres, wait_until, worker
+from live import CHROMIUM, Up, make_live_workspace, wait_until, worker
+from servers import needs_postgres, postgres
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(POSTGRES is None, reason="no PostgreSQL server on this machine (initdb is not in PATH)"),
-]
+pytestmark = [pytest.mark.slow, needs_postgres]
 EARLY = ("prepare", "teacher")  # features may still wait for their turn when the student begins
 
 
@@ -25,8 +23,8 @@ EARLY = ("prepare", "teacher")  # features may still wait for their turn when th
 def up(tmp_path_factory):
     """`cm up` on PostgreSQL, the servers alone."""
     root = make_live_workspace(tmp_path_factory.mktemp("live") / "workspace")
-    with postgres() as database:
-        services = Up(root, "--database", database, "--no-workers")
+    with postgres(tmp_path_factory.mktemp("database")) as place:
+        services = Up(root, "--database", f"postgresql://postgres:postgres@{place}/postgres", "--no-workers")
         yield services
         assert services.stop() == 0
         assert not [child for child in services.children if still_runs(child)]

@@ -14,7 +14,7 @@ from cm_core.noise import Noise
 from flows.figures import save_grid
 from flows.registry import Registry, register_student
 from flows.tracking import MODEL_FILES, PipelineRun, StageRun, Tracker, load_student
-from servers import mlflow_server, postgres, s3_server
+from servers import mlflow_server, needs_postgres, postgres, s3_server
 
 SPEC = ModelSpec(form="skip", network=MLPParams(), noise=Noise(), image_shape=(1, 4, 4))
 METRICS = {"fid_classifier": {"real": 0.5, "nfe_1": 2.5}}
@@ -65,6 +65,7 @@ def log_pipeline(root):
 
 
 @pytest.mark.slow
+@needs_postgres
 def test_what_a_pipeline_logs_comes_back_through_the_server(server, tmp_path):
     uri, s3 = server
     parent_id = log_pipeline(tmp_path)
