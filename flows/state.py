@@ -16,6 +16,7 @@ from pathlib import Path
 from flows import s3_state
 from flows.bucket import Bucket
 from flows.errors import UserError
+from flows.locks import try_lock
 
 STATE_VARIABLE, FINISHED_FILE = "CM_STATE", "finished.json"
 Stored = Callable[[Mapping[str, str]], bool]  # whether DVC's cache has all of {path: hash}
@@ -67,7 +68,7 @@ def hold_state(
 def _hold_folder(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with _lock_file(folder).open("w") as lock:
-        if not _try_lock(lock):
+        if not try_lock(lock):
             on_wait()
             fcntl.flock(lock, fcntl.LOCK_EX)
         folder.mkdir(exist_ok=True)
@@ -95,7 +96,7 @@ def _drop_folders(states: Path, is_stored: Stored) -> Iterator[Path]:
     for marker in states.glob(f"*/{FINISHED_FILE}"):
         folder = marker.parent
         with _lock_file(folder).open("w") as lock:
-            if _try_lock(lock) and is_stored(json.loads(marker.read_text())):
+            if try_lock(lock) and is_stored(json.loads(marker.read_text())):
                 s3_state.drop_folder(folder)
                 yield folder
 
@@ -103,7 +104,7 @@ def _drop_folders(states: Path, is_stored: Stored) -> Iterator[Path]:
 def drop_unheld(folder: Path) -> bool:
     """Remove a state unless somebody holds it; return whether it is gone."""
     with _lock_file(folder).open("w") as lock:
-        if _try_lock(lock):
+        if try_lock(lock):
             s3_state.drop_folder(folder)
             return True
     return False
@@ -111,11 +112,3 @@ def drop_unheld(folder: Path) -> bool:
 
 def _lock_file(folder: Path) -> Path:
     return folder.with_name(folder.name + ".lock")  # beside the folder: it outlives it
-
-
-def _try_lock(file: object) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
