@@ -18,7 +18,7 @@ PIP_INSTALL := $(PIP) install --quiet --no-compile # Python compiles a module wh
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo repro ui doctor test test-all lint format lock
+.PHONY: help install demo repro ui doctor test test-all soak lint format lock
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,8 +54,11 @@ doctor: $(INSTALLED) ## Say what is installed, reachable and writable
 test: $(INSTALLED) ## Run the fast tests
 	@$(BIN)/python -m pytest
 
-test-all: $(INSTALLED) ## Run all tests, those of minutes, servers and browsers too
+test-all: $(INSTALLED) ## Run the slow tests too: kills, servers, S3 (CI does)
 	@$(BIN)/python -m pytest --run-slow
+
+soak: $(INSTALLED) ## Run the tests of many minutes: whole flows, killed workers, a browser
+	@$(BIN)/python -m pytest --run-soak -m soak
 
 lint: $(INSTALLED) ## Check style and formatting
 	@$(BIN)/ruff check

@@ -1,17 +1,17 @@
-"""Shared fixtures. `--run-slow` adds the tests that take minutes or start servers and browsers."""
+"""Shared fixtures. `--run-slow` adds the tests that start servers or take a minute, `--run-soak` those of many."""
 
 import pytest
 
 
 def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="also run tests marked slow")
+    parser.addoption("--run-soak", action="store_true", help="also run tests marked soak")
     parser.addoption("--kills", type=int, default=32, help="how often tests of kills kill, in all (32)")
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--run-slow"):
-        return
-    skip = pytest.mark.skip(reason="slow; add --run-slow")
-    for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(skip)
+    for mark in ("slow", "soak"):
+        skip = pytest.mark.skip(reason=f"{mark}; add --run-{mark}")
+        for item in items:
+            if mark in item.keywords and not config.getoption(f"--run-{mark}"):
+                item.add_marker(skip)

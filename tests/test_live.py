@@ -15,7 +15,7 @@ from flows.services import still_runs
 from live import CHROMIUM, Up, make_live_workspace, wait_until, worker
 from servers import needs_postgres, postgres
 
-pytestmark = [pytest.mark.slow, needs_postgres]
+pytestmark = [pytest.mark.soak, needs_postgres]
 EARLY = ("prepare", "teacher")  # features may still wait for their turn when the student begins
 
 

@@ -133,7 +133,7 @@ SMALL = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_search_trains_what_is_missing_once_and_cm_sample_uses_what_it_found(tmp_path):
     root = tmp_path / "workspace"
     subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), str(root)], check=True)

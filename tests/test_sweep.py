@@ -182,7 +182,7 @@ def results_of(out):
     return json.loads(out[out.index('{\n  "name"') :])
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_sweep_computes_what_is_new_and_tells_what_failed(workspace):
     """Two methods, and one whose batch is larger than the data: the others are measured, the second time from cache."""
     page = "recipe: tiny\npoints:\n  cd: {student.method.num_scales: 4}\n"
