@@ -134,26 +134,27 @@ def wait_for_page(url: str, log: Path, seconds: float = 300) -> None:
 
 
 @contextmanager
-def postgres(folder: Path) -> Iterator[str]:
-    """Run PostgreSQL with its data below `folder`; yield host:port, where postgres/postgres may do anything.
+def postgres() -> Iterator[str]:
+    """Run PostgreSQL; yield host:port, where postgres/postgres may do anything.
 
-    The server refuses to run as root, so there it runs as nobody, who gets the folder.
+    The server refuses to run as root, so there it runs as nobody, who gets a folder of his own: pytest closes its
+    folders to others whenever another run of it begins.
     """
-    data, port = folder / "postgres", free_port()
     user = {"user": "nobody", "group": "nogroup"} if os.geteuid() == 0 else {}
-    data.mkdir()
-    (folder / "password").write_text("postgres")
-    if user:
-        shutil.chown(data, **user)
-        for above in (folder, *folder.parents[:-1]):
-            above.chmod(above.stat().st_mode | 0o011)
-    init = ["--username", "postgres", "--pwfile", str(folder / "password"), "--auth", "scram-sha-256", "--no-sync"]
-    subprocess.run([binary("initdb"), "-D", str(data), *init], check=True, capture_output=True, cwd="/", **user)
-    options = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
-    settings = [word for key, value in options.items() for word in ("-c", f"{key}={value}")]
-    with process([binary("postgres"), "-D", str(data), "-p", str(port), *settings], folder, **user) as log:
-        wait_until_it_accepts(port, log)
-        yield f"127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory() as name:
+        folder, data, port = Path(name), Path(name) / "data", free_port()
+        data.mkdir()
+        (folder / "password").write_text("postgres")
+        if user:
+            shutil.chown(data, **user)
+            folder.chmod(0o711)
+        init = ["--username", "postgres", "--pwfile", str(folder / "password"), "--auth", "scram-sha-256", "--no-sync"]
+        subprocess.run([binary("initdb"), "-D", str(data), *init], check=True, capture_output=True, cwd="/", **user)
+        options = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
+        settings = [word for key, value in options.items() for word in ("-c", f"{key}={value}")]
+        with process([binary("postgres"), "-D", str(data), "-p", str(port), *settings], folder, **user) as log:
+            wait_until_it_accepts(port, log)
+            yield f"127.0.0.1:{port}"
 
 
 def binary(name: str) -> str:

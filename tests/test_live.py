@@ -23,7 +23,7 @@ EARLY = ("prepare", "teacher")  # features may still wait for their turn when th
 def up(tmp_path_factory):
     """`cm up` on PostgreSQL, the servers alone."""
     root = make_live_workspace(tmp_path_factory.mktemp("live") / "workspace")
-    with postgres(tmp_path_factory.mktemp("database")) as place:
+    with postgres() as place:
         services = Up(root, "--database", f"postgresql://postgres:postgres@{place}/postgres", "--no-workers")
         yield services
         assert services.stop() == 0

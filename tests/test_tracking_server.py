@@ -31,7 +31,7 @@ PROTOCOL = {
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """The address of the server, and a client of the bucket that its files go to."""
-    with postgres(tmp_path) as database, s3_server(monkeypatch) as s3:
+    with postgres() as database, s3_server(monkeypatch) as s3:
         s3.create_bucket(Bucket="mlflow")
         store = f"postgresql+psycopg2://postgres:postgres@{database}/postgres"
         with mlflow_server(tmp_path, "--artifacts-destination", "s3://mlflow/artifacts", store=store) as uri:
