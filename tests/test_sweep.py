@@ -216,7 +216,7 @@ def test_a_sweep_computes_what_is_new_and_tells_what_failed(workspace):
     code, out, err = cm(workspace, "sweep", "mine", "--json")
     assert code == 0, err
     again = results_of(out)
-    assert all(len(point["cached"]) == 6 for point in again["points"].values())
+    assert all(len(point["cached"]) == 7 for point in again["points"].values())
     assert again["rows"] == results["rows"]
 
     names = json.loads(cm(workspace, "models", "--json")[1])
