@@ -121,7 +121,9 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if x.dtype.itemsize >= 4 else x.float()
-        return super().forward(x.contiguous() if is_plain() else x)  # the derivative's formula takes views
+        if not torch.compiler.is_compiling() and is_plain():
+            x = x.contiguous()  # the forward-mode derivative's formula takes views
+        return super().forward(x)
 
 
 class BoxDown(nn.Module):
