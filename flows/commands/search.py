@@ -69,7 +69,7 @@ def make_grid(recipe: "Recipe", nfe: int, num_scales: int | None) -> list[float]
     method = recipe.student.method
     if method.form == "euler":
         raise UserError(f"student.method.kind={method.kind}: its training fixes the levels; there is nothing to search")
-    count = num_scales or getattr(method, "num_scales", NUM_SCALES)
+    count = num_scales or getattr(method, "num_scales", None) or NUM_SCALES  # a method without one, or with N(k)
     if not 2 <= nfe < count:
         raise UserError(f"--nfe {nfe}: must lie between 2 and {count - 1}, for a grid of {count} points (--num-scales)")
     return [float(f"{sigma:.{DIGITS}g}") for sigma in recipe.noise.grid(count).tolist()]
