@@ -239,7 +239,7 @@ def compare(root, capsys, ids):
         assert code == 2 and words in err and err.count("\n") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_run_that_is_stopped_leaves_nothing_running(tmp_path, number, code):
     root = make_workspace(tmp_path)

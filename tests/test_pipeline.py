@@ -95,10 +95,10 @@ def dvc(root, *arguments):
 
 
 ALL, NONE = (dict.fromkeys(["prepare", "features", "teacher", "evaluate"], value) for value in (True, False))
-slow = pytest.mark.slow
+soak = pytest.mark.soak
 
 
-@slow
+@soak
 def test_a_run_computes_tracks_shows_and_hands_over(run, root, monkeypatch):
     (root / "remark.txt").write_text("an uncommitted edit")
     from prefect.logging.handlers import PrefectConsoleHandler
@@ -132,7 +132,7 @@ def test_a_run_computes_tracks_shows_and_hands_over(run, root, monkeypatch):
     assert numbers == parent.data.metrics, "the numbers are there also when nothing ran"
 
 
-@slow
+@soak
 def test_prefect_has_the_metrics_the_progress_and_the_way_to_mlflow(run):
     from prefect.client.orchestration import get_client
 
@@ -146,7 +146,7 @@ def test_prefect_has_the_metrics_the_progress_and_the_way_to_mlflow(run):
     assert set(ALL) <= names
 
 
-@slow
+@soak
 def test_what_dvc_computed_the_flow_finds(run, root):
     write_active(Recipe(seed=3), root)
     dvc(root, "repro")
@@ -155,7 +155,7 @@ def test_what_dvc_computed_the_flow_finds(run, root):
     assert results["stages"]["teacher"]["entry"] == load_yaml(root / "dvc.lock")["stages"]["teacher"]
 
 
-@slow
+@soak
 def test_a_skipped_stage_whose_result_is_gone_runs_again(run, root):
     first = run(4, keep=False)
     outs = locked_outs(first["stages"]["teacher"]["entry"])
@@ -165,7 +165,7 @@ def test_a_skipped_stage_whose_result_is_gone_runs_again(run, root):
     assert again["stages"]["teacher"]["entry"]["outs"] == first["stages"]["teacher"]["entry"]["outs"]
 
 
-@slow
+@soak
 def test_stages_after_skipped_ones_find_their_inputs(run, root):
     """Prepare and teacher are skipped without a shell; evaluate, its code changed, still reads what they made."""
     run(5, keep=False)
@@ -175,7 +175,7 @@ def test_stages_after_skipped_ones_find_their_inputs(run, root):
     (root / "dvc.yaml").write_text(text)
 
 
-@slow
+@soak
 def test_a_crash_is_retried_and_bad_input_is_not(run, pipeline, monkeypatch, tmp_path):
     monkeypatch.setattr(pipeline, "bring_up", pipeline.bring_up.with_options(retry_delay_seconds=0))
     trace = tmp_path / "trace"
@@ -192,7 +192,7 @@ def test_a_crash_is_retried_and_bad_input_is_not(run, pipeline, monkeypatch, tmp
     assert trace.read_text().splitlines()[0].startswith("prepare") and len(trace.read_text().splitlines()) == 1
 
 
-@slow
+@soak
 def test_an_interrupted_run_leaves_nothing_running(run, root, monkeypatch, tmp_path):
     trace = tmp_path / "trace"
     monkeypatch.setenv("MINI_TRACE", str(trace))
