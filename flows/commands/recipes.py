@@ -29,13 +29,18 @@ def add_parsers(commands: Any) -> None:
 def add_recipe_arguments(parser: Any) -> None:
     """Add the arguments RECIPE and --set."""
     parser.add_argument("recipe", metavar="RECIPE", help="a name of `cm recipes`, or a path to a .yaml file")
+    add_override_option(parser, "a value")
+
+
+def add_override_option(parser: Any, what: str) -> None:
+    """Add --set, which changes `what`."""
     parser.add_argument(
         "--set",
         dest="overrides",
         metavar="KEY=VALUE",
         action="append",
         default=[],
-        help="change a value, such as student.method.solver=euler; may be given more than once",
+        help=f"change {what}, such as student.method.solver=euler; may be given more than once",
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from flows.commands.output import add_json_option, prepare_for_cancelling, print_json, print_metrics, print_table
+from flows.commands.recipes import add_override_option
 from flows.services import use_running
 from flows.workspace import home
 
@@ -16,14 +17,7 @@ def add_parsers(commands: Any) -> None:
     """Declare the subcommand."""
     parser = commands.add_parser("sweep", help="run the pipeline at every point of a page of params/sweeps, compare")
     parser.add_argument("name", metavar="NAME", help="a page of params/sweeps, or a path to a .yaml file")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="change a value of the recipe that all points start from; may be given more than once",
-    )
+    add_override_option(parser, "a value of the recipe that all points start from")
     parser.add_argument("--dry-run", action="store_true", help="check and print the points, run nothing")
     add_json_option(parser)
     parser.set_defaults(command=sweep)
