@@ -21,6 +21,7 @@ from cm_core.networks import Network, SongUNetParams
 from cm_core.noise import Noise
 from cm_core.params import Params
 from cm_core.sampling import check_levels
+from flows.atomic import replace_text
 from flows.errors import UserError
 from flows.stages.edit import Edit
 from flows.stages.evaluate import Evaluate
@@ -181,7 +182,7 @@ def write_active(recipe: Recipe, root: Path) -> Path:
     text += dump_recipe(recipe)
     if not path.exists() or path.read_text() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        replace_text(path, text)
     return path
 
 

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.atomic import replace_text
 from flows.deploy import HEARTBEAT_SECONDS, deploy, in_folder
 from flows.devices import visible_devices
 from flows.dvcfiles import CPU, GPU
@@ -393,9 +394,7 @@ def _write_note(root: Path, services: Services, children: Sequence[Child]) -> No
         child.name: {"pid": child.pid, "created": psutil.Process(child.pid).create_time(), "log": str(child.log)}
         for child in children
     }
-    partial = _note_file(root).with_suffix(".partial")
-    partial.write_text(json.dumps({**asdict(services), "children": known}))
-    partial.replace(_note_file(root))
+    replace_text(_note_file(root), json.dumps({**asdict(services), "children": known}))
 
 
 def _end_leftovers(root: Path) -> None:

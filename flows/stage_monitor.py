@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from flows.atomic import replace_text
 from flows.monitor import Monitor
 from flows.tracking import StageRun
 from flows.workspace import PROGRESS_VARIABLE
@@ -103,6 +104,4 @@ class _ProgressFile:
         if self._path is None or (done < total and time.monotonic() - self._last < FILE_EVERY):
             return
         self._last = time.monotonic()
-        partial = self._path.with_name(self._path.name + ".partial")
-        partial.write_text(json.dumps({"done": done, "total": total, "unit": unit}))
-        partial.replace(self._path)
+        replace_text(self._path, json.dumps({"done": done, "total": total, "unit": unit}))

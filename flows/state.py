@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows import s3_state
+from flows.atomic import replace_text
 from flows.bucket import Bucket
 from flows.errors import UserError
 from flows.locks import try_lock
@@ -77,7 +78,7 @@ def _hold_folder(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
 
 def mark_finished(folder: Path, outs: Mapping[str, str]) -> None:
     """Note what the stage made, {path: DVC hash}; from now on the state waits to be dropped."""
-    (folder / FINISHED_FILE).write_text(json.dumps(dict(outs)))
+    replace_text(folder / FINISHED_FILE, json.dumps(dict(outs)))
 
 
 def _finished(folder: Path) -> dict[str, str] | None:

@@ -1,6 +1,7 @@
 """The stages that train and sample, called as plain functions on a few digits: no engine, no server."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 from cm_core.model import load_model
 from flows.errors import UserError
 from flows.monitor import Monitor
-from flows.stages.training import StageStopped
+from flows.stages.training import StageStopped, TrainingLog
 from small_stages import files, run_small, small_recipe
 
 
@@ -61,6 +62,20 @@ METHODS = {
     "{kind: pd, start_steps: 4, end_steps: 2}": {"nfe_2"},
     "cm_inf": {"nfe_1", "nfe_2"},
 }
+
+
+def test_a_training_that_dies_while_its_log_is_rewritten_keeps_the_log(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n')
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        TrainingLog(tmp_path, before=2)
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+    monkeypatch.undo()
+    assert TrainingLog(tmp_path, before=2).metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -20,6 +20,7 @@ from cm_core.model import ModelSpec, save_model
 from cm_core.networks.layers import compile_blocks
 from cm_core.precond import Precond
 from cm_core.profiling import profiled
+from flows.atomic import replace_text
 from flows.dataset import Dataset
 from flows.errors import UserError
 from flows.figures import save_grid
@@ -68,7 +69,7 @@ def run_training(
     """
     train = state.train
     _resume(state, state_dir, monitor)
-    log = _TrainingLog(state_dir / "log", before=state.step)
+    log = TrainingLog(state_dir / "log", before=state.step)
     averaged = to_device(spec.build(autocast=train.autocast), batches.device).eval().requires_grad_(False)
     _keep_compiled(state_dir.parent / "compiled", batches.device)
     _prepare_passes(models, train)
@@ -139,14 +140,14 @@ def _write_artifact(state: TrainState, spec: ModelSpec, out_dir: Path) -> None:
     save_model(out_dir, spec, state.averaged())
 
 
-class _TrainingLog:
+class TrainingLog:
     """metrics.jsonl and grids of a training in flight; whatever lies beyond the resumed step is dropped."""
 
     def __init__(self, folder: Path, *, before: int) -> None:
         self.folder, self.metrics = folder, folder / "metrics.jsonl"
         (folder / "grids").mkdir(parents=True, exist_ok=True)
         kept = [line for line in self._lines() if json.loads(line)["step"] <= before]
-        self.metrics.write_text("".join(kept))
+        replace_text(self.metrics, "".join(kept))
 
     def append(self, metrics: dict[str, float]) -> None:
         with self.metrics.open("a") as file:
