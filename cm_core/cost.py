@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from cm_core import ranks
 from cm_core.loop import Train
 from cm_core.methods.base import Batch, Method, Models, StepContext, grid_on
 from cm_core.model import ModelSpec
@@ -145,7 +146,7 @@ class Speed:
         self.cost: StepCost | None = None
         if device.type == "cuda":
             self.cost = step_cost(method, spec, num_emas=len(train.emas), bytes_per_value=2 if train.autocast else FP32)
-            self._limit = matmul_rate(device) / self.cost.flops_per_image
+            self._limit = ranks.count() * matmul_rate(device) / self.cost.flops_per_image
 
     def measured(self, step: int) -> dict[str, float]:
         """Return the numbers since the last call, `step` steps after the training's beginning."""

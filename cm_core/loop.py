@@ -10,6 +10,7 @@ import torch
 from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from cm_core import ranks
 from cm_core.batches import Batches
 from cm_core.checkpoint import load_state, save_state
 from cm_core.curricula import linear_ramp
@@ -221,6 +222,7 @@ def train_step(
     train = state.train
     loss = method.loss(models, batches.at(context.step), context)
     loss.per_sample.mean().backward()
+    ranks.sum_gradients(state.model, state.weighting)
     grad_norm = torch.nn.utils.clip_grad_norm_(state.parameters(), train.clip_norm or math.inf)
     factor = method.learning_rate_factor(context.step, context.num_steps)
     factor *= linear_ramp(context.step, ramp_steps=train.ramp_steps)
@@ -262,7 +264,9 @@ def fit(
         if method.replaces_teacher_at(step, train.num_steps):
             state.replace_teacher()
         generator = make_generator(batches.device, seed, "step", step)
-        context = StepContext(step, train.num_steps, noise, generator, derive_seed(seed, "dropout", step))
+        others = [ranks.rank()] if ranks.rank() else []  # of whom each drops other activations
+        dropout_seed = derive_seed(seed, "dropout", step, *others)
+        context = StepContext(step, train.num_steps, noise, generator, dropout_seed)
         loss, grad_norm = train_step(state, method, models, batches, context)
         state.window.append((step, loss, grad_norm))
         on_step()

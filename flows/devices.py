@@ -1,16 +1,21 @@
-"""The GPUs of this machine: which there are, and one of them for one stage alone."""
+"""The GPUs of this machine: which there are, how many a stage wants, and those for it alone."""
 
+import fcntl
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
+from flows.errors import UserError
 from flows.locks import try_lock
 
 DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
+COUNT_VARIABLE = "CM_DEVICES"  # how many devices a training uses
+SHARED = ("teacher", "student")  # stages that several devices share
 LOOK_EVERY = 1.0  # seconds between two looks for a free device
 
 
@@ -25,13 +30,31 @@ def visible_devices() -> list[str]:
     return [str(number) for number, _ in enumerate(line for line in listing.splitlines() if line.startswith("GPU "))]
 
 
-@contextmanager
-def hold_device(
-    folder: Path, devices: Sequence[str], on_wait: Callable[[], None], is_over: Callable[[], bool]
-) -> Iterator[dict[str, str]]:
-    """Hold one device, ours alone on this machine; yield the environment variables that show a process only that one.
+def devices_for(stage: str, batch_size: int | None = None) -> int:
+    """Return how many devices a stage uses: CM_DEVICES for a training, else one.
 
-    The lock files stand in `folder`; the locks end with this process. Without devices nothing is held. While all
+    Raises UserError where the number is none, does not divide the batch, or is more than the machine's GPUs.
+    """
+    if stage not in SHARED:
+        return 1
+    value, there = os.environ.get(COUNT_VARIABLE, "1"), len(visible_devices())
+    count = int(value) if value.isascii() and value.isdigit() else 0
+    if count < 1:
+        raise UserError(f"{COUNT_VARIABLE}={value}: must be a number of devices, 1 or more")
+    if there and count > there:
+        raise UserError(f"{COUNT_VARIABLE}={count}: there are {there} GPUs for this process")
+    if batch_size is not None and batch_size % count:
+        raise UserError(f"{COUNT_VARIABLE}={count}: must divide {stage}.train.batch_size={batch_size}")
+    return count
+
+
+@contextmanager
+def hold_devices(
+    folder: Path, devices: Sequence[str], count: int, on_wait: Callable[[], None], is_over: Callable[[], bool]
+) -> Iterator[dict[str, str]]:
+    """Hold `count` devices, ours alone on this machine; yield the environment variables that show a process only them.
+
+    The lock files stand in `folder`; the locks end with this process. Without devices nothing is held. While too many
     are busy, `on_wait` is called once; the wait ends early, with none held, when `is_over`.
     """
     if not devices:
@@ -40,13 +63,26 @@ def hold_device(
     folder.mkdir(parents=True, exist_ok=True)
     files = {device: (folder / f"{device}.lock").open("a") for device in devices}
     try:
-        device = next((name for name, file in files.items() if try_lock(file)), None)
-        if device is None:
+        held = _try_hold(files, count)
+        if not held:
             on_wait()
-        while device is None and not is_over():
+        while not held and not is_over():
             time.sleep(LOOK_EVERY)
-            device = next((name for name, file in files.items() if try_lock(file)), None)
-        yield {DEVICES_VARIABLE: device} if device else {}
+            held = _try_hold(files, count)
+        yield {DEVICES_VARIABLE: ",".join(held)} if held else {}
     finally:
         for file in files.values():
             file.close()
+
+
+def _try_hold(files: Mapping[str, IO], count: int) -> list[str]:
+    """Lock `count` of the files and return their names; where fewer are free, none, so that others can have those."""
+    held: list[str] = []
+    for name, file in files.items():
+        if len(held) < count and try_lock(file):
+            held.append(name)
+    if len(held) == count:
+        return held
+    for name in held:
+        fcntl.flock(files[name], fcntl.LOCK_UN)
+    return []

@@ -1,4 +1,4 @@
-"""A stage's turn on a GPU: a slot of the server's limit, so that flows queue, and one device of this machine alone."""
+"""A stage's turn on a GPU: a slot of the server's limit, so that flows queue, and devices of this machine alone."""
 
 import threading
 import time
@@ -11,7 +11,7 @@ import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.settings import PREFECT_API_URL
 
-from flows.devices import hold_device, visible_devices
+from flows.devices import devices_for, hold_devices, visible_devices
 from flows.dvcfiles import GPU, Stage
 from flows.workspace import RunEnding, StageFailed, Workspace
 
@@ -22,7 +22,7 @@ LOOK_EVERY = 2.0  # seconds between two looks for a free slot
 
 @contextmanager
 def gpu_turn(stage: Stage, workspace: Workspace, say: Callable[[str], None]) -> Iterator[dict[str, str]]:
-    """Hold a slot and a device while a stage that needs a GPU is brought up to date; yield its variables for it.
+    """Hold the slots and devices of a stage that needs GPUs while it is brought up to date; yield its variables.
 
     With Prefect embedded there is no other flow to queue with, and nothing is held. Raises RunEnding when the run
     ends before it is the stage's turn, StageFailed where the server gives no slot.
@@ -30,22 +30,23 @@ def gpu_turn(stage: Stage, workspace: Workspace, say: Callable[[str], None]) -> 
     if stage.needs != GPU or not PREFECT_API_URL.value():
         yield {}
         return
-    folder, devices = workspace.origin / ".cm" / "devices", visible_devices()
+    folder, devices, count = workspace.origin / ".cm" / "devices", visible_devices(), devices_for(stage.name)
 
     def on_wait() -> None:
-        say(f"{stage.name}: waits for one of the GPUs {', '.join(devices)}")
+        say(f"{stage.name}: waits for {count} of the GPUs {', '.join(devices)}")
 
-    with _slot(stage, workspace, say), hold_device(folder, devices, on_wait, lambda: workspace.ending) as variables:
-        _refuse_if_ending(stage, workspace)
-        yield variables
+    with _slots(stage, count, workspace, say):
+        with hold_devices(folder, devices, count, on_wait, lambda: workspace.ending) as variables:
+            _refuse_if_ending(stage, workspace)
+            yield variables
 
 
 @contextmanager
-def _slot(stage: Stage, workspace: Workspace, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold a slot of the limit. While the server is away it cannot be renewed; that is no reason to end a training."""
+def _slots(stage: Stage, count: int, workspace: Workspace, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold slots of the limit. While the server is away they cannot be renewed; that is no reason to end a training."""
     over = threading.Event()
     with get_client(sync_client=True) as client:
-        lease = _take_slot(client, stage, workspace, say)
+        lease = _take_slots(client, stage, count, workspace, say)
         renewal = threading.Thread(target=_renew, args=(client, lease, over))
         renewal.start()
         try:
@@ -56,22 +57,24 @@ def _slot(stage: Stage, workspace: Workspace, say: Callable[[str], None]) -> Ite
             _release(client, lease)
 
 
-def _take_slot(client: SyncPrefectClient, stage: Stage, workspace: Workspace, say: Callable[[str], None]) -> UUID:
-    """Wait for a slot and return its lease."""
-    lease = _ask_for_slot(client, stage)
+def _take_slots(
+    client: SyncPrefectClient, stage: Stage, count: int, workspace: Workspace, say: Callable[[str], None]
+) -> UUID:
+    """Wait for `count` slots at once and return their lease."""
+    lease = _ask_for_slots(client, stage, count)
     if lease is None:
-        say(f"{stage.name}: waits for a slot of the limit `{GPU}`")
+        say(f"{stage.name}: waits for {count} of the slots of the limit `{GPU}`")
     while lease is None:
         time.sleep(LOOK_EVERY)
         _refuse_if_ending(stage, workspace)
-        lease = _ask_for_slot(client, stage)
+        lease = _ask_for_slots(client, stage, count)
     return lease
 
 
-def _ask_for_slot(client: SyncPrefectClient, stage: Stage) -> UUID | None:
-    """Return the lease of a slot, None while all are taken."""
+def _ask_for_slots(client: SyncPrefectClient, stage: Stage, count: int) -> UUID | None:
+    """Return the lease of the slots, None while too many are taken."""
     try:
-        answer = client.increment_concurrency_slots_with_lease([GPU], 1, "concurrency", LEASE_SECONDS).json()
+        answer = client.increment_concurrency_slots_with_lease([GPU], count, "concurrency", LEASE_SECONDS).json()
     except httpx.HTTPStatusError as error:
         if error.response.status_code == HTTPStatus.LOCKED:
             return None

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import flows
+from flows.devices import SHARED
 from flows.dvcfiles import Stage, dvc_md5, read_stages, stage_key, version
 from flows.errors import UserError
+from flows.launch import several_processes
 from flows.recipe import Recipe, flatten, load_active
 from flows.stage_monitor import StageMonitor
 from flows.stage_signals import StageSignals, end_with_caller
@@ -46,7 +48,7 @@ def run_stage(name: str, root: Path) -> None:
     stages = read_stages(root)
     if name not in stages:
         raise UserError(f"no stage {name!r}; there are {', '.join(stages)}")
-    recipe, function = load_active(root), _stage_function(name)
+    recipe, function = load_active(root), stage_function(name)
     inputs = {path: dvc_md5(root / path) for path in stages[name].deps if path.startswith("out/")}
     if "data" in stages[name].params:
         inputs |= _versioned_data(recipe, root)
@@ -59,8 +61,10 @@ def run_stage(name: str, root: Path) -> None:
         given: dict[str, Any] = {"out_dir": _emptied(root / "out" / name), "monitor": monitor}
         if "state_dir" in parameters:
             given["state_dir"] = stack.enter_context(_state(stages[name], root, inputs, monitor))
-        with signals.as_exit():
-            function(**{key: _argument(key, given, recipe, root) for key in parameters})
+        section = getattr(recipe, name, None)
+        train = getattr(section, "train", None) if name in SHARED else None
+        with signals.as_exit(), several_processes(name, train, root, given.get("state_dir")):
+            function(**fill_parameters(function, given, recipe, root))
         outs = {path: dvc_md5(root / path) for path in stages[name].outs}
         if "state_dir" in given:
             mark_finished(given["state_dir"], outs)
@@ -81,7 +85,8 @@ def _versioned_data(recipe: Recipe, root: Path) -> dict[str, str]:
     return fetch_versioned(root, source.path, source.version, print) if hasattr(source, "path") else {}
 
 
-def _stage_function(name: str) -> Callable[..., None]:
+def stage_function(name: str) -> Callable[..., None]:
+    """Import the function of a stage."""
     return getattr(importlib.import_module(f"flows.stages.{name}"), name)
 
 
@@ -91,11 +96,15 @@ def _emptied(folder: Path) -> Path:
     return folder
 
 
-def _argument(name: str, given: Mapping[str, Any], recipe: Recipe, root: Path) -> Any:
-    """Return what a stage's parameter of this name gets: a service, a section, or another stage's artifact."""
-    if name in given:
-        return given[name]
-    return getattr(recipe, name) if name in type(recipe).model_fields else root / "out" / name.removesuffix("_dir")
+def fill_parameters(function: Callable, given: Mapping[str, Any], recipe: Recipe, root: Path) -> dict[str, Any]:
+    """Return what each parameter of a stage gets: a service, a section, or another stage's artifact."""
+
+    def argument(name: str) -> Any:
+        if name in given:
+            return given[name]
+        return getattr(recipe, name) if name in type(recipe).model_fields else root / "out" / name.removesuffix("_dir")
+
+    return {name: argument(name) for name in inspect.signature(function).parameters}
 
 
 @contextmanager

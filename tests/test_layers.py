@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("cm_core", "flows")
 # Libraries that cost a second or more, and the modules that may import them when they are imported themselves.
 HEAVY = {
-    "torch": ("cm_core.*", "flows.stages.*", "flows.recipe", "flows.generate"),
+    "torch": ("cm_core.*", "flows.stages.*", "flows.recipe", "flows.generate", "flows.launch"),
     "prefect": (
         "flows.pipeline",
         "flows.pipeline_artifacts",

@@ -41,12 +41,12 @@ METHODS = {
 class Training:
     """A small training of one method, built the same way every time."""
 
-    def __init__(self, method, **changes):
-        self.method = method
+    def __init__(self, method, dropout=NETWORK.dropout, **changes):
+        self.method, network = method, NETWORK.model_copy(update={"dropout": dropout})
         emas = (HalfLifeEma(half_life_images=50), ConstantEma(decay=0.9), PowerEma())
         defaults = {"num_steps": 6, "batch_size": 4, "log_every": 1, "save_every": 1, "grid_every": 1, "emas": emas}
         self.train = Train(**(defaults | changes))
-        self.spec = ModelSpec(form=method.form, network=NETWORK, noise=Noise(), image_shape=SHAPE)
+        self.spec = ModelSpec(form=method.form, network=network, noise=Noise(), image_shape=SHAPE)
         model, target = build_seeded(self.spec, 0), build_seeded(self.spec, 1)
         teacher = build_seeded(self.spec.model_copy(update={"form": "denoiser"}), 2).eval()
         self.state = TrainState(

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from flows import services
-from flows.devices import hold_device, visible_devices
+from flows.devices import devices_for, hold_devices, visible_devices
 from flows.dvcfiles import load_yaml, read_stages
 from flows.errors import UserError
 from live import Up, cm, environment, make_live_workspace, wait_until
@@ -44,28 +44,54 @@ def unwanted():
 
 def test_a_device_is_held_by_one_alone(tmp_path):
     waits = []
-    with hold_device(tmp_path, ["0", "1"], unwanted, lambda: False) as first:
-        with hold_device(tmp_path, ["0", "1"], unwanted, lambda: False) as second:
+    with hold_devices(tmp_path, ["0", "1"], 1, unwanted, lambda: False) as first:
+        with hold_devices(tmp_path, ["0", "1"], 1, unwanted, lambda: False) as second:
             assert [first, second] == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
-            with hold_device(tmp_path, ["0", "1"], lambda: waits.append(1), lambda: True) as third:
+            with hold_devices(tmp_path, ["0", "1"], 1, lambda: waits.append(1), lambda: True) as third:
                 assert third == {} and waits == [1], "the run ends before its turn"
-        with hold_device(tmp_path, ["0", "1"], unwanted, lambda: False) as again:
+        with hold_devices(tmp_path, ["0", "1"], 1, unwanted, lambda: False) as again:
             assert again == second
-    with hold_device(tmp_path, [], unwanted, lambda: False) as none:
+    with hold_devices(tmp_path, [], 1, unwanted, lambda: False) as none:
         assert none == {}
+
+
+def test_devices_are_held_together_or_not_at_all(tmp_path):
+    with hold_devices(tmp_path, ["0", "1", "2"], 2, print, lambda: False) as pair:
+        assert pair == {"CUDA_VISIBLE_DEVICES": "0,1"}
+        with hold_devices(tmp_path, ["0", "1", "2"], 2, bool, lambda: True) as late:
+            assert late == {}, "one device is not enough"
+            with hold_devices(tmp_path, ["0", "1", "2"], 1, print, lambda: False) as single:
+                assert single == {"CUDA_VISIBLE_DEVICES": "2"}, "who waits for two holds none"
+
+
+@pytest.mark.parametrize(
+    "value, complaint",
+    [
+        ("two", "must be a number of devices, 1 or more"),
+        ("0", "must be a number of devices, 1 or more"),
+        ("3", "there are 2 GPUs"),
+        ("2", "must divide teacher.train.batch_size=5"),
+    ],
+)
+def test_a_number_of_devices_that_cannot_be_is_refused(monkeypatch, value, complaint):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv("CM_DEVICES", value)
+    with pytest.raises(UserError, match=rf"CM_DEVICES={value}: {complaint}"):
+        devices_for("teacher", batch_size=5)
+    assert devices_for("sample") == 1
 
 
 def test_a_device_comes_back_when_its_holder_is_killed(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from flows.devices import hold_device\n"
-        "with hold_device(Path(sys.argv[1]), ['0'], print, bool): print('held', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from flows.devices import hold_devices\n"
+        "with hold_devices(Path(sys.argv[1]), ['0'], 1, print, bool): print('held', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     holder = subprocess.Popen(command, env=environment(REPOSITORY), stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     threading.Timer(0.3, holder.kill).start()
     waits = []
-    with hold_device(tmp_path, ["0"], lambda: waits.append(1), lambda: False) as held:
+    with hold_devices(tmp_path, ["0"], 1, lambda: waits.append(1), lambda: False) as held:
         assert held == {"CUDA_VISIBLE_DEVICES": "0"} and waits == [1]
     holder.wait()
     holder.stdout.close()

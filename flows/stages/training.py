@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
+from cm_core import ranks
 from cm_core.batches import Batches
 from cm_core.checkpoint import list_states
 from cm_core.cost import Speed, advice
@@ -69,13 +71,16 @@ def run_training(
     """
     train = state.train
     _resume(state, state_dir, monitor)
-    log = TrainingLog(state_dir / "log", before=state.step)
+    log = TrainingLog((state_dir if ranks.is_first() else out_dir) / "log", before=state.step)
     averaged = to_device(spec.build(autocast=train.autocast), batches.device).eval().requires_grad_(False)
     _keep_compiled(state_dir.parent / "compiled", batches.device)
-    _prepare_passes(models, train)
+    _prepare_passes(models, method, train)
     speed = _checked_speed(state, method, spec, batches.device, out_dir.name)
     profile_dir = Path(os.environ[PROFILE_VARIABLE]) if PROFILE_VARIABLE in os.environ else None
-    stop_requested = monitor.stop_requested
+
+    def stop_requested() -> bool:
+        return ranks.agree(monitor.stop_requested())
+
     with profiled(profile_dir) as on_step:
         watched = {"on_step": on_step, "stop_requested": stop_requested}
         for metrics in fit(state, method, models, batches, noise=spec.noise, seed=seed, **watched):
@@ -84,14 +89,15 @@ def run_training(
                 log.append(metrics)
                 monitor.metrics({**metrics, **speed.measured(step)}, step)
                 monitor.progress(step, train.num_steps, "steps")
-            if step % train.grid_every == 0 or step == train.num_steps:
+            if ranks.is_first() and (step % train.grid_every == 0 or step == train.num_steps):
                 averaged.load_state_dict(state.averaged())
                 save_grid(draw(averaged), log.grid(step), columns=8)
                 monitor.image("samples", log.grid(step), step)
-            if step % train.save_every == 0 or stop_requested():
+            stopping = stop_requested()
+            if ranks.is_first() and (step % train.save_every == 0 or stopping):
                 state.save(state_dir)
                 monitor.state_saved(state_dir)
-            if stop_requested() and step < train.num_steps:
+            if stopping and step < train.num_steps:
                 raise StageStopped(f"stopped after step {step}; the training state is saved")
     _write_artifact(state, spec, out_dir)
     log.move_to(out_dir)
@@ -101,7 +107,8 @@ def _checked_speed(state: TrainState, method: Method, spec: ModelSpec, device: t
     """Return the measure of this training's speed; raises UserError where its GPU has not enough memory."""
     train, speed = state.train, Speed(method, spec, state.train, device, first=state.step)
     if speed.cost is not None:
-        problem = advice(speed.cost, train, torch.cuda.get_device_properties(device).total_memory, section)
+        own = train.model_copy(update={"batch_size": train.batch_size // ranks.count()})
+        problem = advice(speed.cost, own, torch.cuda.get_device_properties(device).total_memory, section)
         if problem:
             raise UserError(f"{torch.cuda.get_device_name(device)}: {problem}")
     return speed
@@ -114,8 +121,8 @@ def _keep_compiled(folder: Path, device: torch.device) -> None:
             os.environ.setdefault(variable, str(folder / compiler))
 
 
-def _prepare_passes(models: Models, train: Train) -> None:
-    """Let the networks run as `train` asks, and on a GPU with one launch a pass where nothing stands against it."""
+def _prepare_passes(models: Models, method: Method, train: Train) -> None:
+    """Let the networks run as `train` asks, on a GPU with one launch a pass where possible, and shared by all ranks."""
     for model in {id(m): m for m in (models.student, models.target, models.teacher) if m is not None}.values():
         if train.compile:
             compile_blocks(model.net)
@@ -125,6 +132,9 @@ def _prepare_passes(models: Models, train: Train) -> None:
             split_passes(model.net, train.accumulate)
         if not train.compile and not train.checkpoint_activations and train.accumulate == 1:
             replay_passes(model.net)
+        ranks.divide_rows(model.net)
+    if isinstance(models.distance, nn.Module) and not method.forward_mode:  # LPIPS; of that loss it needs every row
+        ranks.divide_rows(models.distance)
 
 
 def _resume(state: TrainState, state_dir: Path, monitor: Monitor) -> None:

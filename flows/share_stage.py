@@ -1,0 +1,40 @@
+"""What the other processes of a stage do: compute their rows, and say nothing. `flows.launch` starts them."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from cm_core import ranks
+from flows.monitor import Monitor
+from flows.recipe import load_active
+from flows.run_stage import fill_parameters, stage_function
+from flows.stages.training import StageStopped
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run stage `argv[0]`, its states in folder `argv[1]`, as process `argv[2]` of `argv[3]`, met at port `argv[4]`."""
+    stage, state_dir, rank, count, port = argv
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first process decides, and all stop after the same step
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_first, daemon=True).start()
+    function, root = stage_function(stage), Path.cwd()
+    with TemporaryDirectory() as scratch, ranks.joined(int(rank), int(count), int(port)):
+        given = {"out_dir": Path(scratch), "state_dir": Path(state_dir), "monitor": Monitor()}
+        try:
+            function(**fill_parameters(function, given, load_active(root), root))
+        except StageStopped:
+            pass
+
+
+def _end_with_first() -> None:
+    """End when the first process has: its end of standard input is then closed."""
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,52 @@
+"""Run as a program: the student's training of a folder, as `cm stage` runs it, by as many processes as CM_DEVICES says.
+
+Prints each step. Beside the states, a file `stop` asks for the end and a file `kill` has process 1 killed.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from flows.errors import UserError
+from flows.launch import several_processes
+from flows.monitor import Monitor
+from flows.recipe import load_active
+from flows.stages.training import StageStopped
+from flows.workspace import StageFailed
+from small_stages import run_small
+
+
+class Printing(Monitor):
+    def __init__(self, states):
+        self.states = states
+
+    def metrics(self, values, step):
+        print(step, flush=True)
+        if step == 5 and (self.states / "kill").exists():
+            (self.states / "kill").unlink()
+            here = os.getpid()
+            (child,) = map(int, Path(f"/proc/{here}/task/{here}/children").read_text().split())
+            os.kill(child, signal.SIGKILL)
+
+    def remark(self, text):
+        print(text, flush=True)
+
+    def stop_requested(self):
+        return (self.states / "stop").exists()
+
+
+def main(root):
+    recipe, states = load_active(root), root / "states"
+    states.mkdir(exist_ok=True)
+    try:
+        with several_processes("student", recipe.student.train, root, states):
+            run_small("student", recipe, root / "out", Printing(states), state_dir=states)
+    except (StageFailed, StageStopped, UserError) as error:
+        print(error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
