@@ -1,4 +1,4 @@
-"""One training in several processes, a device each: every pass through a network is divided by rows.
+"""Several processes at one training, a device each: every pass through a network is divided by rows.
 
 All else everybody does alike: the loss sees the whole batch in every process, with the randomness it has always had. So
 losses, metrics and weights agree without being sent, and no method knows that it is not alone.
@@ -52,6 +52,11 @@ def agree(flag: bool) -> bool:
     return bool(said)
 
 
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    agree(False)
+
+
 def divide_rows(module: nn.Module) -> None:
     """Let each process compute its rows of what passes through `module`, and hand all rows to everybody.
 
@@ -95,7 +100,7 @@ def _own_rows(whole: Tensor) -> Tensor:
 
 def _gathered(rows: Tensor) -> Tensor:
     whole = rows.new_empty(count() * rows.shape[0], *rows.shape[1:])
-    dist.all_gather_into_tensor(whole, rows.contiguous())
+    dist.all_gather(list(whole.chunk(count())), rows.contiguous())
     return whole
 
 

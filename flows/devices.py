@@ -14,8 +14,8 @@ from flows.errors import UserError
 from flows.locks import try_lock
 
 DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
-COUNT_VARIABLE = "CM_DEVICES"  # how many devices a training uses
-SHARED = ("teacher", "student")  # stages that several devices share
+COUNT_VARIABLE = "CM_DEVICES"  # how many devices such a stage uses
+SHARED = ("teacher", "student", "sample")  # stages that several devices share
 LOOK_EVERY = 1.0  # seconds between two looks for a free device
 
 
@@ -31,7 +31,7 @@ def visible_devices() -> list[str]:
 
 
 def devices_for(stage: str, batch_size: int | None = None) -> int:
-    """Return how many devices a stage uses: CM_DEVICES for a training, else one.
+    """Return how many devices a stage uses: CM_DEVICES for trainings and samples, else one.
 
     Raises UserError where the number is none, does not divide the batch, or is more than the machine's GPUs.
     """

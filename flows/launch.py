@@ -12,11 +12,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cm_core import ranks
-from cm_core.loop import Train
 from flows.devices import devices_for
 from flows.workspace import StageFailed
 
@@ -24,18 +24,19 @@ GRACE = 30.0  # seconds for an exchange with a lost process to fail by itself, a
 
 
 @contextmanager
-def several_processes(stage: str, train: Train | None, root: Path, state_dir: Path) -> Iterator[None]:
-    """Train with as many processes as CM_DEVICES says; alone where `train` is empty.
+def several_processes(stage: str, section: Any, root: Path, state_dir: Path | None = None) -> Iterator[None]:
+    """Run a stage in as many processes as CM_DEVICES says; alone where the recipe's `section` for it is empty.
 
     Raises:
         UserError: CM_DEVICES is no number that fits the batch and the machine.
         StageFailed: one of the processes was lost; the last saved state is whole.
     """
-    count = 1 if train is None else devices_for(stage, train.batch_size)
+    train = getattr(section, "train", None)
+    count = 1 if section is None else devices_for(stage, train and train.batch_size)
     if count == 1:
         yield
         return
-    port = _free_port()
+    port = free_port()
     others = [_start(stage, root, state_dir, rank, count, port) for rank in range(1, count)]
     over = threading.Event()
     threading.Thread(target=_watch, args=(stage, others, over), daemon=True).start()
@@ -52,12 +53,22 @@ def several_processes(stage: str, train: Train | None, root: Path, state_dir: Pa
         _end(others)
 
 
-def _start(stage: str, root: Path, state_dir: Path, rank: int, count: int, port: int) -> subprocess.Popen:
-    command = [sys.executable, "-m", "flows.share_stage", stage, str(state_dir), str(rank), str(count), str(port)]
+def _start(stage: str, root: Path, state_dir: Path | None, rank: int, count: int, port: int) -> subprocess.Popen:
+    command = [
+        sys.executable,
+        "-m",
+        "flows.share_stage",
+        stage,
+        str(state_dir or root),
+        str(rank),
+        str(count),
+        str(port),
+    ]
     return subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE)  # the pipe ends when this process does
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -86,7 +97,7 @@ def _lost(others: Sequence[subprocess.Popen], wait: float = 0.0) -> str | None:
 
 
 def _explain(stage: str, lost: str) -> str:
-    return f"{stage}: {lost}; started again, the training goes on from its last saved state"
+    return f"{stage}: {lost}; started again, a training goes on from its last saved state"
 
 
 def _end(others: Sequence[subprocess.Popen]) -> None:

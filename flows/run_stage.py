@@ -61,9 +61,8 @@ def run_stage(name: str, root: Path) -> None:
         given: dict[str, Any] = {"out_dir": _emptied(root / "out" / name), "monitor": monitor}
         if "state_dir" in parameters:
             given["state_dir"] = stack.enter_context(_state(stages[name], root, inputs, monitor))
-        section = getattr(recipe, name, None)
-        train = getattr(section, "train", None) if name in SHARED else None
-        with signals.as_exit(), several_processes(name, train, root, given.get("state_dir")):
+        section = getattr(recipe, name, None) if name in SHARED else None
+        with signals.as_exit(), several_processes(name, section, root, given.get("state_dir")):
             function(**fill_parameters(function, given, recipe, root))
         outs = {path: dvc_md5(root / path) for path in stages[name].outs}
         if "state_dir" in given:

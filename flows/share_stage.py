@@ -14,6 +14,8 @@ from flows.recipe import load_active
 from flows.run_stage import fill_parameters, stage_function
 from flows.stages.training import StageStopped
 
+WRITE_TOGETHER = ("sample",)  # stages whose processes fill the same files; of the others the first alone writes
+
 
 def main(argv: Sequence[str]) -> None:
     """Run stage `argv[0]`, its states in folder `argv[1]`, as process `argv[2]` of `argv[3]`, met at port `argv[4]`."""
@@ -23,7 +25,8 @@ def main(argv: Sequence[str]) -> None:
     threading.Thread(target=_end_with_first, daemon=True).start()
     function, root = stage_function(stage), Path.cwd()
     with TemporaryDirectory() as scratch, ranks.joined(int(rank), int(count), int(port)):
-        given = {"out_dir": Path(scratch), "state_dir": Path(state_dir), "monitor": Monitor()}
+        out_dir = root / "out" / stage if stage in WRITE_TOGETHER else Path(scratch)
+        given = {"out_dir": out_dir, "state_dir": Path(state_dir), "monitor": Monitor()}
         try:
             function(**fill_parameters(function, given, load_active(root), root))
         except StageStopped:

@@ -40,7 +40,7 @@ def main(root):
     recipe, states = load_active(root), root / "states"
     states.mkdir(exist_ok=True)
     try:
-        with several_processes("student", recipe.student.train, root, states):
+        with several_processes("student", recipe.student, root, states):
             run_small("student", recipe, root / "out", Printing(states), state_dir=states)
     except (StageFailed, StageStopped, UserError) as error:
         print(error)

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,18 +15,13 @@ import torch
 
 from cm_core import ranks
 from cm_core.checkpoint import list_states, load_tensors
+from flows.launch import free_port
 from flows.recipe import write_active
 from miniature import REPOSITORY
-from small_stages import run_small, small_recipe
+from small_stages import files, run_small, small_recipe
 from test_loop import METHODS, Training
 
 STEPS = {"num_steps": 12, "batch_size": 8, "log_every": 1, "save_every": 2, "grid_every": 4}
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def train(rank, count, port, folder):
@@ -109,12 +103,17 @@ def root(ready, tmp_path):
     return tmp_path / "root"
 
 
+def shared_environment(devices):
+    here = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
+    return {**os.environ, "PYTHONPATH": here, "CM_DEVICES": str(devices), "OMP_NUM_THREADS": "1"}
+
+
 def begin(root, devices):
     shutil.rmtree(root / "out" / "student", ignore_errors=True)
-    here = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
-    env = {**os.environ, "PYTHONPATH": here, "CM_DEVICES": str(devices), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, Path(__file__).with_name("shared_training.py"), root]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=shared_environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def run(root, devices):
@@ -160,8 +159,7 @@ def test_a_lost_process_ends_the_training_which_goes_on_alone_from_its_state(roo
     code, output = run(root, 2)
     assert code == 1
     assert output.splitlines()[-1] == (
-        "student: process 1 of 0..1 was killed by signal 9; "
-        "started again, the training goes on from its last saved state"
+        "student: process 1 of 0..1 was killed by signal 9; started again, a training goes on from its last saved state"
     )
     saved = int(list_states(root / "states")[-1].name.removeprefix("step-"))
     code, output = run(root, 1)
@@ -195,3 +193,24 @@ def test_the_other_process_ends_with_the_first(root):
     while Path(f"/proc/{child}").exists():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_two_processes_sample_the_same_bytes(alone, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(alone, root)
+    code = (
+        "import sys; from pathlib import Path; from flows.launch import several_processes\n"
+        "from flows.recipe import load_active; from small_stages import run_small\n"
+        "root = Path(sys.argv[1]); recipe = load_active(root)\n"
+        "with several_processes('sample', recipe.sample, root): run_small('sample', recipe, root / 'out')"
+    )
+    made = {}
+    for devices in (1, 2):
+        shutil.rmtree(root / "out" / "sample", ignore_errors=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, root], env=shared_environment(devices), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        made[devices] = files(root / "out" / "sample")
+    assert made[1] == made[2]

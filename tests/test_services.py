@@ -78,7 +78,7 @@ def test_a_number_of_devices_that_cannot_be_is_refused(monkeypatch, value, compl
     monkeypatch.setenv("CM_DEVICES", value)
     with pytest.raises(UserError, match=rf"CM_DEVICES={value}: {complaint}"):
         devices_for("teacher", batch_size=5)
-    assert devices_for("sample") == 1
+    assert devices_for("evaluate") == 1
 
 
 def test_a_device_comes_back_when_its_holder_is_killed(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -188,13 +189,15 @@ BENCHMARKS = {
     "train_step": "--channels 8 --blocks 1 --size 8 --batch-size 4 --steps 1 --methods ict --variants fused fp32",
     "sample": "--channels 8 --blocks 1 --size 8 --images 8 --batch-size 8 --variants fused fp32",
     "evaluate": "--images 100 --size 8 --width 8",
+    "scaling": "--devices 1 2 --channels 8 --blocks 1 --size 8 --batch-size 4 --steps 1 --images 8 --sample-batch 4",
+    "overhead": "--only 'cm --help'",
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_benchmarks_run_small_on_any_machine(name):
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--json", *BENCHMARKS[name].split()]
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--json", *shlex.split(BENCHMARKS[name])]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     rows = json.loads(printed)["rows"]
     assert rows and all(value > 0 for row in rows for key, value in row.items() if key.endswith(("seconds", "/s")))

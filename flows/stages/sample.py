@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from cm_core import ranks
 from cm_core.graphs import replay_passes
 from cm_core.model import ModelSpec, load_model
 from cm_core.params import Params
@@ -87,8 +88,12 @@ def sample(
             row, sample, spec, device, out_dir, lambda n, before=done: monitor.progress(before + n, total, "images")
         )
         done += row.num_images
-        save_grid(np.load(out_dir / f"{row.name}.npy", mmap_mode="r")[:GRID_IMAGES], out_dir / f"{row.name}_grid.png")
-        monitor.image(f"grid/{row.name}", out_dir / f"{row.name}_grid.png", 0)
+        if ranks.is_first():
+            images = np.load(out_dir / f"{row.name}.npy", mmap_mode="r")
+            save_grid(images[:GRID_IMAGES], out_dir / f"{row.name}_grid.png")
+            monitor.image(f"grid/{row.name}", out_dir / f"{row.name}_grid.png", 0)
+    if not ranks.is_first():
+        return
     _save_strips(spec, f, load_dataset(prepare_dir), device, out_dir / "strips.png")
     _write_index(sample, spec, rows, out_dir)
 
@@ -177,12 +182,18 @@ def write_images(
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Draw images in batches into one array, uint8 [N, H, W, C]; a batch is written while the next is computed."""
+    """Draw images in batches into one array, uint8 [N, H, W, C]; a batch is written while the next is computed.
+
+    Several processes take the batches in turn; all end when the array is whole. Images do not depend on how many.
+    """
     channels, height, width = spec.image_shape
     shape = (num_images, height, width, channels)
-    images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    if ranks.is_first():
+        np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    ranks.wait_for_all()
+    images = np.lib.format.open_memmap(path, mode="r+")
     pending: tuple[range, Tensor, torch.cuda.Event | None] | None = None
-    for start in range(0, num_images, batch_size):
+    for start in range(0, num_images, batch_size)[ranks.rank() :: ranks.count()]:
         indices = range(start, min(start + batch_size, num_images))
         ready = indices, *_to_host(to_pixels(draw(indices)))
         if pending:
@@ -191,6 +202,8 @@ def write_images(
     if pending:
         _write_batch(images, *pending, progress)
     images.flush()
+    ranks.wait_for_all()
+    progress(num_images)
 
 
 def _to_host(pixels: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -1,0 +1,106 @@
+"""Time training and sampling by 1, 2, ... devices of this machine, in one run; without GPUs by processes of one thread.
+
+python -m benchmarks.scaling                                 # all GPUs, DDPM++ at batch 512 in all
+python -m benchmarks.scaling --devices 1 2 --channels 16 --blocks 1 --size 8 --batch-size 8 --images 64   # a laptop
+"""
+
+import argparse
+import multiprocessing
+import tempfile
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import NOISE, hardware, network, parser, report, seconds
+from benchmarks.train_step import METHODS, Step
+from cm_core import ranks
+from cm_core.graphs import replay_passes
+from cm_core.model import ModelSpec, build_seeded
+from cm_core.sampling import ImageNoise, multistep
+from flows.launch import free_port
+from flows.stages.models import pick_device, to_device
+from flows.stages.sample import write_images
+
+WARM_UP = 3  # kernels are compiled and chosen, then recorded
+
+
+def measure(args: argparse.Namespace, count: int) -> dict[str, float]:
+    """Return images/s of training and of sampling by `count` processes."""
+    context, port = multiprocessing.get_context("spawn"), free_port()
+    receiver, sender = context.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=_work, args=(args, rank, count, port, Path(folder), sender)) for rank in range(count)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+            if process.exitcode:
+                raise SystemExit(f"a process of {count} ended with exit code {process.exitcode}")
+    return receiver.recv()
+
+
+def _work(args: argparse.Namespace, rank: int, count: int, port: int, folder: Path, sender: Connection) -> None:
+    torch.set_num_threads(1)
+    with ranks.joined(rank, count, port):
+        device = pick_device()
+        found = {"training images/s": _train(args, device), "sampling images/s": _sample(args, folder, device)}
+        if ranks.is_first():
+            sender.send(found)
+
+
+def _train(args: argparse.Namespace, device: torch.device) -> float:
+    step = Step(args, METHODS["ict"], "fused", device)
+    ranks.divide_rows(step.models.student.net)
+    for _ in range(WARM_UP):
+        step()
+    ranks.wait_for_all()
+    return args.batch_size / seconds(step, device, repeats=args.steps)
+
+
+@torch.no_grad()
+def _sample(args: argparse.Namespace, folder: Path, device: torch.device) -> float:
+    spec = ModelSpec(form="skip", network=network(args), noise=NOISE, image_shape=(3, args.size, args.size))
+    f = to_device(build_seeded(spec, 0, autocast=torch.bfloat16).eval().requires_grad_(False), device)
+    replay_passes(f.net)
+
+    def draw(indices: range) -> Tensor:
+        return multistep(f, ImageNoise(0, indices, spec.image_shape, device), [80.0], sigma_min=NOISE.sigma_min)
+
+    for _ in range(WARM_UP):
+        draw(range(args.sample_batch))
+
+    def write() -> None:
+        write_images(folder / "images.npy", draw, args.images, spec, batch_size=args.sample_batch)
+
+    ranks.wait_for_all()
+    return args.images / seconds(write, device, repeats=1)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print."""
+    arguments = parser(__doc__)
+    there = torch.cuda.device_count() or 2
+    arguments.add_argument(
+        "--devices", nargs="+", type=int, default=list(range(1, there + 1)), help="how many, in turn"
+    )
+    arguments.add_argument("--batch-size", type=int, default=512, help="of a training step, all devices together")
+    arguments.add_argument("--steps", type=int, default=10, help="training steps that are timed")
+    arguments.add_argument("--images", type=int, default=50_000, help="images that are sampled")
+    arguments.add_argument("--sample-batch", type=int, default=1000, help="images of a sampling batch, each device")
+    args = arguments.parse_args(argv)
+    rows: list[dict[str, Any]] = []
+    for count in args.devices:
+        row: dict[str, Any] = {"devices": count}
+        for key, rate in measure(args, count).items():
+            row |= {key: rate, f"{key.split()[0]} speed-up": rate / rows[0][key] if rows else 1.0}
+        rows.append(row)
+    report(args, hardware(), rows)
+
+
+if __name__ == "__main__":
+    main()
