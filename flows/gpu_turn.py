@@ -33,7 +33,8 @@ def gpu_turn(stage: Stage, workspace: Workspace, say: Callable[[str], None]) -> 
     folder, devices, count = workspace.origin / ".cm" / "devices", visible_devices(), devices_for(stage.name)
 
     def on_wait() -> None:
-        say(f"{stage.name}: waits for {count} of the GPUs {', '.join(devices)}")
+        wanted = "one" if count == 1 else count
+        say(f"{stage.name}: waits for {wanted} of the GPUs {', '.join(devices)}")
 
     with _slots(stage, count, workspace, say):
         with hold_devices(folder, devices, count, on_wait, lambda: workspace.ending) as variables:
@@ -63,7 +64,8 @@ def _take_slots(
     """Wait for `count` slots at once and return their lease."""
     lease = _ask_for_slots(client, stage, count)
     if lease is None:
-        say(f"{stage.name}: waits for {count} of the slots of the limit `{GPU}`")
+        wanted = "a slot" if count == 1 else f"{count} slots"
+        say(f"{stage.name}: waits for {wanted} of the limit `{GPU}`")
     while lease is None:
         time.sleep(LOOK_EVERY)
         _refuse_if_ending(stage, workspace)

@@ -54,16 +54,8 @@ def several_processes(stage: str, section: Any, root: Path, state_dir: Path | No
 
 
 def _start(stage: str, root: Path, state_dir: Path | None, rank: int, count: int, port: int) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "flows.share_stage",
-        stage,
-        str(state_dir or root),
-        str(rank),
-        str(count),
-        str(port),
-    ]
+    arguments = map(str, (stage, state_dir or root, rank, count, port))
+    command = [sys.executable, "-m", "flows.share_stage", *arguments]
     return subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE)  # the pipe ends when this process does
 
 

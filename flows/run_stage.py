@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import flows
-from flows.devices import SHARED
 from flows.dvcfiles import Stage, dvc_md5, read_stages, stage_key, version
 from flows.errors import UserError
 from flows.launch import several_processes
@@ -61,7 +60,7 @@ def run_stage(name: str, root: Path) -> None:
         given: dict[str, Any] = {"out_dir": _emptied(root / "out" / name), "monitor": monitor}
         if "state_dir" in parameters:
             given["state_dir"] = stack.enter_context(_state(stages[name], root, inputs, monitor))
-        section = getattr(recipe, name, None) if name in SHARED else None
+        section = getattr(recipe, name, None)
         with signals.as_exit(), several_processes(name, section, root, given.get("state_dir")):
             function(**fill_parameters(function, given, recipe, root))
         outs = {path: dvc_md5(root / path) for path in stages[name].outs}

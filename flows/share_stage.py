@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -27,10 +28,8 @@ def main(argv: Sequence[str]) -> None:
     with TemporaryDirectory() as scratch, ranks.joined(int(rank), int(count), int(port)):
         out_dir = root / "out" / stage if stage in WRITE_TOGETHER else Path(scratch)
         given = {"out_dir": out_dir, "state_dir": Path(state_dir), "monitor": Monitor()}
-        try:
+        with suppress(StageStopped):
             function(**fill_parameters(function, given, load_active(root), root))
-        except StageStopped:
-            pass
 
 
 def _end_with_first() -> None:

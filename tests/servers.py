@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -11,11 +10,13 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+
+from flows.launch import free_port
 
 
 @contextmanager
@@ -87,12 +88,6 @@ def mlflow_server(folder, *arguments: str, store: str | None = None) -> Iterator
     with process([*command, *arguments], folder, quiet) as log:
         wait_for_page(f"http://127.0.0.1:{port}/health", log)
         yield f"http://127.0.0.1:{port}"
-
-
-def free_port() -> int:
-    """Return a port of the loopback that nobody listens on."""
-    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
-        return probe.getsockname()[1]
 
 
 @contextmanager

@@ -1,12 +1,12 @@
 """Every way to bring a file here, and what is said when it fails."""
 
 import hashlib
-import socket
 
 import pytest
 
 from flows.errors import UserError
 from flows.fetch import fetch, fetch_first, fetch_prefix, public_uri
+from flows.launch import free_port
 from flows.monitor import Monitor
 from servers import http_server, point_aws_at, s3_server
 
@@ -37,12 +37,6 @@ def refused(call, *parts):
     assert "\n" not in message
     for part in parts:
         assert part in message, message
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_local_files_are_used_where_they_lie(tmp_path):

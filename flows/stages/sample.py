@@ -203,7 +203,8 @@ def write_images(
         _write_batch(images, *pending, progress)
     images.flush()
     ranks.wait_for_all()
-    progress(num_images)
+    if ranks.count() > 1:  # the last batch may have been another's
+        progress(num_images)
 
 
 def _to_host(pixels: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
