@@ -10,12 +10,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
+from flows import services
+from flows.launch import free_port
 from miniature import REPOSITORY, commit, git
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -47,35 +50,18 @@ def environment(root: Path, **variables: str) -> dict[str, str]:
     return {**own, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", **variables}
 
 
-def cm(root: Path, *arguments: str) -> subprocess.CompletedProcess:
+def cm(root: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
     """Run `cm` in the workspace."""
-    command = [sys.executable, "-m", "flows.cli", *arguments]
-    return subprocess.run(command, cwd=root, env=environment(root), capture_output=True, text=True, check=False)
+    command, env = [sys.executable, "-m", "flows.cli", *arguments], environment(root, **variables)
+    return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
 
 
-class Up:
-    """A `cm up` in a workspace, ready to use."""
+class Api:
+    """What tests ask of the Prefect server of a workspace."""
 
-    def __init__(self, root: Path, *options: str) -> None:
-        self.root = root
-        command = [sys.executable, "-m", "flows.cli", "up", "--prefect-port", "0", "--mlflow-port", "0", *options]
-        self.process = subprocess.Popen(
-            command, cwd=root, env=environment(root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for line in self.process.stdout:
-            if line.startswith("Ctrl-C"):
-                break
-        else:
-            pytest.fail(self.process.stderr.read())
-        self.note = json.loads((root / ".cm" / "services" / "services.json").read_text())
-        self.api = httpx.Client(base_url=f"{self.note['prefect']}/api", timeout=30)
-        self.children = psutil.Process(self.process.pid).children(recursive=True)
-
-    def stop(self) -> int:
-        """Stop it as Ctrl-C does; return its exit code."""
-        self.process.send_signal(signal.SIGINT)
-        self.api.close()
-        return self.process.wait(timeout=90)
+    def __init__(self, root: Path, note: dict) -> None:
+        self.root, self.note = root, note
+        self.api = httpx.Client(base_url=f"{note['prefect']}/api", timeout=30)
 
     def post(self, path: str, **body) -> object:
         answer = self.api.post(path, json=body)
@@ -126,12 +112,68 @@ class Up:
         return [state["name"] for state in sorted(found, key=lambda state: state["timestamp"])]
 
 
-@contextmanager
-def worker(up: Up, name: str) -> Iterator[psutil.Process]:
-    """Run one more worker of the pool `gpu`, as another machine would."""
-    from flows.services import Services, client_variables
+class Up(Api):
+    """A `cm up` in a workspace, ready to use."""
 
-    variables = client_variables(up.root, Services(up.note["prefect"], up.note["mlflow"]))
+    def __init__(self, root: Path, *options: str) -> None:
+        command = [sys.executable, "-m", "flows.cli", "up", "--prefect-port", "0", "--mlflow-port", "0", *options]
+        self.process = subprocess.Popen(
+            command, cwd=root, env=environment(root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for line in self.process.stdout:
+            if line.startswith("Ctrl-C"):
+                break
+        else:
+            pytest.fail(self.process.stderr.read())
+        super().__init__(root, json.loads((root / ".cm" / "services" / "services.json").read_text()))
+        self.children = psutil.Process(self.process.pid).children(recursive=True)
+
+    def stop(self) -> int:
+        """Stop it as Ctrl-C does; return its exit code."""
+        self.process.send_signal(signal.SIGINT)
+        self.api.close()
+        return self.process.wait(timeout=90)
+
+
+class Servers(Api):
+    """Prefect's and MLflow's server on a PostgreSQL database, each ended and started at will, as supervisors do."""
+
+    def __init__(self, root: Path, database: str) -> None:
+        at = services.Services(*(f"http://{services.HOST}:{free_port()}" for _ in range(2)))
+        services.prepare_database(database)
+        self._at, self._commands = at, services._server_commands(root, at)
+        self.client_variables = services.client_variables(root, at)
+        self._env = environment(root, **self.client_variables, **services.server_variables(root, at, database))
+        self._running: dict[str, subprocess.Popen] = {}
+        super().__init__(root, asdict(at))
+
+    def start(self, *names: str) -> None:
+        """Start servers and wait until they answer."""
+        for name in names:
+            with (self.root / ".cm" / f"{name}.log").open("ab") as log:
+                command = [sys.executable, "-m", *self._commands[name]]
+                self._running[name] = subprocess.Popen(command, cwd=self.root, env=self._env, stdout=log, stderr=log)
+        wait_until(lambda: all(services.answering(self._at)[name] for name in names), 180)
+
+    def end(self, name: str, number: int = signal.SIGKILL) -> None:
+        """End a server with a signal, and what it has started."""
+        popen = self._running.pop(name)
+        tree = psutil.Process(popen.pid).children(recursive=True)
+        popen.send_signal(number)
+        popen.wait(60)
+        for child in tree:
+            end_tree(child)
+
+    def end_all(self) -> None:
+        self.api.close()
+        for name in list(self._running):
+            self.end(name)
+
+
+@contextmanager
+def worker(up: Api, name: str) -> Iterator[psutil.Process]:
+    """Run one more worker of the pool `gpu`, as another machine would."""
+    variables = services.client_variables(up.root, services.Services(up.note["prefect"], up.note["mlflow"]))
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "gpu", "--name", name]
     options = ["--type", "process", "--limit", "1", "--install-policy", "never"]
     with (up.root / ".cm" / f"{name}.log").open("wb") as log:

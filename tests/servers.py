@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -128,28 +128,54 @@ def wait_for_page(url: str, log: Path, seconds: float = 300) -> None:
             time.sleep(0.3)
 
 
-@contextmanager
-def postgres() -> Iterator[str]:
-    """Run PostgreSQL; yield host:port, where postgres/postgres may do anything.
+class Postgres:
+    """A PostgreSQL server on `place`, host:port, where postgres/postgres may do anything; it can be started again.
 
-    The server refuses to run as root, so there it runs as nobody, who gets a folder of his own: pytest closes its
-    folders to others whenever another run of it begins.
+    It refuses to run as root, so there it runs as nobody, who gets a folder of his own: pytest closes its folders to
+    others whenever another run of it begins.
     """
-    user = {"user": "nobody", "group": "nogroup"} if os.geteuid() == 0 else {}
-    with tempfile.TemporaryDirectory() as name:
-        folder, data, port = Path(name), Path(name) / "data", free_port()
-        data.mkdir()
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._data, self._port = folder, folder / "data", free_port()
+        self._user = {"user": "nobody", "group": "nogroup"} if os.geteuid() == 0 else {}
+        self._running, self.place = ExitStack(), f"127.0.0.1:{self._port}"
+        self._data.mkdir()
         (folder / "password").write_text("postgres")
-        if user:
-            shutil.chown(data, **user)
+        if self._user:
+            shutil.chown(self._data, **self._user)
             folder.chmod(0o711)
         init = ["--username", "postgres", "--pwfile", str(folder / "password"), "--auth", "scram-sha-256", "--no-sync"]
-        subprocess.run([binary("initdb"), "-D", str(data), *init], check=True, capture_output=True, cwd="/", **user)
+        command = [binary("initdb"), "-D", str(self._data), *init]
+        subprocess.run(command, check=True, capture_output=True, cwd="/", **self._user)
+
+    def start(self) -> None:
         options = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
         settings = [word for key, value in options.items() for word in ("-c", f"{key}={value}")]
-        with process([binary("postgres"), "-D", str(data), "-p", str(port), *settings], folder, **user) as log:
-            wait_until_it_accepts(port, log)
-            yield f"127.0.0.1:{port}"
+        command = [binary("postgres"), "-D", str(self._data), "-p", str(self._port), *settings]
+        log = self._running.enter_context(process(command, self._folder, **self._user))
+        wait_until_it_accepts(self._port, log)
+
+    def stop(self) -> None:
+        self._running.close()
+
+    def crash(self) -> None:
+        """End it as `pg_ctl stop -m immediate` does: every connection is cut, nothing is written down."""
+        number = int((self._data / "postmaster.pid").read_text().split()[0])
+        os.kill(number, signal.SIGQUIT)
+        os.waitid(os.P_PID, number, os.WEXITED | os.WNOWAIT)
+        self.stop()
+
+
+@contextmanager
+def postgres() -> Iterator[Postgres]:
+    """Run PostgreSQL."""
+    with tempfile.TemporaryDirectory() as name:
+        server = Postgres(Path(name))
+        try:
+            server.start()
+            yield server
+        finally:
+            server.stop()
 
 
 def binary(name: str) -> str:

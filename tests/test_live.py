@@ -23,8 +23,8 @@ EARLY = ("prepare", "teacher")  # features may still wait for their turn when th
 def up(tmp_path_factory):
     """`cm up` on PostgreSQL, the servers alone."""
     root = make_live_workspace(tmp_path_factory.mktemp("live") / "workspace")
-    with postgres() as place:
-        services = Up(root, "--database", f"postgresql://postgres:postgres@{place}/postgres", "--no-workers")
+    with postgres() as database:
+        services = Up(root, "--database", f"postgresql://postgres:postgres@{database.place}/postgres", "--no-workers")
         yield services
         assert services.stop() == 0
         assert not [child for child in services.children if still_runs(child)]

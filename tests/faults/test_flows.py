@@ -1,0 +1,120 @@
+"""Whole flows, twice at once, and while the servers and the database behind them die and come back."""
+
+import signal
+import time
+from itertools import chain
+
+import httpx
+import pytest
+
+from live import Servers, cm, make_live_workspace, wait_until, worker
+from servers import needs_postgres, postgres
+
+pytestmark = [pytest.mark.soak, needs_postgres]
+LONG = 4000  # steps: about a minute
+
+
+@pytest.fixture(scope="module")
+def database():
+    with postgres() as database:
+        yield database
+
+
+@pytest.fixture(scope="module")
+def servers(database, tmp_path_factory):
+    """Both servers on PostgreSQL, two workers, one slot for heavy stages."""
+    root = make_live_workspace(tmp_path_factory.mktemp("flows") / "workspace")
+    (root / ".cm").mkdir()
+    servers = Servers(root, f"postgresql://postgres:postgres@{database.place}/postgres")
+    try:
+        servers.start("prefect", "mlflow")
+        deployed = cm(root, "deploy", "--gpus", "1", **servers.client_variables)
+        assert deployed.returncode == 0, deployed.stderr
+        with worker(servers, "a"), worker(servers, "b"):
+            yield servers
+    finally:
+        servers.end_all()
+
+
+def ask_mlflow(servers, path, **body):
+    answer = httpx.post(f"{servers.note['mlflow']}/api/2.0/mlflow/{path}", json=body, timeout=60)
+    answer.raise_for_status()
+    return answer.json()
+
+
+def stage_runs(servers, stage, *run_ids):
+    """Return the MLflow runs of a stage that belong to flow runs, the oldest first."""
+    experiments = ask_mlflow(servers, "experiments/search", max_results=100)["experiments"]
+    query = f"tags.stage = '{stage}'"
+    body = {"experiment_ids": [one["experiment_id"] for one in experiments], "filter": query}
+    runs = ask_mlflow(servers, "runs/search", **body, order_by=["attributes.start_time ASC"]).get("runs", [])
+    tags = [{tag["key"]: tag["value"] for tag in run["data"]["tags"]} for run in runs]
+    return [run["info"] for run, own in zip(runs, tags, strict=True) if own.get("prefect.flow_run_id") in run_ids]
+
+
+def logged_steps(servers, mlflow_run):
+    """Return the steps whose loss an MLflow run has, in the order in which they came."""
+    url = f"{servers.note['mlflow']}/api/2.0/mlflow/metrics/get-history"
+    chosen = {"run_id": mlflow_run["run_id"], "metric_key": "loss", "max_results": 5000}
+    found = httpx.get(url, params=chosen, timeout=60).json().get("metrics", [])
+    return [int(entry["step"]) for entry in found]
+
+
+def trained_steps(servers, *run_ids):
+    """Return the steps that each process logged which trained a student for these flow runs."""
+    return [logged_steps(servers, run) for run in stage_runs(servers, "student", *run_ids)]
+
+
+def in_mid_training(servers, run_id):
+    """Wait until a run's student trains and has saved a state."""
+    wait_until(lambda: servers.artifacts(run_id).get("progress-student", {}).get("data", 0) > 10, 600, every=0.5)
+
+
+def every(count, by=10):
+    return list(range(by, count + 1, by))
+
+
+def test_of_two_identical_flows_one_trains_and_the_other_waits(servers):
+    pair = [servers.submit(), servers.submit()]
+    for run_id in pair:
+        servers.wait_for(run_id, "Completed", 900)
+    assert trained_steps(servers, *pair) == [every(600)]
+    assert [len(stage_runs(servers, stage, *pair)) for stage in ("features", "teacher", "evaluate")] == [1, 1, 1]
+    assert {"Cached", "Completed"} == {servers.task_states(run_id)["student"] for run_id in pair}
+    waits = [line for line in chain(*map(servers.said, pair)) if "student: waits for a slot" in line]
+    assert waits
+
+
+def test_where_gpus_suffice_for_both_the_other_waits_all_the_same(servers):
+    servers.api.patch("/v2/concurrency_limits/gpu", json={"limit": 2}).raise_for_status()
+    pair = [servers.submit("student.train.num_steps=610"), servers.submit("student.train.num_steps=610")]
+    for run_id in pair:
+        servers.wait_for(run_id, "Completed", 900)
+    servers.api.patch("/v2/concurrency_limits/gpu", json={"limit": 1}).raise_for_status()
+    said = list(chain(*map(servers.said, pair)))
+    assert sum("another process trains exactly this; waiting for it" in line for line in said) == 1
+    steps = trained_steps(servers, *pair)
+    assert sorted(chain(*steps)) == every(610)
+
+
+@pytest.mark.parametrize("number", (signal.SIGKILL, signal.SIGTERM))
+def test_a_prefect_server_that_comes_back_ends_no_run(servers, number):
+    run_id = servers.submit(f"student.train.num_steps={LONG + number}")
+    in_mid_training(servers, run_id)
+    servers.end("prefect", number)
+    time.sleep(15)
+    servers.start("prefect")
+    servers.wait_for(run_id, "Completed", 900)
+    print(servers.states(run_id), *servers.said(run_id), sep="\n")
+    print([(len(s), s[:2], s[-2:]) for s in trained_steps(servers, run_id)])
+
+
+def test_a_database_that_comes_back_ends_no_run(servers, database):
+    run_id = servers.submit(f"student.train.num_steps={LONG}")
+    in_mid_training(servers, run_id)
+    database.crash()
+    time.sleep(15)
+    database.start()
+    servers.wait_for(run_id, "Completed", 900)
+    print(servers.states(run_id), *servers.said(run_id), sep="\n")
+    print([(len(s), s[:2], s[-2:]) for s in trained_steps(servers, run_id)])
