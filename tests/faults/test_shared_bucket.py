@@ -1,0 +1,152 @@
+"""Machines that share nothing but a bucket: a training passes from one to the other, and so does a whole flow."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flows.dvcfiles import dvc_md5
+from flows.recipe import load_recipe, write_active
+from live import cm, environment, make_live_workspace, wait_until
+from miniature import commit, git
+from servers import s3_server
+from small_stages import files
+
+STEPS, LEASE_SECONDS = 300, 6
+# `cm stage teacher`, whose lease ends sooner.
+TEACHER = f"""
+from flows import cli, s3_state
+s3_state.LEASE_SECONDS = {LEASE_SECONDS}.0
+cli.main(["stage", "teacher"])
+"""
+
+
+@pytest.fixture(scope="module")
+def s3():
+    with pytest.MonkeyPatch.context() as patch, s3_server(patch) as client:
+        client.create_bucket(Bucket="team")
+        yield client
+
+
+@pytest.fixture
+def aws(s3):
+    """The variables with which another process reaches the bucket."""
+    return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+
+
+@pytest.fixture
+def machines(tmp_path):
+    """Two workspaces with the same code and nothing else in common."""
+    first = make_live_workspace(tmp_path / "first")
+    git(tmp_path, "clone", "--quiet", str(first), "second")
+    return first, tmp_path / "second"
+
+
+def train(root, **variables):
+    """Begin to train the teacher; its output is a pipe."""
+    return subprocess.Popen(
+        [sys.executable, "-c", TEACHER],
+        cwd=root,
+        env=environment(root, **variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def heard(process, part):
+    """Read on until a line has this in it; return it."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if part in line:
+            return line
+    raise AssertionError("".join(lines))
+
+
+def published_step(s3):
+    """Return the step of the newest state in the bucket, 0 before the first."""
+    heads = [entry["Key"] for entry in s3.list_objects_v2(Bucket="team").get("Contents", ()) if "head" in entry["Key"]]
+    if not heads:
+        return 0
+    manifests = json.loads(s3.get_object(Bucket="team", Key=heads[0])["Body"].read())["states"]
+    prefix = heads[0].removesuffix("head.json")
+    if not manifests:
+        return 0
+    manifest = s3.get_object(Bucket="team", Key=prefix + manifests[0])["Body"].read().decode()
+    return max(int(step) for step in re.findall(r"step-(\d+)", manifest))
+
+
+@pytest.mark.slow
+def test_a_killed_training_is_ended_elsewhere_with_the_same_bytes(machines, s3, aws, tmp_path):
+    """Uninterrupted on a third machine; killed on the first while the second waits, which then has the bucket alone."""
+    first, second = machines
+    git(tmp_path, "clone", "--quiet", str(first), "third")
+    third = tmp_path / "third"
+    recipe = load_recipe("tiny", [f"teacher.train.num_steps={STEPS}", "teacher.train.save_every=20"], root=first)
+    assert (write_active(recipe, first), cm(first, "stage", "prepare").returncode)[1] == 0
+    for root in (second, third):
+        write_active(recipe, root)
+        shutil.copytree(first / "out" / "prepare", root / "out" / "prepare")
+    whole = cm(third, "stage", "teacher")
+    assert whole.returncode == 0, whole.stderr
+
+    shared = {**aws, "CM_STATE": "s3://team/states"}
+    killed = train(first, **shared)
+    wait_until(lambda: published_step(s3) >= 20, 60, every=0.1)
+    os.killpg(killed.pid, signal.SIGSTOP)  # it stands still, so the other begins to wait before the training can end
+    heir = train(second, **shared)
+    heard(heir, "another process trains exactly this; waiting for it")
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    reached = published_step(s3)
+    assert heard(heir, "gave no sign for")
+    assert int(heard(heir, "resuming from step").rpartition(" ")[2]) == reached and 20 <= reached < STEPS
+    assert heir.wait(60) == 0
+    assert files(second / "out" / "teacher") == files(third / "out" / "teacher")
+    assert not (first / "out" / "teacher" / "weights.safetensors").exists()
+    for process in (killed, heir):
+        process.stdout.close()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Forty images of two colours of noise."""
+    rng = np.random.default_rng(0)
+    for kind in ("dark", "light"):
+        (tmp_path / "pictures" / kind).mkdir(parents=True)
+        for number in range(20):
+            pixels = rng.integers(0, 128, (8, 8), dtype=np.uint8) + (128 if kind == "light" else 0)
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "pictures" / kind / f"{number}.png")
+    return tmp_path / "pictures"
+
+
+@pytest.mark.soak
+def test_a_whole_flow_is_found_by_a_machine_that_has_nothing(machines, aws, pictures):
+    first, second = machines
+    for root in machines:
+        text = "[core]\n    remote = team\n['remote \"team\"']\n    url = s3://team/dvc\n"
+        (root / ".dvc" / "config.local").write_text(text)
+    added = cm(first, "data", "add", str(pictures), **aws)
+    assert "pushed to s3://team/dvc" in added.stdout, added.stderr
+    override, version = re.search(r"--set '(.*)'", added.stdout)[1], re.search(r"version (\w{32})", added.stdout)[1]
+    git(first, "add", "--all")
+    commit(first)
+    git(second, "pull", "--quiet")
+
+    run = ("run", "tiny", "--take-over", "--set", override)
+    made, found = cm(first, *run, **aws), cm(second, *run, **aws)
+    for done in (made, found):
+        assert done.returncode == 0, done.stderr
+    print(made.stdout, made.stderr, "=====", found.stdout, found.stderr)
+    assert f"data/pictures.zip, version {version}" in made.stdout + made.stderr
+    assert files(first / "out") == files(second / "out")
+    assert dvc_md5(second / "out" / "student") == dvc_md5(first / "out" / "student")
