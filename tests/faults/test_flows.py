@@ -11,7 +11,7 @@ from live import Servers, cm, make_live_workspace, wait_until, worker
 from servers import needs_postgres, postgres
 
 pytestmark = [pytest.mark.soak, needs_postgres]
-LONG = 4000  # steps: about a minute
+LONG = 1000  # steps: about a minute
 
 
 @pytest.fixture(scope="module")
