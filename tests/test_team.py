@@ -9,9 +9,9 @@ import pytest
 from fault_proxy import error, fault_proxy
 from flows import workspace
 from flows.commands import doctor
-from flows.dvcfiles import dvc_md5
+from flows.dvcfiles import dvc_md5, load_yaml
 from flows.tracking import Tracker
-from miniature import git, make_workspace
+from miniature import REPOSITORY, commit, git, make_workspace
 from servers import point_aws_at, s3_server
 
 pytestmark = pytest.mark.slow
@@ -109,18 +109,56 @@ def test_damaged_bytes_in_a_remote_are_never_taken_for_a_result(machines, tmp_pa
     assert not results["prepare"].cached, "computed again, and right"
 
 
-def test_differences_of_an_experiment_are_readable(machines):
+def with_plots(root):
+    """Let the miniature's evaluation write a table of FIDs, and DVC show it as the real pipeline says."""
+    pipeline = load_yaml(root / "dvc.yaml")
+    pipeline["stages"]["evaluate"]["plots"] = ["out/evaluate/plots"]
+    pipeline["plots"] = load_yaml(REPOSITORY / "dvc.yaml")["plots"]
+    (root / "dvc.yaml").write_text(json.dumps(pipeline))
+    with (root / "stage.py").open("a") as script:
+        script.write(PLOTS)
+    git(root, "add", "--all")
+    commit(root)
+
+
+PLOTS = """
+if name == "evaluate":
+    (out / "plots").mkdir()
+    fid = json.loads((out / "metrics.json").read_text())["fid_classifier"]
+    rows = "".join(f"{row},{value}\\n" for row, value in fid.items())
+    (out / "plots" / "fid.csv").write_text("row,fid\\n" + rows)
+    (out / "plots" / "loss.png").write_bytes(b"a picture, say")
+"""
+
+
+def test_differences_of_an_experiment_are_readable(machines, tmp_path):
     first, _ = machines
+    text = (first / "stage.py").read_text().replace("import os,", "import json, os,")
+    (first / "stage.py").write_text(text)
+    with_plots(first)
     dvc(first, "repro")
     git(first, "add", "--all")
-    git(first, "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--quiet", "-m", "results")
+    commit(first)
     text = (first / "stage.py").read_text().replace('"nfe_1": 2.5', '"nfe_1": 1.25')
     (first / "stage.py").write_text(text)
     dvc(first, "exp", "run", "-n", "better", "-S", "params/active.yaml:seed=2")
-    rows = json.loads(dvc(first, "metrics", "diff", "--json"))
+    rows = json.loads(dvc(first, "metrics", "diff", "HEAD", "better", "--json"))
     changed = rows["out/evaluate/metrics.json"]["fid_classifier.nfe_1"]
     assert (changed["old"], changed["new"], changed["diff"]) == (2.5, 1.25, -1.25)
+    assert "| fid_classifier.nfe_1 | 2.5    | 1.25     | -1.25    |" in dvc(
+        first, "metrics", "diff", "HEAD", "better", "--md"
+    )
     assert "better" in dvc(first, "exp", "show", "--md")
+
+    shown = json.loads(dvc(first, "plots", "diff", "HEAD", "better", "--json"))["data"]
+    (bars,) = shown["FID of every row of images"]
+    assert bars["revisions"] == ["HEAD", "better"]
+    assert bars["content"]["mark"]["type"] == "bar" and bars["content"]["encoding"]["y"]["field"] == "row"
+    drawn = {(value["rev"], value["row"], float(value["fid"])) for value in bars["content"]["data"]["values"]}
+    assert drawn >= {("HEAD", "nfe_1", 2.5), ("better", "nfe_1", 1.25)}
+    assert [picture["type"] for picture in shown["out/evaluate/plots/loss.png"]] == ["image", "image"]
+    dvc(first, "plots", "diff", "HEAD", "better", "--out", str(tmp_path / "page"))
+    assert "FID of every row of images" in (tmp_path / "page" / "index.html").read_text()
 
 
 def test_doctor_proves_every_store_in_one_bucket(machines, s3, monkeypatch, tmp_path, capsys):
