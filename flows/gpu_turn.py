@@ -74,11 +74,13 @@ def _take_slots(
 
 
 def _ask_for_slots(client: SyncPrefectClient, stage: Stage, count: int) -> UUID | None:
-    """Return the lease of the slots, None while too many are taken."""
+    """Return the lease of the slots, None while too many are taken or the server or its database is away."""
     try:
         answer = client.increment_concurrency_slots_with_lease([GPU], count, "concurrency", LEASE_SECONDS).json()
+    except httpx.TransportError:
+        return None
     except httpx.HTTPStatusError as error:
-        if error.response.status_code == HTTPStatus.LOCKED:
+        if error.response.status_code == HTTPStatus.LOCKED or error.response.is_server_error:
             return None
         raise StageFailed(f"{stage.name}: no slot of the limit `{GPU}`: {error}") from error
     if not answer["limits"]:

@@ -21,7 +21,10 @@ from flows.launch import free_port
 
 @contextmanager
 def http_server(answers: dict[str, tuple[int, dict[str, str], bytes]]) -> Iterator[tuple[str, list[str]]]:
-    """Serve path -> (status, headers, body); yield the base URL and the list of paths asked for so far."""
+    """Serve path -> (status, headers, body); yield the base URL and the list of paths asked for so far.
+
+    `answers` may change meanwhile.
+    """
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -33,6 +36,10 @@ def http_server(answers: dict[str, tuple[int, dict[str, str], bytes]]) -> Iterat
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.do_GET()
 
         def log_message(self, *args):
             pass

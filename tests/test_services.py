@@ -1,5 +1,6 @@
 """`cm up` and what it rests on: ports, databases, devices, turns, and its end, whoever brings it about."""
 
+import json
 import os
 import signal
 import socket
@@ -7,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -17,6 +20,7 @@ from flows.dvcfiles import load_yaml, read_stages
 from flows.errors import UserError
 from live import Up, cm, environment, make_live_workspace, wait_until
 from miniature import REPOSITORY
+from servers import http_server
 
 
 def test_every_stage_says_what_it_needs():
@@ -95,6 +99,36 @@ def test_a_device_comes_back_when_its_holder_is_killed(tmp_path):
         assert held == {"CUDA_VISIBLE_DEVICES": "0"} and waits == [1]
     holder.wait()
     holder.stdout.close()
+
+
+@pytest.mark.slow
+def test_a_stage_waits_for_its_slot_while_the_server_or_its_database_is_away(monkeypatch):
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    from flows import gpu_turn
+
+    monkeypatch.setattr(gpu_turn, "LOOK_EVERY", 0.02)
+    path, lease, said = "/api/v2/concurrency_limits/increment-with-lease", uuid.uuid4(), []
+    answers, run = {path: (500, {}, b"{}")}, SimpleNamespace(ending=False)
+    stage = read_stages(REPOSITORY)["student"]
+
+    def come_back():
+        wait_until(lambda: asked.count(path) >= 3, 20, every=0.01)
+        body = json.dumps({"lease_id": str(lease), "limits": [{"id": str(uuid.uuid4()), "name": "gpu", "limit": 1}]})
+        answers[path] = (200, {"Content-Type": "application/json"}, body.encode())
+
+    with (
+        http_server(answers) as (url, asked),
+        temporary_settings({PREFECT_API_URL: f"{url}/api", PREFECT_CLIENT_MAX_RETRIES: 0}),
+        get_client(sync_client=True) as client,
+    ):
+        threading.Thread(target=come_back).start()
+        assert gpu_turn._take_slots(client, stage, 1, run, said.append) == lease
+    assert said == ["student: waits for a slot of the limit `gpu`"]
+    with temporary_settings({PREFECT_API_URL: f"{url}/api", PREFECT_CLIENT_MAX_RETRIES: 0}):
+        with get_client(sync_client=True) as client:  # nobody listens there any more
+            assert gpu_turn._ask_for_slots(client, stage, 1) is None
 
 
 def test_a_port_is_free_or_refused_by_its_option():

@@ -5,13 +5,16 @@ import time
 from itertools import chain
 
 import httpx
+import psutil
 import pytest
 
+from flows.services import still_runs
 from live import Servers, cm, make_live_workspace, wait_until, worker
 from servers import needs_postgres, postgres
 
 pytestmark = [pytest.mark.soak, needs_postgres]
 LONG = 1000  # steps: about a minute
+AWAY = 15  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,12 @@ def in_mid_training(servers, run_id):
     wait_until(lambda: servers.artifacts(run_id).get("progress-student", {}).get("data", 0) > 10, 600, every=0.5)
 
 
+def engines(root):
+    """Return the processes of flow runs of a workspace."""
+    found = [one for one in psutil.process_iter(["cmdline"]) if (one.info["cmdline"] or ())[-1:] == ["prefect.engine"]]
+    return [one for one in found if one.environ().get("PREFECT_HOME") == str(root / ".cm" / "prefect")]
+
+
 def every(count, by=10):
     return list(range(by, count + 1, by))
 
@@ -98,22 +107,37 @@ def test_where_gpus_suffice_for_both_the_other_waits_all_the_same(servers):
 
 @pytest.mark.parametrize("number", (signal.SIGKILL, signal.SIGTERM))
 def test_a_prefect_server_that_comes_back_ends_no_run(servers, number):
-    run_id = servers.submit(f"student.train.num_steps={LONG + number}")
+    run_id = servers.submit(f"student.train.num_steps={LONG + 10 * number}")
     in_mid_training(servers, run_id)
     servers.end("prefect", number)
-    time.sleep(15)
+    time.sleep(AWAY)
     servers.start("prefect")
     servers.wait_for(run_id, "Completed", 900)
-    print(servers.states(run_id), *servers.said(run_id), sep="\n")
-    print([(len(s), s[:2], s[-2:]) for s in trained_steps(servers, run_id)])
+    assert trained_steps(servers, run_id) == [every(LONG + 10 * number)]
+    assert servers.flow_run(run_id)["run_count"] == 1
 
 
-def test_a_database_that_comes_back_ends_no_run(servers, database):
+def test_a_database_that_crashes_and_comes_back_ends_no_run(servers, database):
+    """It is behind both servers; what the stage could not log meanwhile is in MLflow in the end."""
     run_id = servers.submit(f"student.train.num_steps={LONG}")
     in_mid_training(servers, run_id)
     database.crash()
-    time.sleep(15)
+    time.sleep(AWAY)
     database.start()
     servers.wait_for(run_id, "Completed", 900)
-    print(servers.states(run_id), *servers.said(run_id), sep="\n")
-    print([(len(s), s[:2], s[-2:]) for s in trained_steps(servers, run_id)])
+    assert trained_steps(servers, run_id) == [every(LONG)]
+    assert servers.flow_run(run_id)["run_count"] == 1
+
+
+def test_a_run_that_lost_its_server_for_too_long_is_started_again(servers):
+    """The flow's process gives up when its training is over and nobody can be told."""
+    run_id = servers.submit("student.train.num_steps=620")
+    in_mid_training(servers, run_id)
+    (engine,) = engines(servers.root)
+    servers.end("prefect")
+    wait_until(lambda: not still_runs(engine), 600, every=1)
+    servers.start("prefect")
+    servers.wait_for(run_id, "Completed", 900)
+    steps = trained_steps(servers, run_id)
+    print(servers.states(run_id), [(len(s), s[:2], s[-2:]) for s in steps], *servers.said(run_id), sep="\n")
+    assert set(chain(*steps)) == set(every(620))
