@@ -256,8 +256,8 @@ Action = Callable[[Tracker, str], None]  # something to do with a run, given by 
 class StageRun:
     """The MLflow run of one stage, written by a thread of its own: neither MLflow's start nor its store slows a step.
 
-    Where MLflow cannot be opened, the next report raises it; what fails later is raised when the stage has ended,
-    because no training should end for it.
+    Where MLflow cannot be opened, the next report raises it; what fails later is tried again when the stage has ended,
+    and raised only then, because no training should end for it.
     """
 
     def __init__(
@@ -272,7 +272,7 @@ class StageRun:
         self._origin, self._stage, self._parent_run_id, self._make_tags = origin, stage, parent_run_id, tags
         self._watch_machine = watch_machine
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
-        self._written: deque[Future[None]] = deque()
+        self._written: deque[tuple[Action, Future[None]]] = deque()
 
     def __enter__(self) -> "StageRun":
         self._opened = self._thread.submit(self._open)
@@ -288,11 +288,18 @@ class StageRun:
         self._machine = SystemMetrics() if self._watch_machine else None
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        written = self._thread.submit(self._write_again) if error is None else self._opened
         closed = self._thread.submit(self._close, error)
         self._thread.shutdown()
         if error is None:
-            for future in (self._opened, *self._written, closed):
+            for future in (self._opened, written, closed):
                 future.result()
+
+    def _write_again(self) -> None:
+        """Do what failed once more, in its order: MLflow may have been away for a while only."""
+        for action, future in self._written:
+            if future.exception():
+                action(self._tracker, self._run_id)
 
     def _close(self, error: BaseException | None) -> None:
         self._tracker.set_tags(self._run_id, error_tags(error))
@@ -302,9 +309,9 @@ class StageRun:
         """Have `action` done after everything submitted before. Raises what kept MLflow from being opened."""
         if self._opened.done():
             self._opened.result()
-        while self._written and self._written[0].done() and self._written[0].exception() is None:
+        while self._written and (done := self._written[0][1]).done() and done.exception() is None:
             self._written.popleft()
-        self._written.append(self._thread.submit(lambda: action(self._tracker, self._run_id)))
+        self._written.append((action, self._thread.submit(lambda: action(self._tracker, self._run_id))))
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Log numbers of a step, and what the machine does meanwhile."""
