@@ -20,7 +20,7 @@ from flows.errors import UserError
 from flows.figures import save_grid
 from flows.recipe import Recipe, write_active
 from flows.stage_monitor import StageMonitor
-from flows.tracking import Belonging, PipelineRun, Tracker, flat_numbers, load_student
+from flows.tracking import Belonging, PipelineRun, StageRun, Tracker, flat_numbers, load_student
 from miniature import REPOSITORY, git, make_workspace
 
 STAGES = """
@@ -292,6 +292,24 @@ def test_a_training_does_not_end_for_a_number_that_could_not_be_written(root, mo
         running.run_stage("teacher", root)
     assert (root / "out/teacher/resumed.json").exists(), "it trained to its end all the same"
     assert newest(tracker, "teacher").data.tags["dvc.out"] == dvc_md5(root / "out/teacher")
+
+
+def test_what_could_not_be_written_for_a_while_is_written_in_the_end(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    away, write = {2, 3}, Tracker.log_numbers
+
+    def sometimes(self, run_id, values, *, step):
+        if step in away:
+            away.remove(step)
+            raise ConnectionError("gone for a while")
+        write(self, run_id, values, step=step)
+
+    monkeypatch.setattr(Tracker, "log_numbers", sometimes)
+    with StageRun(tmp_path, "teacher", None, dict) as run:
+        for step in range(1, 6):
+            run.metrics({"loss": 0.5}, step)
+    logged = Tracker(tmp_path).client.get_metric_history(run._run_id, "loss")
+    assert sorted(entry.step for entry in logged) == [1, 2, 3, 4, 5] and not away
 
 
 def test_a_recipe_of_any_length_is_logged(tmp_path, monkeypatch):
