@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flows.dvcfiles import dvc_md5
+from flows.dvcfiles import dvc_md5, read_stages
 from flows.recipe import load_recipe, write_active
 from live import cm, environment, make_live_workspace, wait_until
 from miniature import commit, git
@@ -127,24 +127,40 @@ def pictures(tmp_path):
     return tmp_path / "pictures"
 
 
-@pytest.mark.soak
-def test_a_whole_flow_is_found_by_a_machine_that_has_nothing(machines, aws, pictures):
+@pytest.fixture
+def data(machines, aws, pictures):
+    """The override for pictures that the first machine has versioned and pushed, and the second knows through git."""
     first, second = machines
     for root in machines:
         text = "[core]\n    remote = team\n['remote \"team\"']\n    url = s3://team/dvc\n"
         (root / ".dvc" / "config.local").write_text(text)
     added = cm(first, "data", "add", str(pictures), **aws)
     assert "pushed to s3://team/dvc" in added.stdout, added.stderr
-    override, version = re.search(r"--set '(.*)'", added.stdout)[1], re.search(r"version (\w{32})", added.stdout)[1]
     git(first, "add", "--all")
     commit(first)
     git(second, "pull", "--quiet")
+    return re.search(r"--set '(.*)'", added.stdout)[1]
 
-    run = ("run", "tiny", "--take-over", "--set", override)
-    made, found = cm(first, *run, **aws), cm(second, *run, **aws)
-    for done in (made, found):
-        assert done.returncode == 0, done.stderr
-    print(made.stdout, made.stderr, "=====", found.stdout, found.stderr)
-    assert f"data/pictures.zip, version {version}" in made.stdout + made.stderr
-    assert files(first / "out") == files(second / "out")
-    assert dvc_md5(second / "out" / "student") == dvc_md5(first / "out" / "student")
+
+@pytest.mark.slow
+def test_versioned_data_are_brought_from_the_bucket_and_named(machines, aws, data):
+    _, second = machines
+    write_active(load_recipe("tiny", [data], root=second), second)
+    assert not (second / "data" / "pictures.zip").exists()
+    done = cm(second, "stage", "prepare", **aws)
+    version = re.search(r"version: (\w{32})", data)[1]
+    assert f"data/pictures.zip, version {version}" in done.stdout, done.stderr
+    assert len(np.load(second / "out" / "prepare" / "train" / "images.npy")) > 0
+    assert dvc_md5(second / "data" / "pictures.zip") == version
+
+
+@pytest.mark.soak
+def test_a_whole_flow_is_found_by_a_machine_that_has_nothing(machines, aws, data):
+    run = ("run", "tiny", "--take-over", "--set", data)
+    made, found = (cm(root, *run, **aws) for root in machines)
+    assert (made.returncode, found.returncode) == (0, 0), made.stderr + found.stderr
+    first, second = (re.findall(r"(\w+): (done|cached).*, data version (.*)", done.stderr) for done in (made, found))
+    assert {word for _, word, _ in first} == {"done"} and {word for _, word, _ in second} == {"cached"}
+    assert {(stage, version) for stage, _, version in first} == {(stage, version) for stage, _, version in second}
+    assert {stage for stage, _, _ in first} == set(read_stages(machines[0]))
+    assert files(machines[0] / "out") == files(machines[1] / "out")
