@@ -188,6 +188,16 @@ def worker(up: Api, name: str) -> Iterator[psutil.Process]:
         started.wait()
 
 
+def trainings(root: Path) -> list[psutil.Process]:
+    """Return the processes that train students of this workspace."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if (process.info["cmdline"] or ())[-2:] == ["stage", "student"]
+        if process.environ().get("CM_HOME") == str(root)
+    ]
+
+
 def end_tree(process: psutil.Process) -> None:
     """Kill a process and all it has started, at once."""
     try:

@@ -7,12 +7,11 @@ import os
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
 from flows.devices import visible_devices
 from flows.services import still_runs
-from live import CHROMIUM, Up, make_live_workspace, wait_until, worker
+from live import CHROMIUM, Up, make_live_workspace, trainings, wait_until, worker
 from servers import needs_postgres, postgres
 
 pytestmark = [pytest.mark.soak, needs_postgres]
@@ -100,16 +99,6 @@ def moved(up, submitted, workers):
     wait_until(lambda: not still_runs(training), 20)  # a training whose flow is gone ends
     up.wait_for(submitted, "Completed", 900)
     return submitted
-
-
-def trainings(root: Path) -> list[psutil.Process]:
-    """Return the processes that train students of this workspace."""
-    return [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if (process.info["cmdline"] or ())[-2:] == ["stage", "student"]
-        if process.environ().get("CM_HOME") == str(root)
-    ]
 
 
 def saved_steps(root: Path) -> list[int]:
