@@ -21,7 +21,7 @@ HELD = {1: 32_768, 2: 16_384}  # pixels times channels that a program holds at m
 EACH = {1: 64, 2: 32}  # of them in a thread
 JOIN_ROWS = 512  # pixels whose bias gradients one program sums
 # The product of a projection: pixels, channels out and channels in of a tile (`least` at least), and how it is run.
-PROJECT = {"pixels": 128, "out": 128, "in": 64, "least": 16, "stages": 3, "warps": 8}
+PROJECT = {"pixels": 128, "out": 128, "in": 64, "least": 16, "stages": 3, "warps": 4}
 
 
 def norm_act(
@@ -225,12 +225,14 @@ class _NormShape:
         wanted = min(CHANNELS, max(CHANNELS // 2, HELD[arrays] // pixels))
         groups_each = max(1, min(groups, wanted // group_size))
         tile_width = triton.next_power_of_2(groups_each * group_size)
+        picks = beside is not None and first % (groups_each * group_size) == 0
         whole = pixels * tile_width <= HELD[arrays]
         tile_height = pixels if whole else max(1, TILE // tile_width)
         self.grid = (triton.cdiv(groups, groups_each), images)
         self.sizes = (height * width, self.channels, first, groups)
         self.tiles = {
-            "has_beside": beside is not None,
+            "picks": picks,
+            "mixes": beside is not None and not picks,
             "whole": whole,
             "group_size": group_size,
             "groups_each": groups_each,
@@ -269,39 +271,42 @@ def _row_stride(v: Tensor) -> int:
 def _norm_forward(
     x_ptr, beside_ptr, before_ptr, scale_ptr, shift_ptr, y_ptr, mean_ptr, rstd_ptr,
     pixels, channels, first_channels, groups, x_stride, beside_stride, affine_stride, eps,
-    has_before: tl.constexpr, silu: tl.constexpr, has_beside: tl.constexpr, whole: tl.constexpr,
+    has_before: tl.constexpr, silu: tl.constexpr, picks: tl.constexpr, mixes: tl.constexpr, whole: tl.constexpr,
     group_size: tl.constexpr, groups_each: tl.constexpr, width: tl.constexpr, height: tl.constexpr,
     group_width: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(1).to(tl.int64)
     local = tl.arange(0, width)
-    channel = tl.program_id(0) * groups_each * group_size + local
+    start = tl.program_id(0) * groups_each * group_size
+    channel = start + local
     valid = (local < groups_each * group_size) & (channel < channels)
     local_group = tl.arange(0, group_width)
     member = (local // group_size)[:, None] == local_group[None, :]  # [width, group_width]
+    if picks:
+        x_ptr, x_stride = _pick(x_ptr, x_stride, beside_ptr, beside_stride, start, first_channels)
     x_ptr += image * pixels * x_stride
-    if has_beside:
+    if mixes:
         beside_ptr += image * pixels * beside_stride
     y_ptr += image * pixels * channels
 
     # Sums are of differences to the first pixel: a mean far from zero then costs no digits of the variance.
     one = tl.arange(0, 1)
     first = _load_pixels(
-        x_ptr, beside_ptr, x_stride, beside_stride, one, channel, first_channels, valid[None, :], has_beside
+        x_ptr, x_stride, beside_ptr, beside_stride, one, channel, first_channels, valid[None, :], mixes
     )
     first = tl.sum(first.to(tl.float32), 0)
     pixel = tl.arange(0, height)
     mask = (pixel < pixels)[:, None] & valid[None, :]
-    held = _load_pixels(x_ptr, beside_ptr, x_stride, beside_stride, pixel, channel, first_channels, mask, has_beside)
+    held = _load_pixels(x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes)
     x = tl.where(mask, held.to(tl.float32) - first[None, :], 0.0)
     total = tl.sum(x, 0)
     squares = tl.sum(x * x, 0)
     if not whole:
-        for start in range(height, pixels, height):
-            pixel = start + tl.arange(0, height)
+        for past in range(height, pixels, height):
+            pixel = past + tl.arange(0, height)
             mask = (pixel < pixels)[:, None] & valid[None, :]
             x = _load_pixels(
-                x_ptr, beside_ptr, x_stride, beside_stride, pixel, channel, first_channels, mask, has_beside
+                x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes
             ).to(tl.float32)
             x = tl.where(mask, x - first[None, :], 0.0)
             total += tl.sum(x, 0)
@@ -331,25 +336,32 @@ def _norm_forward(
     if whole:
         _store_act(held.to(tl.float32), factor, offset, y_ptr, pixel, channel, channels, mask, silu)
     else:
-        for start in range(0, pixels, height):
-            pixel = start + tl.arange(0, height)
+        for past in range(0, pixels, height):
+            pixel = past + tl.arange(0, height)
             mask = (pixel < pixels)[:, None] & valid[None, :]
             x = _load_pixels(
-                x_ptr, beside_ptr, x_stride, beside_stride, pixel, channel, first_channels, mask, has_beside
+                x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes
             ).to(tl.float32)
             _store_act(x, factor, offset, y_ptr, pixel, channel, channels, mask, silu)
 
 
 @triton.jit
+def _pick(x_ptr, x_stride, beside_ptr, beside_stride, start, first_channels):
+    """Return where a program reads its channels, which lie all in x or all beside it."""
+    is_beside = start >= first_channels
+    return tl.where(is_beside, beside_ptr - first_channels, x_ptr), tl.where(is_beside, beside_stride, x_stride)
+
+
+@triton.jit
 def _load_pixels(
-    x_ptr, beside_ptr, x_stride, beside_stride, pixel, channel, first_channels, mask, has_beside: tl.constexpr
+    x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes: tl.constexpr
 ):  # fmt: skip
-    """Load [pixels, channels] of one image; those from `first_channels` on lie beside."""
+    """Load [pixels, channels] of one image; those from `first_channels` on lie beside where a program `mixes`."""
     own = mask
-    if has_beside:
+    if mixes:
         own = mask & (channel < first_channels)[None, :]
     x = tl.load(x_ptr + pixel[:, None] * x_stride + channel[None, :], mask=own, other=0.0)
-    if has_beside:
+    if mixes:
         place = beside_ptr + pixel[:, None] * beside_stride + (channel - first_channels)[None, :]
         x = tl.where(own, x, tl.load(place, mask=mask & (channel >= first_channels)[None, :], other=0.0))
     return x
@@ -368,21 +380,26 @@ def _norm_backward(
     x_ptr, beside_ptr, before_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, dy_ptr, dx_ptr, d_beside_ptr,
     d_before_ptr, d_scale_ptr, d_shift_ptr,
     pixels, channels, first_channels, groups, x_stride, beside_stride, dy_stride, affine_stride,
-    has_before: tl.constexpr, silu: tl.constexpr, has_beside: tl.constexpr, whole: tl.constexpr,
+    has_before: tl.constexpr, silu: tl.constexpr, picks: tl.constexpr, mixes: tl.constexpr, whole: tl.constexpr,
     group_size: tl.constexpr, groups_each: tl.constexpr, width: tl.constexpr, height: tl.constexpr,
     group_width: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(1).to(tl.int64)
     local = tl.arange(0, width)
-    channel = tl.program_id(0) * groups_each * group_size + local
+    start = tl.program_id(0) * groups_each * group_size
+    channel = start + local
     valid = (local < groups_each * group_size) & (channel < channels)
     member = (local // group_size)[:, None] == tl.arange(0, group_width)[None, :]  # [width, group_width]
+    dx_stride, d_beside_stride = first_channels, channels - first_channels
+    if picks:
+        x_ptr, x_stride = _pick(x_ptr, x_stride, beside_ptr, beside_stride, start, first_channels)
+        dx_ptr, dx_stride = _pick(dx_ptr, dx_stride, d_beside_ptr, d_beside_stride, start, first_channels)
     x_ptr += image * pixels * x_stride
     dy_ptr += image * pixels * dy_stride
-    dx_ptr += image * pixels * first_channels
-    if has_beside:
+    dx_ptr += image * pixels * dx_stride
+    if mixes:
         beside_ptr += image * pixels * beside_stride
-        d_beside_ptr += image * pixels * (channels - first_channels)
+        d_beside_ptr += image * pixels * d_beside_stride
     mean = tl.load(mean_ptr + image * groups + channel // group_size, mask=valid, other=0.0)
     rstd = tl.load(rstd_ptr + image * groups + channel // group_size, mask=valid, other=0.0)
     scale = tl.load(scale_ptr + image * affine_stride + channel, mask=valid, other=0.0).to(tl.float32)
@@ -393,17 +410,15 @@ def _norm_backward(
     # z = normed * scale + shift, y = act(z)
     pixel = tl.arange(0, height)
     mask = (pixel < pixels)[:, None] & valid[None, :]
-    x = _load_pixels(x_ptr, beside_ptr, x_stride, beside_stride, pixel, channel, first_channels, mask, has_beside)
+    x = _load_pixels(x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes)
     dy = tl.load(dy_ptr + pixel[:, None] * dy_stride + channel[None, :], mask=mask, other=0.0)
     normed, dz = _normed_and_dz(x, dy, mask, mean, rstd, scale, shift, silu)
     sum_dz, sum_dz_normed, sum_normed = tl.sum(dz, 0), tl.sum(dz * normed, 0), tl.sum(normed, 0)
     if not whole:
-        for start in range(height, pixels, height):
-            pixel = start + tl.arange(0, height)
+        for past in range(height, pixels, height):
+            pixel = past + tl.arange(0, height)
             mask = (pixel < pixels)[:, None] & valid[None, :]
-            x = _load_pixels(
-                x_ptr, beside_ptr, x_stride, beside_stride, pixel, channel, first_channels, mask, has_beside
-            )
+            x = _load_pixels(x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes)
             dy = tl.load(dy_ptr + pixel[:, None] * dy_stride + channel[None, :], mask=mask, other=0.0)
             normed, dz = _normed_and_dz(x, dy, mask, mean, rstd, scale, shift, silu)
             sum_dz += tl.sum(dz, 0)
@@ -425,18 +440,18 @@ def _norm_backward(
             x, dy, mask, mean, rstd, scale, shift, silu
         )  # computed again: holding them costs more
         dx = rstd[None, :] * (scale[None, :] * dz - mean_dz[None, :] - normed * mean_dz_normed[None, :])
-        _store_pixels(dx, dx_ptr, d_beside_ptr, pixel, channel, channels, first_channels, mask, has_beside)
+        _store_pixels(dx, dx_ptr, dx_stride, d_beside_ptr, d_beside_stride, pixel, channel, first_channels, mask, mixes)
     else:
-        for start in range(0, pixels, height):
-            pixel = start + tl.arange(0, height)
+        for past in range(0, pixels, height):
+            pixel = past + tl.arange(0, height)
             mask = (pixel < pixels)[:, None] & valid[None, :]
-            x = _load_pixels(
-                x_ptr, beside_ptr, x_stride, beside_stride, pixel, channel, first_channels, mask, has_beside
-            )
+            x = _load_pixels(x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes)
             dy = tl.load(dy_ptr + pixel[:, None] * dy_stride + channel[None, :], mask=mask, other=0.0)
             normed, dz = _normed_and_dz(x, dy, mask, mean, rstd, scale, shift, silu)
             dx = rstd[None, :] * (scale[None, :] * dz - mean_dz[None, :] - normed * mean_dz_normed[None, :])
-            _store_pixels(dx, dx_ptr, d_beside_ptr, pixel, channel, channels, first_channels, mask, has_beside)
+            _store_pixels(
+                dx, dx_ptr, dx_stride, d_beside_ptr, d_beside_stride, pixel, channel, first_channels, mask, mixes
+            )
 
 
 @triton.jit
@@ -452,16 +467,16 @@ def _normed_and_dz(x, dy, mask, mean, rstd, scale, shift, silu: tl.constexpr):
 
 @triton.jit
 def _store_pixels(
-    dx, dx_ptr, d_beside_ptr, pixel, channel, channels, first_channels, mask, has_beside: tl.constexpr
+    dx, dx_ptr, dx_stride, d_beside_ptr, d_beside_stride, pixel, channel, first_channels, mask, mixes: tl.constexpr
 ):  # fmt: skip
-    """Store [pixels, channels] of one image; those from `first_channels` on belong beside."""
+    """Store [pixels, channels] of one image where `_load_pixels` would load them."""
     dx = dx.to(dx_ptr.dtype.element_ty)
-    place = dx_ptr + pixel[:, None] * first_channels + channel[None, :]
-    if not has_beside:
-        tl.store(place, dx, mask=mask)
-    else:
-        tl.store(place, dx, mask=mask & (channel < first_channels)[None, :])
-        place = d_beside_ptr + pixel[:, None] * (channels - first_channels) + (channel - first_channels)[None, :]
+    own = mask
+    if mixes:
+        own = mask & (channel < first_channels)[None, :]
+    tl.store(dx_ptr + pixel[:, None] * dx_stride + channel[None, :], dx, mask=own)
+    if mixes:
+        place = d_beside_ptr + pixel[:, None] * d_beside_stride + (channel - first_channels)[None, :]
         tl.store(place, dx, mask=mask & (channel >= first_channels)[None, :])
 
 
