@@ -223,6 +223,8 @@ class _NormShape:
         self.channels = first + (0 if beside is None else beside.shape[1])
         pixels, group_size = triton.next_power_of_2(height * width), self.channels // groups
         wanted = min(CHANNELS, max(CHANNELS // 2, HELD[arrays] // pixels))
+        if arrays == 1 and (CHANNELS // 2) % group_size == 0:
+            wanted = CHANNELS // 2  # as fast as it gets, where so few are whole groups
         groups_each = max(1, min(groups, wanted // group_size))
         tile_width = triton.next_power_of_2(groups_each * group_size)
         picks = beside is not None and first % (groups_each * group_size) == 0
