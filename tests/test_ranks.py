@@ -159,7 +159,7 @@ def test_a_lost_process_ends_the_training_which_goes_on_alone_from_its_state(roo
     code, output = run(root, 2)
     assert code == 1
     assert output.splitlines()[-1] == (
-        "student: process 1 of 0..1 was killed by signal 9; started again, a training goes on from its last saved state"
+        "student: process 1 was killed by signal 9; started again, a training goes on from its last saved state"
     )
     saved = int(list_states(root / "states")[-1].name.removeprefix("step-"))
     code, output = run(root, 1)
