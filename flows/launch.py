@@ -156,9 +156,7 @@ def _meet(stage: str, node_count: int, facts: nodes.Facts, monitor: Monitor) -> 
     try:
         return nodes.meet(stage, node_count, {**facts, **_arithmetic()}, monitor)
     except nodes.NodeMissing as error:
-        raise StageFailed(f"{stage}: {error}") from error
-    except UserError as error:
-        raise UserError(f"{stage}: {error}") from error
+        raise StageFailed(str(error)) from error
 
 
 def _arithmetic() -> dict[str, str]:
@@ -186,7 +184,7 @@ def join_stage(stage: str, section: Any, root: Path, facts: nodes.Facts, say: Ca
     try:
         link, welcome = nodes.enter(stage, {**facts, **_arithmetic()}, say)
     except nodes.NodeMissing as error:
-        raise StageFailed(f"{stage}: {error}") from error
+        raise StageFailed(str(error)) from error
     link.keep()
     first, count = welcome.node * devices, welcome.nodes * devices
     say(f"{stage}: node {welcome.node} of {welcome.nodes}, processes {first}..{first + devices - 1} of {count}")

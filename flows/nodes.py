@@ -132,10 +132,10 @@ def meet(stage: str, count: int, facts: Facts, monitor: Monitor) -> list[Link]:
         deadline = time.monotonic() + WAIT
         try:
             while len(links) < count - 1:
-                _check_patience(deadline, len(links) + 1, count, monitor)
+                _check_patience(deadline, stage, len(links) + 1, count, monitor)
                 for link, theirs in _admit(server, stage, len(links) + 1):
                     links.append(link)
-                    _compare(facts, theirs, link.peer)
+                    _compare(stage, facts, theirs, link.peer)
         except (UserError, NodeMissing) as error:
             for link in links:
                 link.part(str(error))
@@ -160,11 +160,13 @@ def _listener(host: str, port: int) -> socket.socket:
     return server
 
 
-def _check_patience(deadline: float, here: int, count: int, monitor: Monitor) -> None:
+def _check_patience(deadline: float, stage: str, here: int, count: int, monitor: Monitor) -> None:
     if monitor.stop_requested():
-        raise NodeMissing("stopped before all nodes had come")
+        raise NodeMissing(f"{stage}: stopped before all nodes had come")
     if time.monotonic() > deadline:
-        raise NodeMissing(f"{here} of {NODES_VARIABLE}={count} nodes were there after {WAIT:.0f} s; start the others")
+        raise NodeMissing(
+            f"{stage}: {here} of {NODES_VARIABLE}={count} nodes were there after {WAIT:.0f} s; start the others"
+        )
 
 
 def _admit(server: socket.socket, stage: str, node: int) -> Iterator[tuple[Link, Facts]]:
@@ -186,11 +188,13 @@ def _admit(server: socket.socket, stage: str, node: int) -> Iterator[tuple[Link,
     link.close()
 
 
-def _compare(ours: Facts, theirs: Facts, peer: str) -> None:
+def _compare(stage: str, ours: Facts, theirs: Facts, peer: str) -> None:
     for name in sorted(ours.keys() | theirs.keys()):
         here, there = ours.get(name, "missing"), theirs.get(name, "missing")
         if here != there:
-            raise UserError(f"{name} is {there} on {peer} and {here} on the main node; all must compute the same")
+            raise UserError(
+                f"{stage}: {name} is {there} on {peer} and {here} on the main node; all must compute the same"
+            )
 
 
 def enter(stage: str, facts: Facts, say: Callable[[str], None]) -> tuple[Link, Welcome]:
@@ -201,7 +205,7 @@ def enter(stage: str, facts: Facts, say: Callable[[str], None]) -> tuple[Link, W
         NodeMissing: no main node was found that waits for this stage, or it went away.
     """
     host, port = meeting_place()
-    say(f"looks for the main node at {host}:{port}, at most {WAIT:.0f} s")
+    say(f"{stage}: looks for the main node at {host}:{port}, at most {WAIT:.0f} s")
     deadline = time.monotonic() + WAIT
     while time.monotonic() < deadline:
         with suppress(ConnectionError, TimeoutError):
@@ -212,7 +216,7 @@ def enter(stage: str, facts: Facts, say: Callable[[str], None]) -> tuple[Link, W
                 return link, _read_welcome(answer, link)
             link.close()
         time.sleep(BEAT)
-    raise NodeMissing(f"no main node waited for one at {host}:{port} within {WAIT:.0f} s")
+    raise NodeMissing(f"{stage}: no main node waited for one at {host}:{port} within {WAIT:.0f} s")
 
 
 def _read_welcome(answer: Mapping[str, Any], link: Link) -> Welcome:

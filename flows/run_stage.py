@@ -63,7 +63,7 @@ def run_stage(name: str, root: Path) -> None:
         if "state_dir" in parameters:
             given["state_dir"] = stack.enter_context(_state(stages[name], root, inputs, monitor))
         section = getattr(recipe, name, None)
-        together = {"facts": partial(_facts, stages[name], root, inputs), "monitor": monitor}
+        together = {"facts": partial(facts, stages[name], root, inputs), "monitor": monitor}
         with signals.as_exit(), several_processes(name, section, root, given.get("state_dir"), **together):
             function(**fill_parameters(function, given, recipe, root))
         outs = {path: dvc_md5(root / path) for path in stages[name].outs}
@@ -85,10 +85,10 @@ def join(name: str, root: Path, say: Callable[[str], None]) -> None:
     if stage is None or name not in SHARED:
         raise UserError(f"{name}: several machines share {', '.join(SHARED)}, no other stage")
     recipe = load_active(root)
-    join_stage(name, getattr(recipe, name), root, _facts(stage, root, {}), say)
+    join_stage(name, getattr(recipe, name), root, facts(stage, root, {}), say)
 
 
-def _facts(stage: Stage, root: Path, inputs: Mapping[str, str]) -> dict[str, Any]:
+def facts(stage: Stage, root: Path, inputs: Mapping[str, str]) -> dict[str, Any]:
     """Return by name what must be the same on all nodes that share a stage."""
     cmd, deps, params, _ = stage_facts(root, stage, inputs)
     return flatten({"cmd": cmd, **deps, **params})
