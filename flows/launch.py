@@ -120,9 +120,7 @@ def several_processes(
         host, _ = nodes.meeting_place()
         links = _meet(stage, node_count, facts(), monitor or Monitor())
     store = ranks.listen(host)
-    for node, link in enumerate(links, start=1):
-        link.send(node=node, nodes=node_count, port=store.port)
-        link.keep()
+    nodes.welcome(links, store.port)
     places = [Place(host, store.port, rank, count, rank) for rank in range(1, devices)]
     crew = _Crew(1, [_start(stage, root, state_dir, place) for place in places], links)
     over = threading.Event()

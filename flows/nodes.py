@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ MEET_VARIABLE = "CM_MEET"
 WAIT = 600.0  # seconds for all nodes to come
 BEAT = 1.0  # seconds between two signs of life, and between two looks
 SILENCE = 30.0  # seconds without one after which a node is taken for lost
+HELLO = 5.0  # seconds for whoever comes to say who it is
 LONGEST = 2**20  # bytes of a line; nobody here says more
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # the network through which tensors go
 
@@ -144,6 +145,14 @@ def meet(stage: str, count: int, facts: Facts, monitor: Monitor) -> list[Link]:
     return links
 
 
+def welcome(links: Sequence[Link], port: int) -> None:
+    """Send the other nodes to where the processes meet, and watch over them from now on."""
+    for node, link in enumerate(links, start=1):
+        with suppress(OSError):  # it is noticed as any later loss
+            link.send(node=node, nodes=len(links) + 1, port=port)
+        link.keep()
+
+
 def _others(count: int) -> str:
     return "the other node" if count == 2 else f"the {count - 1} other nodes"
 
@@ -164,9 +173,8 @@ def _check_patience(deadline: float, stage: str, here: int, count: int, monitor:
     if monitor.stop_requested():
         raise NodeMissing(f"{stage}: stopped before all nodes had come")
     if time.monotonic() > deadline:
-        raise NodeMissing(
-            f"{stage}: {here} of {NODES_VARIABLE}={count} nodes were there after {WAIT:.0f} s; start the others"
-        )
+        came = f"{here} of {NODES_VARIABLE}={count} nodes were there after {WAIT:.0f} s"
+        raise NodeMissing(f"{stage}: {came}; start the others")
 
 
 def _admit(server: socket.socket, stage: str, node: int) -> Iterator[tuple[Link, Facts]]:
@@ -177,7 +185,7 @@ def _admit(server: socket.socket, stage: str, node: int) -> Iterator[tuple[Link,
         return
     link = Link(connection, f"node {node} ({address})")
     try:
-        hello = link.receive(SILENCE)
+        hello = link.receive(HELLO)
         link.peer = f"node {node} ({hello['host']})"
         if hello["stage"] == stage:
             yield link, hello["facts"]

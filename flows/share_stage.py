@@ -11,11 +11,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from cm_core import ranks
+from flows.errors import UserError
 from flows.launch import BEREFT, Place
 from flows.monitor import Monitor
 from flows.recipe import load_active
 from flows.run_stage import fill_parameters, stage_function
 from flows.stages.training import StageStopped
+from flows.workspace import USER_ERROR
 
 WRITE_TOGETHER = ("sample",)  # stages whose processes, on the main node, fill the same files
 
@@ -35,6 +37,9 @@ def main(argv: Sequence[str]) -> None:
             given = {"out_dir": out_dir, "state_dir": state_dir, "monitor": Monitor()}
             with suppress(StageStopped):
                 function(**fill_parameters(function, given, load_active(root), root))
+    except UserError as error:
+        print(f"cm: {error}", file=sys.stderr, flush=True)
+        os._exit(USER_ERROR)
     except ranks.ProcessLost:
         os._exit(BEREFT)  # whoever watches over all of them says which was lost
 

@@ -51,8 +51,8 @@ def meet(count, *facts, stage="student"):
         main = pool.submit(result_of, nodes.meet, stage, count, FACTS, Told())
         others = [pool.submit(result_of, nodes.enter, stage, theirs, str) for theirs in facts]
         links = main.result()
-        for node, link in enumerate(links if isinstance(links, list) else (), start=1):
-            link.send(node=node, nodes=count, port=1234)
+        if isinstance(links, list):
+            nodes.welcome(links, 1234)
         return links, [other.result() for other in others]
 
 
@@ -132,11 +132,9 @@ def test_a_node_for_a_later_stage_asks_again_and_strangers_do_not_disturb(place)
         for words in (b"GET / HTTP/1.1\r\n\r\n", b"7\n", b'{"stage": "teacher"}\n', b""):
             wait_until(lambda words=words: _says(place, words))
         right = pool.submit(result_of, nodes.enter, "teacher", FACTS, str)
-        (link,) = main.result()
-        link.send(node=1, nodes=2, port=1)
+        nodes.welcome(main.result(), 1)
         assert right.result()[1] == nodes.Welcome(1, 2, 1) and not early.done()
-        links = nodes.meet("student", 2, FACTS, Told())
-        links[0].send(node=1, nodes=2, port=2)
+        nodes.welcome(nodes.meet("student", 2, FACTS, Told()), 2)
         assert early.result()[1] == nodes.Welcome(1, 2, 2)
 
 
@@ -151,7 +149,6 @@ def _says(place, words):
 def linked():
     """Return both ends of a connection, kept."""
     (link,), ((other, _),) = meet(2, FACTS)
-    link.keep()
     other.keep()
     return link, other
 
@@ -197,7 +194,7 @@ def test_a_meeting_place_that_is_none_is_refused(monkeypatch, value):
 
 def test_a_meeting_place_of_another_machine_is_refused(monkeypatch):
     monkeypatch.setenv("CM_MEET", "192.0.2.1:29500")
-    with pytest.raises(UserError, match=r"^CM_MEET=192\.0\.2\.1:29500: nobody can listen there"):
+    with pytest.raises(UserError, match=r"^CM_MEET=192\.0\.2\.1:29500: this machine cannot listen there"):
         nodes.meet("student", 2, FACTS, Told())
 
 
