@@ -1,10 +1,12 @@
 """`cm run`, `cm demo`, `cm stage`: bring recipes about through Prefect, or one stage as DVC starts it."""
 
 import gc
+import sys
 import textwrap
 import time
 from argparse import Namespace
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from flows.commands.output import CHARTS, add_json_option, prepare_for_cancellin
 from flows.commands.recipes import add_recipe_arguments
 from flows.rows import Metrics, Rows, by_row
 from flows.services import use_running
-from flows.workspace import home
+from flows.workspace import StageFailed, home
 
 if TYPE_CHECKING:
     from flows.recipe import Recipe
@@ -36,6 +38,10 @@ def add_parsers(commands: Any) -> None:
     parser.add_argument("stage", metavar="STAGE", help="prepare, features, teacher, student, sample, edit or evaluate")
     parser.set_defaults(command=stage)
 
+    parser = commands.add_parser("join", help="share a stage that another machine runs, at CM_MEET=host:port")
+    parser.add_argument("stage", metavar="STAGE", help="teacher, student or sample")
+    parser.set_defaults(command=join)
+
 
 def stage(args: Namespace) -> None:
     """Run one stage in this workspace."""
@@ -44,6 +50,18 @@ def stage(args: Namespace) -> None:
 
     gc.enable()
     run_stage(args.stage, home())
+
+
+def join(args: Namespace) -> int:
+    """Share a stage with the main node until it ends there."""
+    from flows.run_stage import join as join_stage
+
+    try:
+        join_stage(args.stage, home(), partial(print, flush=True))
+    except StageFailed as error:
+        print(f"cm: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def run(args: Namespace) -> None:

@@ -138,10 +138,12 @@ def _prepare_passes(models: Models, method: Method, train: Train) -> None:
 
 
 def _resume(state: TrainState, state_dir: Path, monitor: Monitor) -> None:
-    saved = list_states(state_dir)
+    """Go on from the last saved state; of several processes the first alone has one, and all hold what it holds."""
+    saved = list_states(state_dir) if ranks.is_first() else []
     if saved:
         state.restore(saved[-1])
         monitor.remark(f"resuming from step {state.step}")
+    state.share()
 
 
 def _write_artifact(state: TrainState, spec: ModelSpec, out_dir: Path) -> None:
