@@ -156,16 +156,28 @@ class TrainState:
     def restore(self, state: Path) -> None:
         """Continue from a saved state, bitwise; the models and optimiser must be built from the same recipe."""
         tensors, values = load_state(state)
-        self._load_window(tensors, values["step"])
+        self._take(tensors, values["step"], whence=str(state))
+
+    def share(self) -> None:
+        """Let every process of the training hold the first one's state, bitwise; all must call."""
+        if ranks.count() == 1:
+            return
+        mine = {**self._tensors(), **self._window_tensors(), "step": torch.tensor(self.step)}
+        tensors = ranks.from_first(mine)
+        if not ranks.is_first():
+            self._take(tensors, int(tensors.pop("step")), whence="what the first process sent")
+
+    def _take(self, tensors: dict[str, Tensor], step: int, *, whence: str) -> None:
+        self._load_window(tensors, step)
         self._load_optimizer(tensors)
         own = self._tensors()
         if own.keys() != tensors.keys():
             odd = min(own.keys() ^ tensors.keys())
-            raise ValueError(f"{state} is the state of another training (only one of the two has {odd})")
+            raise ValueError(f"{whence} is the state of another training (only one of the two has {odd})")
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(tensors[name])
-        self.step = values["step"]
+        self.step = step
 
     def averaged(self, index: int = 0) -> dict[str, Tensor]:
         """Return the state dict of the model with the weights of average `index`."""

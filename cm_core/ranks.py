@@ -4,6 +4,7 @@ All else everybody does alike: the loss sees the whole batch in every process, w
 losses, metrics and weights agree without being sent, and no method knows that it is not alone.
 """
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -30,17 +31,52 @@ def is_first() -> bool:
     return rank() == 0
 
 
+class ProcessLost(RuntimeError):
+    """An exchange failed, most likely because one of the processes is gone."""
+
+
+def listen(host: str, port: int = 0) -> dist.TCPStore:
+    """Open the place where the processes meet, at this address of this machine alone; port 0: any (`.port` says)."""
+    listener = socket.create_server((host, port), family=socket.getaddrinfo(host, port)[0][0])
+    port, descriptor = listener.getsockname()[1], listener.detach()
+    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor)
+
+
+def call(host: str, port: int) -> dist.TCPStore:
+    """Find the place that the first process has opened, or will open soon."""
+    return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=TIMEOUT)
+
+
 @contextmanager
 def joined(rank: int, count: int, port: int) -> Iterator[None]:
     """Be process `rank` of `count` on this machine, which meet at `port`; on a machine with GPUs, use GPU `rank`."""
+    local = "127.0.0.1"
+    with member(listen(local, port) if rank == 0 else call(local, port), rank, count, device=rank):
+        yield
+
+
+@contextmanager
+def member(store: dist.TCPStore, rank: int, count: int, *, device: int) -> Iterator[None]:
+    """Be process `rank` of `count`, which meet at `store`; on a machine with GPUs, use its GPU `device`."""
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    where = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group(backend, init_method=where, rank=rank, world_size=count, timeout=TIMEOUT)
+    with _exchange():
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
     yield
     dist.destroy_process_group()  # not after an error: it may wait for a process that is gone
+
+
+@contextmanager
+def _exchange() -> Iterator[None]:
+    """Tell errors of an exchange from all others."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ProcessLost(str(error)) from error
 
 
 def agree(flag: bool) -> bool:
@@ -48,13 +84,37 @@ def agree(flag: bool) -> bool:
     if count() == 1:
         return flag
     said = torch.tensor(int(flag))
-    dist.all_reduce(said, dist.ReduceOp.MAX)
+    with _exchange():
+        dist.all_reduce(said, dist.ReduceOp.MAX)
     return bool(said)
 
 
 def wait_for_all() -> None:
     """Return when every process has come here."""
     agree(False)
+
+
+def from_first(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the first process's tensors, to the bit, on devices of its kind; those of the others count for nothing."""
+    listing = [{name: (tensor.shape, tensor.dtype, tensor.device.type) for name, tensor in tensors.items()}]
+    with _exchange():
+        dist.broadcast_object_list(listing)
+    received = {}
+    for name, (shape, dtype, kind) in listing[0].items():
+        tensor = tensors[name].contiguous() if is_first() else torch.empty(shape, dtype=dtype, device=kind)
+        with _exchange():
+            dist.broadcast(tensor, 0)
+        received[name] = tensor
+    return received
+
+
+def hand_to_first(rows: Tensor, owner: int) -> None:
+    """Fill the first process's `rows` with those of process `owner`; both must call, others may."""
+    with _exchange():
+        if is_first() and owner:
+            dist.recv(rows, owner)
+        elif owner == rank() != 0:
+            dist.send(rows, 0)
 
 
 def divide_rows(module: nn.Module) -> None:
@@ -86,7 +146,8 @@ def sum_gradients(model: nn.Module, weighting: nn.Module | None) -> None:
 def _all_reduce(tensors: list[Tensor]) -> None:
     """Sum tensors over the processes, in one exchange."""
     together = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(together)
+    with _exchange():
+        dist.all_reduce(together)
     parts = together.split([tensor.numel() for tensor in tensors])
     torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])
 
@@ -100,7 +161,8 @@ def _own_rows(whole: Tensor) -> Tensor:
 
 def _gathered(rows: Tensor) -> Tensor:
     whole = rows.new_empty(count() * rows.shape[0], *rows.shape[1:])
-    dist.all_gather(list(whole.chunk(count())), rows.contiguous())
+    with _exchange():
+        dist.all_gather(list(whole.chunk(count())), rows.contiguous())
     return whole
 
 

@@ -119,13 +119,18 @@ def version(outs: Mapping[str, str]) -> str:
 
 
 def stage_key(root: Path, stage: Stage, known: Mapping[str, str]) -> str:
-    """Return a digest of all that decides what a stage makes: command, dependencies, params, names of outputs.
+    """Return a digest of all that decides what a stage makes; see `stage_facts`."""
+    return _digest(stage_facts(root, stage, known))
+
+
+def stage_facts(root: Path, stage: Stage, known: Mapping[str, str]) -> list[Any]:
+    """Return all that decides what a stage makes: command, dependencies, params, names of outputs.
 
     `known` gives hashes of input artifacts that are not, or need not be, read from the workspace.
     """
     params = load_yaml(root / PARAMS_FILE)
     deps = {path: known.get(path) or dvc_md5(root / path) for path in stage.deps}
-    return _digest([stage.cmd, deps, {section: params[section] for section in stage.params}, stage.outs])
+    return [stage.cmd, deps, {section: params[section] for section in stage.params}, stage.outs]
 
 
 def _digest(value: Any) -> str:

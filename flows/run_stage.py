@@ -7,13 +7,15 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import flows
-from flows.dvcfiles import Stage, dvc_md5, read_stages, stage_key, version
+from flows.devices import SHARED
+from flows.dvcfiles import Stage, dvc_md5, read_stages, stage_facts, stage_key, version
 from flows.errors import UserError
-from flows.launch import several_processes
+from flows.launch import join_stage, several_processes
 from flows.recipe import Recipe, flatten, load_active
 from flows.stage_monitor import StageMonitor
 from flows.stage_signals import StageSignals, end_with_caller
@@ -61,13 +63,35 @@ def run_stage(name: str, root: Path) -> None:
         if "state_dir" in parameters:
             given["state_dir"] = stack.enter_context(_state(stages[name], root, inputs, monitor))
         section = getattr(recipe, name, None)
-        with signals.as_exit(), several_processes(name, section, root, given.get("state_dir")):
+        together = {"facts": partial(facts, stages[name], root, inputs), "monitor": monitor}
+        with signals.as_exit(), several_processes(name, section, root, given.get("state_dir"), **together):
             function(**fill_parameters(function, given, recipe, root))
         outs = {path: dvc_md5(root / path) for path in stages[name].outs}
         if "state_dir" in given:
             mark_finished(given["state_dir"], outs)
         _log_outputs(run, stages[name], root, recipe, outs)
     gc.freeze()  # the process ends now; without a last search through all modules, more than a second sooner
+
+
+def join(name: str, root: Path, say: Callable[[str], None]) -> None:
+    """Share a stage that the main node of several runs, in a workspace of the same code, recipe and inputs.
+
+    Raises:
+        UserError: no such stage, a missing input, a bad value, or the main node computes something else.
+        StageFailed: no main node was found, or another process was lost.
+    """
+    _refuse_other_code(root)
+    stage = read_stages(root).get(name)
+    if stage is None or name not in SHARED:
+        raise UserError(f"{name}: several machines share {', '.join(SHARED)}, no other stage")
+    recipe = load_active(root)
+    join_stage(name, getattr(recipe, name), root, facts(stage, root, {}), say)
+
+
+def facts(stage: Stage, root: Path, inputs: Mapping[str, str]) -> dict[str, Any]:
+    """Return by name what must be the same on all nodes that share a stage."""
+    cmd, deps, params, _ = stage_facts(root, stage, inputs)
+    return flatten({"cmd": cmd, **deps, **params})
 
 
 def _refuse_other_code(root: Path) -> None:

@@ -1,5 +1,6 @@
 """What the other processes of a stage do: compute their rows, and say nothing. `flows.launch` starts them."""
 
+import json
 import os
 import signal
 import sys
@@ -10,30 +11,41 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from cm_core import ranks
+from flows.errors import UserError
+from flows.launch import BEREFT, Place
 from flows.monitor import Monitor
 from flows.recipe import load_active
 from flows.run_stage import fill_parameters, stage_function
 from flows.stages.training import StageStopped
+from flows.workspace import USER_ERROR
 
-WRITE_TOGETHER = ("sample",)  # stages whose processes fill the same files; of the others the first alone writes
+WRITE_TOGETHER = ("sample",)  # stages whose processes, on the main node, fill the same files
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run stage `argv[0]`, its states in folder `argv[1]`, as process `argv[2]` of `argv[3]`, met at port `argv[4]`."""
-    stage, state_dir, rank, count, port = argv
+    """Run stage `argv[0]`, its states in folder `argv[1]`, as the process with the place `argv[2]`, JSON."""
+    stage, state_dir, place = argv[0], Path(argv[1]), Place(**json.loads(argv[2]))
     for number in (signal.SIGINT, signal.SIGTERM):  # the first process decides, and all stop after the same step
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_first, daemon=True).start()
+    threading.Thread(target=_end_with_caller, daemon=True).start()
     function, root = stage_function(stage), Path.cwd()
-    with TemporaryDirectory() as scratch, ranks.joined(int(rank), int(count), int(port)):
-        out_dir = root / "out" / stage if stage in WRITE_TOGETHER else Path(scratch)
-        given = {"out_dir": out_dir, "state_dir": Path(state_dir), "monitor": Monitor()}
-        with suppress(StageStopped):
-            function(**fill_parameters(function, given, load_active(root), root))
+    try:
+        store = ranks.call(place.host, place.port)
+        with TemporaryDirectory() as scratch, ranks.member(store, place.rank, place.count, device=place.device):
+            on_main_node = place.rank == place.device
+            out_dir = root / "out" / stage if on_main_node and stage in WRITE_TOGETHER else Path(scratch)
+            given = {"out_dir": out_dir, "state_dir": state_dir, "monitor": Monitor()}
+            with suppress(StageStopped):
+                function(**fill_parameters(function, given, load_active(root), root))
+    except UserError as error:
+        print(f"cm: {error}", file=sys.stderr, flush=True)
+        os._exit(USER_ERROR)
+    except ranks.ProcessLost:
+        os._exit(BEREFT)  # whoever watches over all of them says which was lost
 
 
-def _end_with_first() -> None:
-    """End when the first process has: its end of standard input is then closed."""
+def _end_with_caller() -> None:
+    """End when the process that started this one has: its end of standard input is then closed."""
     os.read(sys.stdin.fileno(), 1)
     os._exit(1)
 

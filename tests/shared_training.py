@@ -1,4 +1,4 @@
-"""Run as a program: the student's training of a folder, as `cm stage` runs it, by as many processes as CM_DEVICES says.
+"""Run as a program: a stage of a folder, as `cm stage` runs it, by as many processes as CM_DEVICES and CM_NODES say.
 
 Prints each step. Beside the states, a file `stop` asks for the end and a file `kill` has process 1 killed.
 """
@@ -8,6 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
+from flows import run_stage
+from flows.dvcfiles import read_stages
 from flows.errors import UserError
 from flows.launch import several_processes
 from flows.monitor import Monitor
@@ -36,12 +38,13 @@ class Printing(Monitor):
         return (self.states / "stop").exists()
 
 
-def main(root):
+def main(root, stage):
     recipe, states = load_active(root), root / "states"
     states.mkdir(exist_ok=True)
+    monitor, facts = Printing(states), lambda: run_stage.facts(read_stages(root)[stage], root, {})
     try:
-        with several_processes("student", recipe.student, root, states):
-            run_small("student", recipe, root / "out", Printing(states), state_dir=states)
+        with several_processes(stage, getattr(recipe, stage), root, states, facts=facts, monitor=monitor):
+            run_small(stage, recipe, root / "out", monitor, state_dir=states)
     except (StageFailed, StageStopped, UserError) as error:
         print(error)
         return 1
@@ -49,4 +52,4 @@ def main(root):
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))

@@ -191,6 +191,9 @@ def write_images(
     if ranks.is_first():
         np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     ranks.wait_for_all()
+    apart = ranks.agree(not path.exists())  # on another node: its processes write files of their own
+    if not path.exists():
+        np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     images = np.lib.format.open_memmap(path, mode="r+")
     pending: tuple[range, Tensor, torch.cuda.Event | None] | None = None
     for start in range(0, num_images, batch_size)[ranks.rank() :: ranks.count()]:
@@ -201,10 +204,18 @@ def write_images(
         pending = ready
     if pending:
         _write_batch(images, *pending, progress)
+    if apart:
+        _hand_over(images, batch_size)
     images.flush()
     ranks.wait_for_all()
     if ranks.count() > 1:  # the last batch may have been another's
         progress(num_images)
+
+
+def _hand_over(images: np.ndarray, batch_size: int) -> None:
+    """Bring everybody's batches into the first process's array."""
+    for number, start in enumerate(range(0, len(images), batch_size)):
+        ranks.hand_to_first(torch.from_numpy(images[start : start + batch_size]), number % ranks.count())
 
 
 def _to_host(pixels: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
