@@ -127,7 +127,7 @@ def _count_kept_values(model: nn.Module, spec: ModelSpec) -> tuple[int, int]:
         elif isinstance(module, Attention):
             kept[module] = 4 * out.numel()
         elif isinstance(module, Block):
-            inputs[module] = args[0].numel()
+            inputs[module] = sum(arg.numel() for arg in args if arg is not None and arg.ndim == 4)
 
     handles = [module.register_forward_hook(note) for module in model.modules()]
     model(torch.empty(1, *spec.image_shape), torch.ones(1))

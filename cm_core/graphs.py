@@ -17,6 +17,7 @@ def replay_passes(net: nn.Module) -> None:
     gradients that are already there, run as before.
     """
     plain, seen, recorded = net.forward, set(), {}
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # a recording has a stream of its own
     trained = [p for p in net.parameters() if p.requires_grad]
 
     def forward(*args: Tensor | None) -> Tensor:

@@ -285,7 +285,7 @@ class Workspace:
 
     def push(self, stages: Sequence[str], on_line: Callable[[str], None] = print) -> None:
         """Give the results of stages to DVC's remote if others share it; say why where that fails, and go on."""
-        url = shared_remote(self.root)
+        url = shared_remote(self.origin)  # seen from the clone, the origin's own folder would be somebody else's
         if not stages or not url:
             return
         code, lines = self._run([*DVC, "push", "--run-cache", *stages], {}, lambda line: None, lambda: None)

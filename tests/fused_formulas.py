@@ -1,17 +1,27 @@
 """What cm_core.networks.kernels computes, by PyTorch's own functions: lets tests run the fused layers on the CPU."""
 
+import torch
 import torch.nn.functional as F
 
 from cm_core.tensors import expand_like
 
 
-def norm_act(x, *, groups, eps, scale, shift, silu, before=None):
+def norm_act(x, *, groups, eps, scale, shift, silu, before=None, beside=None):
+    x = x if beside is None else torch.cat([x, beside], dim=1)
     h = x if before is None else x + expand_like(before, x)
     h = F.group_norm(h, groups, eps=eps)
     per_image = scale.ndim == 2
     scale, shift = (expand_like(v, x) if per_image else v[:, None, None] for v in (scale, shift))
     h = h * scale + shift
     return F.silu(h) if silu else h
+
+
+def projects(x, beside):
+    return True
+
+
+def project_join(x, beside, weight, h, bias, factor):
+    return join(F.conv2d(torch.cat([x, beside], dim=1), weight[:, :, None, None]), h, bias, factor)
 
 
 def join(x, h, bias, factor):

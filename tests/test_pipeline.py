@@ -199,7 +199,7 @@ def test_an_interrupted_run_leaves_nothing_running(run, root, monkeypatch, tmp_p
     monkeypatch.setenv("MINI_SECONDS", "60")
 
     def interrupt():
-        wait_for(trace.exists)
+        wait_for(trace.exists, seconds=120)  # Prefect starts first
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()

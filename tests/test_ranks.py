@@ -131,7 +131,7 @@ def root(ready, tmp_path):
 
 
 def shared_environment(devices):
-    here = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
+    here = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": here, "CM_DEVICES": str(devices), "OMP_NUM_THREADS": "1"}
 
 
@@ -187,9 +187,8 @@ def test_a_lost_process_ends_the_training_which_goes_on_alone_from_its_state(roo
     (root / "states" / "kill").touch()
     code, output = run(root, 2)
     assert code == 1
-    assert output.splitlines()[-1] == (
-        "student: process 1 was killed by signal 9; started again, a training goes on from its last saved state"
-    )
+    line = "student: process 1 was killed by signal 9; started again, a training goes on from its last saved state"
+    assert line in output.splitlines()  # on GPUs, PyTorch adds what it thinks of it
     saved = int(list_states(root / "states")[-1].name.removeprefix("step-"))
     code, output = run(root, 1)
     assert code == 0 and f"resuming from step {saved}" in output and saved >= 4

@@ -5,11 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from cm_core.model import load_model
+from cm_core.loop import Train
+from cm_core.methods.pd import PD
+from cm_core.model import ModelSpec, load_model
+from cm_core.networks.mlp import MLPParams
+from cm_core.noise import Noise
 from flows.errors import UserError
 from flows.monitor import Monitor
+from flows.stages.student import Student, draw_samples
 from flows.stages.training import StageStopped, TrainingLog
 from small_stages import files, run_small, small_recipe
 
@@ -99,6 +105,19 @@ def test_every_method_trains_resumes_to_the_same_bytes_and_samples(made, tmp_pat
     run_small("sample", recipe, tmp_path / "whole", **places)
     index = json.loads((tmp_path / "whole" / "sample" / "samples.json").read_text())
     assert {row["name"] for row in index["rows"]} == METHODS[method] | {"untrained"}
+
+
+def test_a_grid_of_progressive_distillation_takes_the_steps_of_its_halving():
+    student = Student(method=PD(start_steps=32), train=Train(num_steps=80))
+    spec = ModelSpec(form="euler", network=MLPParams(width=8), noise=Noise(), image_shape=(1, 2, 2))
+    model, calls = spec.build().eval(), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    taken = []
+    for step in (1, 10, 11, 30, 40, 41, 80):
+        draw_samples(model, step, spec=spec, student=student, device=torch.device("cpu"))
+        taken.append(len(calls))
+        calls.clear()
+    assert taken == [16, 16, 16, 8, 4, 2, 1], "rounds of 32, 16, 8, 4, 2 and 1; a grid takes 16 at most"
 
 
 def test_samples_have_their_rows_and_do_not_depend_on_the_batch(made, tmp_path):

@@ -100,6 +100,10 @@ class Method(Params):
         """Return the method's own schedule, a factor on the learning rate."""
         return 1.0
 
+    def euler_steps_at(self, step: int, num_steps: int) -> int:
+        """Return in how many Euler steps a student of form euler makes images after `step` training steps."""
+        return 1
+
 
 @functools.lru_cache(maxsize=8)
 def grid_on(noise: Noise, num_scales: int, device: torch.device) -> Tensor:

@@ -77,6 +77,10 @@ class PD(Method):
         """Return the round that a step is in."""
         return pd_halving(step, num_steps=num_steps, start_steps=self.start_steps, end_steps=self.end_steps)
 
+    def euler_steps_at(self, step: int, num_steps: int) -> int:
+        """Return the steps of the halving that the last training step was in."""
+        return self.halving_at(max(step - 1, 0), num_steps).num_intervals
+
     def replaces_teacher_at(self, step: int, num_steps: int) -> bool:
         """Whether a halving begins with `step`; the first begins with the diffusion model as it is."""
         return step > 0 and step == self.halving_at(step, num_steps).first

@@ -1,10 +1,13 @@
 """Triton kernels for what is bound by memory in a U-Net, channels last: norm with SiLU, residual sum, resampling.
 
+A decoder's input, what came from below and what the encoder left beside it, is read where its two parts lie.
+
 PyTorch's group norm wants channels first and copies in and out; here a program holds all pixels of some whole groups of
 one image in registers, or reads larger ones twice. Arithmetic is float32 whatever the tensors hold, and gradients are
 those of the formulas, so only rounding differs from the plain layers.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -17,6 +20,8 @@ CHANNELS = 32  # a program of the norm takes whole groups, of about so many chan
 HELD = {1: 32_768, 2: 16_384}  # pixels times channels that a program holds at most, with one array and with two
 EACH = {1: 64, 2: 32}  # of them in a thread
 JOIN_ROWS = 512  # pixels whose bias gradients one program sums
+# The product of a projection: pixels, channels out and channels in of a tile (`least` at least), and how it is run.
+PROJECT = {"pixels": 128, "out": 128, "in": 64, "least": 16, "stages": 3, "warps": 4}
 
 
 def norm_act(
@@ -28,9 +33,10 @@ def norm_act(
     shift: Tensor,  # [C] or [B, C]
     silu: bool,
     before: Tensor | None = None,  # [B, C], added to every pixel first
+    beside: Tensor | None = None,  # [B, C - c, H, W] where x has but the first c channels
 ) -> Tensor:
     """Return act(group_norm(x + before) * scale + shift) in x's dtype, channels last."""
-    return _NormAct.apply(x, before, scale, shift, groups, eps, silu)
+    return _NormAct.apply(x, beside, before, scale, shift, groups, eps, silu)
 
 
 def halve(x: Tensor, factor: float) -> Tensor:
@@ -48,37 +54,58 @@ def join(x: Tensor, h: Tensor, bias: Tensor, factor: float) -> Tensor:
     return _Join.apply(x, h, bias, factor)
 
 
+def projects(x: Tensor, beside: Tensor) -> bool:
+    """Whether `project_join` takes these: 16-bit tensors whose channels come in whole tiles."""
+    return x.dtype.itemsize == 2 and not (x.shape[1] % PROJECT["least"] or beside.shape[1] % PROJECT["least"])
+
+
+def project_join(x: Tensor, beside: Tensor, weight: Tensor, h: Tensor, bias: Tensor, factor: float) -> Tensor:
+    """Return (weight @ [x, beside] + h + bias) * factor, channels last.
+
+    Of x [B, c, H, W], beside [B, C - c, H, W], weight [D, C], h [B, D, H, W] and bias [D].
+    """
+    return _ProjectJoin.apply(x, beside, weight, h, bias, factor)
+
+
 class _NormAct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, before: Tensor | None, scale: Tensor, shift: Tensor, groups: int, eps: float, silu: bool
+        ctx: Any,
+        x: Tensor,
+        beside: Tensor | None,
+        before: Tensor | None,
+        scale: Tensor,
+        shift: Tensor,
+        groups: int,
+        eps: float,
+        silu: bool,
     ) -> Tensor:
-        x = _channels_last(x)
+        x, beside = _channels_last(x), None if beside is None else _channels_last(beside)
         before = None if before is None else before.contiguous()
         scale, shift = scale.contiguous(), shift.contiguous()
-        y = torch.empty_like(x)
+        shape = _NormShape(x, beside, groups, arrays=1)
+        y = _empty(x, shape.channels, *x.shape[2:])
         mean, rstd = x.new_empty(2, len(x), groups, dtype=torch.float32)
-        shape = _NormShape(x, groups, arrays=1)
         _norm_forward[shape.grid](
-            *(x, before, scale, shift, y, mean, rstd),
-            *(*shape.sizes, _pixel_stride(x), _row_stride(scale), eps),
+            *(x, beside, before, scale, shift, y, mean, rstd),
+            *(*shape.sizes, _pixel_stride(x), _pixel_stride(beside), _row_stride(scale), eps),
             has_before=before is not None,
             silu=silu,
             **shape.tiles,
         )
-        ctx.save_for_backward(x, before, scale, shift, mean, rstd)
+        ctx.save_for_backward(x, beside, before, scale, shift, mean, rstd)
         ctx.groups, ctx.silu = groups, silu
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
-        x, before, scale, shift, mean, rstd = ctx.saved_tensors
-        dy, dx = _channels_last(dy), torch.empty_like(x, memory_format=torch.channels_last)
-        d_before, d_scale, d_shift = x.new_empty(3, *x.shape[:2], dtype=torch.float32)
-        shape = _NormShape(x, ctx.groups, arrays=2)
+        x, beside, before, scale, shift, mean, rstd = ctx.saved_tensors
+        dy, shape = _channels_last(dy), _NormShape(x, beside, ctx.groups, arrays=2)
+        dx, d_beside = (None if t is None else _empty(t, *t.shape[1:]) for t in (x, beside))
+        d_before, d_scale, d_shift = x.new_empty(3, len(x), shape.channels, dtype=torch.float32)
         _norm_backward[shape.grid](
-            *(x, before, scale, shift, mean, rstd, dy, dx, d_before, d_scale, d_shift),
-            *(*shape.sizes, _pixel_stride(x), _pixel_stride(dy), _row_stride(scale)),
+            *(x, beside, before, scale, shift, mean, rstd, dy, dx, d_beside, d_before, d_scale, d_shift),
+            *(*shape.sizes, _pixel_stride(x), _pixel_stride(beside), _pixel_stride(dy), _row_stride(scale)),
             has_before=before is not None,
             silu=ctx.silu,
             **shape.tiles,
@@ -86,7 +113,7 @@ class _NormAct(torch.autograd.Function):
         if scale.ndim == 1:
             d_scale, d_shift = d_scale.sum(0), d_shift.sum(0)
         d_before = None if before is None else d_before.to(before.dtype)
-        return dx, d_before, d_scale.to(scale.dtype), d_shift.to(shift.dtype), None, None, None
+        return dx, d_beside, d_before, d_scale.to(scale.dtype), d_shift.to(shift.dtype), None, None, None
 
 
 class _Join(torch.autograd.Function):
@@ -103,21 +130,62 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
-        dy = _channels_last(dy)
-        channels, rows = dy.shape[1], dy.numel() // dy.shape[1]
-        width = min(128, triton.next_power_of_2(channels))
-        grid = (triton.cdiv(channels, width), triton.cdiv(rows, JOIN_ROWS))
-        partial = dy.new_empty(grid[1], channels, dtype=torch.float32)
-        dx = dy if ctx.factor == 1 else torch.empty_like(dy, memory_format=torch.channels_last)
-        _join_backward[grid](
-            *(dy, dx, partial, rows, channels, _pixel_stride(dy), ctx.factor),
-            scaled=ctx.factor != 1,
-            height=TILE // width,
-            width=width,
-            rows_each=JOIN_ROWS,
-            num_warps=2 * WARPS,
+        dx, d_bias = _unjoin(dy, ctx.factor)
+        return dx, dx, d_bias.to(ctx.bias_dtype), None
+
+
+class _ProjectJoin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, beside: Tensor, weight: Tensor, h: Tensor, bias: Tensor, factor: float) -> Tensor:
+        x, beside, h = _channels_last(x), _channels_last(beside), h.contiguous(memory_format=torch.channels_last)
+        weight = weight.to(x.dtype).contiguous()
+        out, first, second = torch.empty_like(h), x.shape[1], beside.shape[1]
+        rows, channels = out.numel() // out.shape[1], out.shape[1]
+        grid = (triton.cdiv(rows, PROJECT["pixels"]) * triton.cdiv(channels, PROJECT["out"]),)
+        _project_join[grid](
+            *(x, beside, weight, h, bias, out),
+            *(rows, channels, first, second, _pixel_stride(x), _pixel_stride(beside), factor),
+            height=PROJECT["pixels"],
+            width=PROJECT["out"],
+            depth=math.gcd(PROJECT["in"], first, second),
+            num_stages=PROJECT["stages"],
+            num_warps=PROJECT["warps"],
         )
-        return dx, dx, partial.sum(0).to(ctx.bias_dtype), None
+        ctx.save_for_backward(x, beside, weight)
+        ctx.factor, ctx.bias_dtype = factor, bias.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        x, beside, weight = ctx.saved_tensors
+        dh, d_bias = _unjoin(dy, ctx.factor)
+        rows = [t.permute(0, 2, 3, 1).flatten(0, 2) for t in (x, beside, dh)]  # [B H W, channels], views
+        d_parts = [rows[2] @ part for part in weight.split([x.shape[1], beside.shape[1]], dim=1)]
+        d_x, d_beside = (
+            d_part.view(len(t), *t.shape[2:], t.shape[1]).permute(0, 3, 1, 2)
+            for d_part, t in zip(d_parts, (x, beside), strict=True)
+        )
+        d_weight = torch.cat([rows[2].mT @ rows[0], rows[2].mT @ rows[1]], dim=1)
+        return d_x, d_beside, d_weight, dh, d_bias.to(ctx.bias_dtype), None
+
+
+def _unjoin(dy: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """Return the gradients of a joined tensor, and of the bias [C] in float32."""
+    dy = _channels_last(dy)
+    channels, rows = dy.shape[1], dy.numel() // dy.shape[1]
+    width = min(128, triton.next_power_of_2(channels))
+    grid = (triton.cdiv(rows, JOIN_ROWS), triton.cdiv(channels, width))
+    partial = dy.new_empty(grid[0], channels, dtype=torch.float32)
+    dx = dy if factor == 1 else torch.empty_like(dy, memory_format=torch.channels_last)
+    _join_backward[grid](
+        *(dy, dx, partial, rows, channels, _pixel_stride(dy), factor),
+        scaled=factor != 1,
+        height=TILE // width,
+        width=width,
+        rows_each=JOIN_ROWS,
+        num_warps=2 * WARPS,
+    )
+    return dx, partial.sum(0)
 
 
 class _Resample(torch.autograd.Function):
@@ -135,11 +203,10 @@ def _resample(x: Tensor, factor: float, halves: bool) -> Tensor:
     x = _channels_last(x)
     images, channels, height, width = x.shape
     height, width = (height // 2, width // 2) if halves else (2 * height, 2 * width)
-    like = {"dtype": x.dtype, "device": x.device, "memory_format": torch.channels_last}
-    out = torch.empty(images, channels, height, width, **like)
+    out = _empty(x, channels, height, width)
     tile = min(TILE, triton.next_power_of_2(channels))
     rows = images * height * width
-    grid = (triton.cdiv(channels, tile), triton.cdiv(rows, TILE // tile))
+    grid = (triton.cdiv(rows, TILE // tile), triton.cdiv(channels, tile))  # the second may be 65,535 at most
     sizes = (rows, channels, height, width, _pixel_stride(x))
     (_halve if halves else _double)[grid](x, out, *sizes, factor, rows_each=TILE // tile, tile=tile, num_warps=WARPS)
     return out
@@ -151,17 +218,23 @@ class _NormShape:
     `arrays` is how many values a program needs of each pixel and channel: x, or x and a gradient.
     """
 
-    def __init__(self, x: Tensor, groups: int, *, arrays: int) -> None:
-        images, channels, height, width = x.shape
-        pixels, group_size = triton.next_power_of_2(height * width), channels // groups
+    def __init__(self, x: Tensor, beside: Tensor | None, groups: int, *, arrays: int) -> None:
+        images, first, height, width = x.shape
+        self.channels = first + (0 if beside is None else beside.shape[1])
+        pixels, group_size = triton.next_power_of_2(height * width), self.channels // groups
         wanted = min(CHANNELS, max(CHANNELS // 2, HELD[arrays] // pixels))
+        if arrays == 1 and (CHANNELS // 2) % group_size == 0:
+            wanted = CHANNELS // 2  # as fast as it gets, where so few are whole groups
         groups_each = max(1, min(groups, wanted // group_size))
         tile_width = triton.next_power_of_2(groups_each * group_size)
+        picks = beside is not None and first % (groups_each * group_size) == 0
         whole = pixels * tile_width <= HELD[arrays]
         tile_height = pixels if whole else max(1, TILE // tile_width)
         self.grid = (triton.cdiv(groups, groups_each), images)
-        self.sizes = (height * width, channels, groups)
+        self.sizes = (height * width, self.channels, first, groups)
         self.tiles = {
+            "picks": picks,
+            "mixes": beside is not None and not picks,
             "whole": whole,
             "group_size": group_size,
             "groups_each": groups_each,
@@ -180,7 +253,15 @@ def _channels_last(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 and even and whole else x.contiguous(memory_format=torch.channels_last)
 
 
-def _pixel_stride(x: Tensor) -> int:
+def _empty(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """Return a tensor for as many images, channels last."""
+    kind = {"dtype": like.dtype, "device": like.device, "memory_format": torch.channels_last}
+    return torch.empty(len(like), channels, height, width, **kind)
+
+
+def _pixel_stride(x: Tensor | None) -> int:
+    if x is None:
+        return 0
     return x.stride(3) if x.shape[3] > 1 else x.stride(2) if x.shape[2] > 1 else x.stride(0)
 
 
@@ -190,34 +271,45 @@ def _row_stride(v: Tensor) -> int:
 
 @triton.jit
 def _norm_forward(
-    x_ptr, before_ptr, scale_ptr, shift_ptr, y_ptr, mean_ptr, rstd_ptr,
-    pixels, channels, groups, x_stride, affine_stride, eps,
-    has_before: tl.constexpr, silu: tl.constexpr, whole: tl.constexpr,
+    x_ptr, beside_ptr, before_ptr, scale_ptr, shift_ptr, y_ptr, mean_ptr, rstd_ptr,
+    pixels, channels, first_channels, groups, x_stride, beside_stride, affine_stride, eps,
+    has_before: tl.constexpr, silu: tl.constexpr, picks: tl.constexpr, mixes: tl.constexpr, whole: tl.constexpr,
     group_size: tl.constexpr, groups_each: tl.constexpr, width: tl.constexpr, height: tl.constexpr,
     group_width: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(1).to(tl.int64)
     local = tl.arange(0, width)
-    channel = tl.program_id(0) * groups_each * group_size + local
+    start = tl.program_id(0) * groups_each * group_size
+    channel = start + local
     valid = (local < groups_each * group_size) & (channel < channels)
     local_group = tl.arange(0, group_width)
     member = (local // group_size)[:, None] == local_group[None, :]  # [width, group_width]
+    if picks:
+        x_ptr, x_stride = _pick(x_ptr, x_stride, beside_ptr, beside_stride, start, first_channels)
     x_ptr += image * pixels * x_stride
+    if mixes:
+        beside_ptr += image * pixels * beside_stride
     y_ptr += image * pixels * channels
 
     # Sums are of differences to the first pixel: a mean far from zero then costs no digits of the variance.
-    first = tl.load(x_ptr + channel, mask=valid, other=0.0).to(tl.float32)
+    one = tl.arange(0, 1)
+    first = _load_pixels(
+        x_ptr, x_stride, beside_ptr, beside_stride, one, channel, first_channels, valid[None, :], mixes
+    )
+    first = tl.sum(first.to(tl.float32), 0)
     pixel = tl.arange(0, height)
     mask = (pixel < pixels)[:, None] & valid[None, :]
-    held = tl.load(x_ptr + pixel[:, None] * x_stride + channel[None, :], mask=mask, other=0.0)
+    held = _load_pixels(x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes)
     x = tl.where(mask, held.to(tl.float32) - first[None, :], 0.0)
     total = tl.sum(x, 0)
     squares = tl.sum(x * x, 0)
     if not whole:
-        for start in range(height, pixels, height):
-            pixel = start + tl.arange(0, height)
+        for past in range(height, pixels, height):
+            pixel = past + tl.arange(0, height)
             mask = (pixel < pixels)[:, None] & valid[None, :]
-            x = tl.load(x_ptr + pixel[:, None] * x_stride + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+            x = _load_pixels(
+                x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes
+            ).to(tl.float32)
             x = tl.where(mask, x - first[None, :], 0.0)
             total += tl.sum(x, 0)
             squares += tl.sum(x * x, 0)
@@ -246,11 +338,35 @@ def _norm_forward(
     if whole:
         _store_act(held.to(tl.float32), factor, offset, y_ptr, pixel, channel, channels, mask, silu)
     else:
-        for start in range(0, pixels, height):
-            pixel = start + tl.arange(0, height)
+        for past in range(0, pixels, height):
+            pixel = past + tl.arange(0, height)
             mask = (pixel < pixels)[:, None] & valid[None, :]
-            x = tl.load(x_ptr + pixel[:, None] * x_stride + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+            x = _load_pixels(
+                x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes
+            ).to(tl.float32)
             _store_act(x, factor, offset, y_ptr, pixel, channel, channels, mask, silu)
+
+
+@triton.jit
+def _pick(x_ptr, x_stride, beside_ptr, beside_stride, start, first_channels):
+    """Return where a program reads its channels, which lie all in x or all beside it."""
+    is_beside = start >= first_channels
+    return tl.where(is_beside, beside_ptr - first_channels, x_ptr), tl.where(is_beside, beside_stride, x_stride)
+
+
+@triton.jit
+def _load_pixels(
+    x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes: tl.constexpr
+):  # fmt: skip
+    """Load [pixels, channels] of one image; those from `first_channels` on lie beside where a program `mixes`."""
+    own = mask
+    if mixes:
+        own = mask & (channel < first_channels)[None, :]
+    x = tl.load(x_ptr + pixel[:, None] * x_stride + channel[None, :], mask=own, other=0.0)
+    if mixes:
+        place = beside_ptr + pixel[:, None] * beside_stride + (channel - first_channels)[None, :]
+        x = tl.where(own, x, tl.load(place, mask=mask & (channel >= first_channels)[None, :], other=0.0))
+    return x
 
 
 @triton.jit
@@ -263,21 +379,29 @@ def _store_act(x, factor, offset, y_ptr, pixel, channel, channels, mask, silu: t
 
 @triton.jit
 def _norm_backward(
-    x_ptr, before_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, dy_ptr, dx_ptr,
+    x_ptr, beside_ptr, before_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, dy_ptr, dx_ptr, d_beside_ptr,
     d_before_ptr, d_scale_ptr, d_shift_ptr,
-    pixels, channels, groups, x_stride, dy_stride, affine_stride,
-    has_before: tl.constexpr, silu: tl.constexpr, whole: tl.constexpr,
+    pixels, channels, first_channels, groups, x_stride, beside_stride, dy_stride, affine_stride,
+    has_before: tl.constexpr, silu: tl.constexpr, picks: tl.constexpr, mixes: tl.constexpr, whole: tl.constexpr,
     group_size: tl.constexpr, groups_each: tl.constexpr, width: tl.constexpr, height: tl.constexpr,
     group_width: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(1).to(tl.int64)
     local = tl.arange(0, width)
-    channel = tl.program_id(0) * groups_each * group_size + local
+    start = tl.program_id(0) * groups_each * group_size
+    channel = start + local
     valid = (local < groups_each * group_size) & (channel < channels)
     member = (local // group_size)[:, None] == tl.arange(0, group_width)[None, :]  # [width, group_width]
+    dx_stride, d_beside_stride = first_channels, channels - first_channels
+    if picks:
+        x_ptr, x_stride = _pick(x_ptr, x_stride, beside_ptr, beside_stride, start, first_channels)
+        dx_ptr, dx_stride = _pick(dx_ptr, dx_stride, d_beside_ptr, d_beside_stride, start, first_channels)
     x_ptr += image * pixels * x_stride
     dy_ptr += image * pixels * dy_stride
-    dx_ptr += image * pixels * channels
+    dx_ptr += image * pixels * dx_stride
+    if mixes:
+        beside_ptr += image * pixels * beside_stride
+        d_beside_ptr += image * pixels * d_beside_stride
     mean = tl.load(mean_ptr + image * groups + channel // group_size, mask=valid, other=0.0)
     rstd = tl.load(rstd_ptr + image * groups + channel // group_size, mask=valid, other=0.0)
     scale = tl.load(scale_ptr + image * affine_stride + channel, mask=valid, other=0.0).to(tl.float32)
@@ -288,15 +412,15 @@ def _norm_backward(
     # z = normed * scale + shift, y = act(z)
     pixel = tl.arange(0, height)
     mask = (pixel < pixels)[:, None] & valid[None, :]
-    x = tl.load(x_ptr + pixel[:, None] * x_stride + channel[None, :], mask=mask, other=0.0)
+    x = _load_pixels(x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes)
     dy = tl.load(dy_ptr + pixel[:, None] * dy_stride + channel[None, :], mask=mask, other=0.0)
     normed, dz = _normed_and_dz(x, dy, mask, mean, rstd, scale, shift, silu)
     sum_dz, sum_dz_normed, sum_normed = tl.sum(dz, 0), tl.sum(dz * normed, 0), tl.sum(normed, 0)
     if not whole:
-        for start in range(height, pixels, height):
-            pixel = start + tl.arange(0, height)
+        for past in range(height, pixels, height):
+            pixel = past + tl.arange(0, height)
             mask = (pixel < pixels)[:, None] & valid[None, :]
-            x = tl.load(x_ptr + pixel[:, None] * x_stride + channel[None, :], mask=mask, other=0.0)
+            x = _load_pixels(x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes)
             dy = tl.load(dy_ptr + pixel[:, None] * dy_stride + channel[None, :], mask=mask, other=0.0)
             normed, dz = _normed_and_dz(x, dy, mask, mean, rstd, scale, shift, silu)
             sum_dz += tl.sum(dz, 0)
@@ -317,15 +441,19 @@ def _norm_backward(
         normed, dz = _normed_and_dz(
             x, dy, mask, mean, rstd, scale, shift, silu
         )  # computed again: holding them costs more
-        _store_dx(dx_ptr, normed, dz, mean_dz, mean_dz_normed, rstd, scale, pixel, channel, channels, mask)
+        dx = rstd[None, :] * (scale[None, :] * dz - mean_dz[None, :] - normed * mean_dz_normed[None, :])
+        _store_pixels(dx, dx_ptr, dx_stride, d_beside_ptr, d_beside_stride, pixel, channel, first_channels, mask, mixes)
     else:
-        for start in range(0, pixels, height):
-            pixel = start + tl.arange(0, height)
+        for past in range(0, pixels, height):
+            pixel = past + tl.arange(0, height)
             mask = (pixel < pixels)[:, None] & valid[None, :]
-            x = tl.load(x_ptr + pixel[:, None] * x_stride + channel[None, :], mask=mask, other=0.0)
+            x = _load_pixels(x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes)
             dy = tl.load(dy_ptr + pixel[:, None] * dy_stride + channel[None, :], mask=mask, other=0.0)
             normed, dz = _normed_and_dz(x, dy, mask, mean, rstd, scale, shift, silu)
-            _store_dx(dx_ptr, normed, dz, mean_dz, mean_dz_normed, rstd, scale, pixel, channel, channels, mask)
+            dx = rstd[None, :] * (scale[None, :] * dz - mean_dz[None, :] - normed * mean_dz_normed[None, :])
+            _store_pixels(
+                dx, dx_ptr, dx_stride, d_beside_ptr, d_beside_stride, pixel, channel, first_channels, mask, mixes
+            )
 
 
 @triton.jit
@@ -340,17 +468,26 @@ def _normed_and_dz(x, dy, mask, mean, rstd, scale, shift, silu: tl.constexpr):
 
 
 @triton.jit
-def _store_dx(dx_ptr, normed, dz, mean_dz, mean_dz_normed, rstd, scale, pixel, channel, channels, mask):
-    dx = rstd[None, :] * (scale[None, :] * dz - mean_dz[None, :] - normed * mean_dz_normed[None, :])
-    tl.store(dx_ptr + pixel[:, None] * channels + channel[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+def _store_pixels(
+    dx, dx_ptr, dx_stride, d_beside_ptr, d_beside_stride, pixel, channel, first_channels, mask, mixes: tl.constexpr
+):  # fmt: skip
+    """Store [pixels, channels] of one image where `_load_pixels` would load them."""
+    dx = dx.to(dx_ptr.dtype.element_ty)
+    own = mask
+    if mixes:
+        own = mask & (channel < first_channels)[None, :]
+    tl.store(dx_ptr + pixel[:, None] * dx_stride + channel[None, :], dx, mask=own)
+    if mixes:
+        place = d_beside_ptr + pixel[:, None] * d_beside_stride + (channel - first_channels)[None, :]
+        tl.store(place, dx, mask=mask & (channel >= first_channels)[None, :])
 
 
 @triton.jit
 def _halve(
     x_ptr, out_ptr, rows, channels, height, width, x_stride, factor, rows_each: tl.constexpr, tile: tl.constexpr
 ):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64) * rows_each + tl.arange(0, rows_each)  # pixels of the halved images
-    channel = tl.program_id(0) * tile + tl.arange(0, tile)
+    row = tl.program_id(0).to(tl.int64) * rows_each + tl.arange(0, rows_each)  # pixels of the halved images
+    channel = tl.program_id(1) * tile + tl.arange(0, tile)
     mask = (row < rows)[:, None] & (channel < channels)[None, :]
     top = (row // width) * (4 * width) + 2 * (row % width)  # images follow each other, all of 2 height rows
     place = x_ptr + top[:, None] * x_stride + channel[None, :]
@@ -367,8 +504,8 @@ def _halve(
 def _double(
     x_ptr, out_ptr, rows, channels, height, width, x_stride, factor, rows_each: tl.constexpr, tile: tl.constexpr
 ):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64) * rows_each + tl.arange(0, rows_each)  # pixels of the doubled images
-    channel = tl.program_id(0) * tile + tl.arange(0, tile)
+    row = tl.program_id(0).to(tl.int64) * rows_each + tl.arange(0, rows_each)  # pixels of the doubled images
+    channel = tl.program_id(1) * tile + tl.arange(0, tile)
     mask = (row < rows)[:, None] & (channel < channels)[None, :]
     line, column = row // width, row % width  # lines of all images
     source = (line // height) * (height // 2) + (line % height) // 2
@@ -388,13 +525,38 @@ def _join_forward(x_ptr, h_ptr, bias_ptr, out_ptr, count, channels, factor, tile
 
 
 @triton.jit
+def _project_join(
+    x_ptr, beside_ptr, weight_ptr, h_ptr, bias_ptr, out_ptr,
+    rows, channels, first, second, x_stride, beside_stride, factor,
+    height: tl.constexpr, width: tl.constexpr, depth: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(channels, width)  # programs of the same pixels are neighbours, and find them in the L2 cache
+    row = (tl.program_id(0) // tiles).to(tl.int64) * height + tl.arange(0, height)
+    out = (tl.program_id(0) % tiles) * width + tl.arange(0, width)
+    inner = tl.arange(0, depth)
+    total = tl.zeros([height, width], tl.float32)
+    for start in range(0, first + second, depth):
+        is_beside = start >= first
+        source, stride = tl.where(is_beside, beside_ptr, x_ptr), tl.where(is_beside, beside_stride, x_stride)
+        column = start - tl.where(is_beside, first, 0) + inner
+        x = tl.load(source + row[:, None] * stride + column[None, :], mask=(row < rows)[:, None], other=0.0)
+        place = weight_ptr + out[None, :] * (first + second) + (start + inner)[:, None]
+        total = tl.dot(x, tl.load(place, mask=(out < channels)[None, :], other=0.0), total)
+    mask = (row < rows)[:, None] & (out < channels)[None, :]
+    place = row[:, None] * channels + out[None, :]
+    total += tl.load(h_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    total += tl.load(bias_ptr + out, mask=out < channels, other=0.0).to(tl.float32)[None, :]
+    tl.store(out_ptr + place, (total * factor).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _join_backward(
     dy_ptr, dx_ptr, partial_ptr, rows, channels, dy_stride, factor,
     scaled: tl.constexpr, height: tl.constexpr, width: tl.constexpr, rows_each: tl.constexpr,
 ):  # fmt: skip
-    channel = tl.program_id(0) * width + tl.arange(0, width)
+    channel = tl.program_id(1) * width + tl.arange(0, width)
     valid = channel < channels
-    first = tl.program_id(1).to(tl.int64) * rows_each
+    first = tl.program_id(0).to(tl.int64) * rows_each
     total = tl.zeros([width], tl.float32)
     for start in range(0, rows_each, height):
         row = first + start + tl.arange(0, height)
@@ -403,4 +565,4 @@ def _join_backward(
         total += tl.sum(dx, 0)
         if scaled:
             tl.store(dx_ptr + row[:, None] * channels + channel[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    tl.store(partial_ptr + tl.program_id(1) * channels + channel, total, mask=valid)
+    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * channels + channel, total, mask=valid)

@@ -67,12 +67,19 @@ def conv_without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1)).permute(0, 3, 1, 2)
 
 
-def fused_norm(norm: nn.GroupNorm, x: Tensor, *, silu: bool, before: Tensor | None = None) -> Tensor:
-    """Return act(norm(x + before)) by one kernel; `before` [B, C]."""
+def fused_norm(
+    norm: nn.GroupNorm, x: Tensor, *, silu: bool, before: Tensor | None = None, beside: Tensor | None = None
+) -> Tensor:
+    """Return act(norm([x, beside] + before)) by one kernel; `before` [B, C]."""
     from cm_core.networks.kernels import norm_act
 
     affine = {"scale": norm.weight, "shift": norm.bias}
-    return norm_act(x, groups=norm.num_groups, eps=norm.eps, silu=silu, before=before, **affine)
+    return norm_act(x, groups=norm.num_groups, eps=norm.eps, silu=silu, before=before, beside=beside, **affine)
+
+
+def with_channels(x: Tensor, beside: Tensor | None) -> Tensor:
+    """Return x and what lies beside it as one tensor."""
+    return x if beside is None else torch.cat([x, beside], dim=1)
 
 
 def check_image_shape(image_shape: Sequence[int], *, levels: int, kind: str) -> None:
@@ -265,9 +272,11 @@ class Block(nn.Module):
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if project else nn.Identity()
         self.attention = Attention(out_channels, style) if attention else nn.Identity()
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # x [B, C, H, W], emb [B, E]
+    def forward(self, x: Tensor, emb: Tensor, beside: Tensor | None = None) -> Tensor:
+        """Return [B, out, H, W] of x [B, C, H, W] and emb [B, E]; `beside` has the last of the channels, if given."""
         if fuses(x):
-            return self._fused(x, emb)
+            return self._fused(x, emb, beside)
+        x = with_channels(x, beside)
         h = self.conv0(self.resample(F.silu(self.norm0(x))))
         h = self.drop(F.silu(self.modulate(h, emb)))
         return self.attention((self.skip(self.resample(x)) + self.conv1(h)) * self.skip_scale)
@@ -291,16 +300,23 @@ class Block(nn.Module):
         scale, shift = params.chunk(2, dim=1)
         return torch.addcmul(shift, self.norm1(h), 1 + scale)
 
-    def _fused(self, x: Tensor, emb: Tensor) -> Tensor:
+    def _fused(self, x: Tensor, emb: Tensor, beside: Tensor | None) -> Tensor:
         """The same with the biases of the convolutions added by the kernels that follow them."""
-        from cm_core.networks.kernels import join
-
-        h = conv_without_bias(self.conv0, self.resample(fused_norm(self.norm0, x, silu=True)))
+        h = conv_without_bias(self.conv0, self.resample(fused_norm(self.norm0, x, silu=True, beside=beside)))
         h = self.drop(self._fused_modulate(h, self.affine(emb)))
-        h, skip, bias = conv_without_bias(self.conv1, h), self.resample(x), self.conv1.bias
-        if isinstance(self.skip, nn.Conv2d):
-            skip, bias = conv_without_bias(self.skip, skip), bias + self.skip.bias
-        return self.attention(join(skip, h, bias, self.skip_scale))
+        return self.attention(self._fused_join(x, beside, conv_without_bias(self.conv1, h)))
+
+    def _fused_join(self, x: Tensor, beside: Tensor | None, h: Tensor) -> Tensor:
+        from cm_core.networks.kernels import join, project_join, projects
+
+        bias = self.conv1.bias
+        if isinstance(self.skip, nn.Identity):
+            return join(self.resample(with_channels(x, beside)), h, bias, self.skip_scale)
+        bias = bias + self.skip.bias
+        if beside is not None and projects(x, beside):
+            return project_join(x, beside, self.skip.weight.flatten(1), h, bias, self.skip_scale)
+        skip = conv_without_bias(self.skip, self.resample(with_channels(x, beside)))
+        return join(skip, h, bias, self.skip_scale)
 
     def _fused_modulate(self, h: Tensor, params: Tensor) -> Tensor:
         from cm_core.networks.kernels import norm_act
@@ -376,7 +392,7 @@ class UNet(nn.Module):
         for block in self.middle:
             x = block(x, emb)
         for name, block in self.decoder.items():
-            x = block(x if name.endswith("_up") else torch.cat([x, skips.pop()], dim=1), emb)
+            x = block(x, emb, None if name.endswith("_up") else skips.pop())
         if fuses(x):
             return self.output(fused_norm(self.output_norm, x, silu=True))
         return self.output(F.silu(self.output_norm(x)))

@@ -44,6 +44,7 @@ from flows.stages.models import (
 )
 from flows.stages.training import make_batches, run_training
 
+GRID_STEPS = 16  # of a student of progressive distillation at most: a grid interrupts the training
 StudentMethod = CD | CT | ICT | ECT | SCM | PD | CMInf  # what a recipe may name under student.method
 
 
@@ -95,7 +96,7 @@ def student(
         image_shape=dataset.image_shape,
         num_classes=dataset.num_classes if conditional else 0,
         augment_dim=teacher_spec.augment_dim if teacher_spec else 0,
-        euler_steps=getattr(student.method, "end_steps", 1),
+        euler_steps=student.method.euler_steps_at(student.train.num_steps, student.train.num_steps),
     )
     origin = {"init_from": student.initial_weights, "seed": derive_seed(seed, "init")}
     monitor.remark(f"first weights: {origin['init_from']}")
@@ -123,7 +124,7 @@ def student(
         batches,
         spec=spec,
         seed=seed,
-        draw=partial(draw_samples, spec=spec, device=device),
+        draw=partial(draw_samples, spec=spec, student=student, device=device),
         out_dir=out_dir,
         state_dir=state_dir,
         monitor=monitor,
@@ -178,9 +179,13 @@ def _build_distance(
 
 
 @torch.no_grad()
-def draw_samples(model: Precond, *, spec: ModelSpec, device: torch.device) -> np.ndarray:
-    """Return one-step samples for a training grid, the same noise every time, uint8 [N, H, W, C]."""
-    indices = range(GRID_IMAGES)
+def draw_samples(model: Precond, step: int, *, spec: ModelSpec, student: Student, device: torch.device) -> np.ndarray:
+    """Return one-step samples for a training grid, the same noise every time, uint8 [N, H, W, C].
+
+    A student of form euler takes as many steps as it has learnt to by then, GRID_STEPS at most.
+    """
+    steps = student.method.euler_steps_at(step, student.train.num_steps)
+    spec, indices = spec.model_copy(update={"euler_steps": min(steps, GRID_STEPS)}), range(GRID_IMAGES)
     f = partial(model, labels=fixed_labels(spec, indices, device))
     noise = ImageNoise(0, indices, spec.image_shape, device)
     return to_pixels(few_steps(spec, f, noise)).cpu().numpy()

@@ -79,7 +79,9 @@ def teacher(
 
 
 @torch.no_grad()
-def draw_samples(model: Precond, *, spec: ModelSpec, sampler: TeacherSampler, device: torch.device) -> np.ndarray:
+def draw_samples(
+    model: Precond, _step: int, *, spec: ModelSpec, sampler: TeacherSampler, device: torch.device
+) -> np.ndarray:
     """Return the images of a training grid, the same noise every time, uint8 [N, H, W, C]."""
     indices = range(GRID_IMAGES)
     noise = ImageNoise(0, indices, spec.image_shape, device)

@@ -29,7 +29,7 @@ from flows.figures import save_grid
 from flows.monitor import Monitor
 from flows.stages.models import to_device
 
-DrawImages = Callable[[Precond], np.ndarray]  # averaged model -> uint8 [N, H, W, C]
+DrawImages = Callable[[Precond, int], np.ndarray]  # averaged model, training steps so far -> uint8 [N, H, W, C]
 
 PROFILE_VARIABLE = "CM_PROFILE"  # a folder for a trace of some steps; a parameter would make another training of it
 
@@ -91,7 +91,7 @@ def run_training(
                 monitor.progress(step, train.num_steps, "steps")
             if ranks.is_first() and (step % train.grid_every == 0 or step == train.num_steps):
                 averaged.load_state_dict(state.averaged())
-                save_grid(draw(averaged), log.grid(step), columns=8)
+                save_grid(draw(averaged, step), log.grid(step), columns=8)
                 monitor.image("samples", log.grid(step), step)
             stopping = stop_requested()
             if ranks.is_first() and (step % train.save_every == 0 or stopping):
