@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+PROFILE_VARIABLE = "CM_PROFILE"  # a folder for profiles of trainings; a parameter would make another training of one
+
 
 class Monitor:
     """Receives progress, metrics, pictures and remarks of a stage; this one ignores them all.

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -22,9 +23,11 @@ from cm_core.model import ModelSpec
 from cm_core.networks import DhariwalUNetParams, SongUNetParams, layers
 from cm_core.noise import Noise
 from cm_core.philox import normals, philox
-from cm_core.profiling import RECORDED, SKIPPED, profiled
+from cm_core.profiling import RECORDED, SKIPPED
 from cm_core.randomness import dropout_seed
 from flows.cli import main
+from flows.monitor import PROFILE_VARIABLE
+from small_stages import run_small, small_recipe
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -176,13 +179,24 @@ def test_plan_prints_what_the_trainings_of_a_recipe_cost(capsys):
 
 
 @pytest.mark.slow
-def test_a_profile_is_written_where_the_variable_points(tmp_path):
-    with profiled(tmp_path / "profile") as on_step:
-        for _ in range(SKIPPED + 1 + RECORDED):
-            torch.ones(8) + 1
-            on_step()
-    assert "aten::add" in (tmp_path / "profile" / "kernels.txt").read_text()
-    assert json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
+def test_a_profiled_training_leaves_a_trace_its_kernels_and_its_speed(tmp_path, monkeypatch):
+    monkeypatch.setenv(PROFILE_VARIABLE, str(tmp_path / "profile"))
+    recipe = small_recipe("digits-ct", f"student.train.num_steps={SKIPPED + 1 + RECORDED + 1}")
+    for stage in ("prepare", "teacher", "student"):
+        run_small(stage, recipe, tmp_path)
+    folder = tmp_path / "profile" / "student"
+    assert "aten::" in (folder / "kernels.txt").read_text()
+    assert json.loads((folder / "trace.json").read_text())["traceEvents"]
+    head, *rows = (line.split("\t") for line in (folder / "speed.txt").read_text().splitlines())
+    assert head == ["step", "images_per_s"], "on a GPU also share_of_limit and memory_peak_gib"
+    assert [int(step) for step, _ in rows] == list(range(1, len(rows) + 1)) and all(float(rate) > 0 for _, rate in rows)
+
+
+def test_the_option_names_the_folder_of_a_profile_wherever_the_stage_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(PROFILE_VARIABLE, "")  # so that what the command sets is undone
+    assert main(["stage", "nothing", "--profile", "here"]) == 2
+    assert os.environ[PROFILE_VARIABLE] == str(tmp_path / "here")
 
 
 BENCHMARKS = {

@@ -1,6 +1,7 @@
 """`cm run`, `cm demo`, `cm stage`: bring recipes about through Prefect, or one stage as DVC starts it."""
 
 import gc
+import os
 import sys
 import textwrap
 import time
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.commands.output import CHARTS, add_json_option, prepare_for_cancelling, print_json, print_metrics
 from flows.commands.recipes import add_recipe_arguments
+from flows.monitor import PROFILE_VARIABLE
 from flows.rows import Metrics, Rows, by_row
 from flows.services import use_running
 from flows.workspace import StageFailed, home
@@ -32,10 +34,12 @@ def add_parsers(commands: Any) -> None:
     add_recipe_arguments(parser)
     parser.add_argument("--take-over", action="store_true", help="put recipe and results in force in this workspace")
     add_json_option(parser)
+    _add_profile_option(parser)
     parser.set_defaults(command=run)
 
     parser = commands.add_parser("stage", help="run one stage on params/active.yaml; what dvc.yaml calls")
     parser.add_argument("stage", metavar="STAGE", help="prepare, features, teacher, student, sample, edit or evaluate")
+    _add_profile_option(parser)
     parser.set_defaults(command=stage)
 
     parser = commands.add_parser("join", help="share a stage that another machine runs, at CM_MEET=host:port")
@@ -43,8 +47,23 @@ def add_parsers(commands: Any) -> None:
     parser.set_defaults(command=join)
 
 
+def _add_profile_option(parser: Any) -> None:
+    parser.add_argument(
+        "--profile",
+        metavar="FOLDER",
+        type=Path,
+        help="also write there, for each training: a trace of three steps, what took the time, images/s and memory",
+    )
+
+
+def _ask_for_profile(args: Namespace) -> None:
+    if args.profile is not None:
+        os.environ[PROFILE_VARIABLE] = str(args.profile.absolute())
+
+
 def stage(args: Namespace) -> None:
     """Run one stage in this workspace."""
+    _ask_for_profile(args)
     gc.disable()  # the imports leave no garbage, and searching all of them for it takes a second
     from flows.run_stage import run_stage
 
@@ -66,6 +85,7 @@ def join(args: Namespace) -> int:
 
 def run(args: Namespace) -> None:
     """Run the pipeline and print what came of it."""
+    _ask_for_profile(args)
     from flows.recipe import load_recipe, with_absolute_paths
 
     recipe = with_absolute_paths(load_recipe(args.recipe, args.overrides, root=home()), Path.cwd())

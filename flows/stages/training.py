@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +26,10 @@ from flows.atomic import replace_text
 from flows.dataset import Dataset
 from flows.errors import UserError
 from flows.figures import save_grid
-from flows.monitor import Monitor
+from flows.monitor import PROFILE_VARIABLE, Monitor
 from flows.stages.models import to_device
 
 DrawImages = Callable[[Precond, int], np.ndarray]  # averaged model, training steps so far -> uint8 [N, H, W, C]
-
-PROFILE_VARIABLE = "CM_PROFILE"  # a folder for a trace of some steps; a parameter would make another training of it
 
 
 class StageStopped(Exception):
@@ -76,7 +74,7 @@ def run_training(
     _keep_compiled(state_dir.parent / "compiled", batches.device)
     _prepare_passes(models, method, train)
     speed = _checked_speed(state, method, spec, batches.device, out_dir.name)
-    profile_dir = Path(os.environ[PROFILE_VARIABLE]) if PROFILE_VARIABLE in os.environ else None
+    profile_dir = _profile_folder(out_dir.name)
 
     def stop_requested() -> bool:
         return ranks.agree(monitor.stop_requested())
@@ -87,7 +85,10 @@ def run_training(
             step = state.step
             if metrics:
                 log.append(metrics)
-                monitor.metrics({**metrics, **speed.measured(step)}, step)
+                measured = speed.measured(step)
+                monitor.metrics({**metrics, **measured}, step)
+                if profile_dir is not None:
+                    _note_speed(profile_dir / "speed.txt", step, measured)
                 monitor.progress(step, train.num_steps, "steps")
             if ranks.is_first() and (step % train.grid_every == 0 or step == train.num_steps):
                 averaged.load_state_dict(state.averaged())
@@ -101,6 +102,21 @@ def run_training(
                 raise StageStopped(f"stopped after step {step}; the training state is saved")
     _write_artifact(state, spec, out_dir)
     log.move_to(out_dir)
+
+
+def _profile_folder(section: str) -> Path | None:
+    """Return where this training's profile goes, if one is asked for; the first process alone makes one."""
+    given = os.environ.get(PROFILE_VARIABLE)
+    return Path(given) / section if given and ranks.is_first() else None
+
+
+def _note_speed(table: Path, step: int, measured: Mapping[str, float]) -> None:
+    """Add a line to the table of speed, under its head."""
+    table.parent.mkdir(parents=True, exist_ok=True)
+    with table.open("a") as file:
+        if file.tell() == 0:
+            file.write("\t".join(["step", *measured]) + "\n")
+        file.write("\t".join([str(step), *(f"{value:.4g}" for value in measured.values())]) + "\n")
 
 
 def _checked_speed(state: TrainState, method: Method, spec: ModelSpec, device: torch.device, section: str) -> Speed:
