@@ -25,10 +25,26 @@ from test_loop import METHODS, Training
 STEPS = {"num_steps": 12, "batch_size": 8, "log_every": 1, "save_every": 2, "grid_every": 4}
 
 
+SHARED = ("cd-ema", "pd", "scm")  # between them they have a target, a teacher and a weighting
+
+
+def begin_training(method, *, steps):
+    """Return a training that was stopped after so many steps, between two metrics."""
+    training = Training(method, log_every=3, save_every=3, grid_every=3)
+    if steps:
+        next(training.steps(stop_requested=lambda: training.state.step == steps))
+    return training
+
+
 def train(rank, count, port, folder):
     """Train by every method as one of `count` processes, without dropout and with it."""
     torch.set_num_threads(1)
+    begun = {name: begin_training(METHODS[name], steps=0 if rank else 2) for name in SHARED}
     with ranks.joined(rank, count, port):
+        for name, training in begun.items():
+            training.state.share()
+            held = training.tensors() | training.state._window_tensors()
+            torch.save((training.state.step, held), folder / f"shared-{name}-{rank}.pt")
         for name, method in METHODS.items():
             for dropout in (0.0, 0.2):
                 training = Training(method, dropout=dropout)
@@ -77,6 +93,16 @@ def test_both_hold_the_same_metrics_and_bits_though_they_drop_different_activati
         assert metrics == others
         assert all(torch.equal(first[key], second[key]) for key in first)
         assert len(seeds) == len(other_seeds) and not set(seeds) & set(other_seeds)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_all_hold_the_state_of_the_first_to_the_bit(trained, name):
+    training = begin_training(METHODS[name], steps=2)
+    expected = training.tensors() | training.state._window_tensors()
+    for rank in (0, 1):
+        step, held = trained[f"shared-{name}-{rank}"]
+        assert step == 2 and held.keys() == expected.keys()
+        assert all(torch.equal(held[key], expected[key]) for key in expected)
 
 
 def test_alone_nothing_is_divided():
@@ -224,7 +250,7 @@ class Node:
         shutil.copy(REPOSITORY / "dvc.yaml", folder)
         for name in ("params", "out"):
             shutil.copytree(made / name, folder / name)
-        here = os.pathsep.join([str(folder), str(Path(__file__).parent)])
+        here = os.pathsep.join([str(folder), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
         self.variables = {"PYTHONPATH": here, "CM_MEET": f"127.0.0.1:{port}"}
 
     def begin(self, stage="student"):
@@ -270,7 +296,7 @@ def test_a_process_lost_on_another_node_ends_both_with_one_line(broken):
     main, other, [(code, output), (other_code, other_output)] = broken
     lost = "student: process 1 was killed by signal 9"
     assert code == 1
-    assert output.splitlines()[-1] == f"{lost}; started again, a training goes on from its last saved state"
+    assert f"{lost}; started again, a training goes on from its last saved state" in output.splitlines()
     assert other_code == 1
     assert other_output.splitlines()[-1] == f"cm: {lost}"
     assert "Traceback" not in output + other_output
