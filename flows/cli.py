@@ -42,9 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _complain(error, BAD_INPUT)
     except StageFailed as error:
-        return _complain(
-            f"{error}\nIts clone is kept in {home() / '.cm' / 'runs'}; run again, a training goes on", FAILED
-        )
+        kept = f"\nIts clone is kept in {home() / '.cm' / 'runs'}; run again, a training goes on"
+        return _complain(f"{error}{'' if 'in_place' in args else kept}", FAILED)
     except KeyboardInterrupt:
         return _complain("stopped", INTERRUPTED)
     except BrokenPipeError:  # as in `cm show NAME | head`

@@ -128,15 +128,14 @@ def several_processes(
     try:
         with ranks.member(store, 0, count, device=0):
             yield
-    except ranks.ProcessLost as error:
-        lost = crew.lost_soon()
+    except Exception as error:
+        # On GPUs an exchange with a lost process can fail later, where its result is asked for.
+        failed = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
+        lost = crew.lost_soon() if failed else None
+        crew.tell(lost or f"the main node ended: {error}")
         if lost is None:
             raise
-        crew.tell(lost)
         raise StageFailed(_explain(stage, lost)) from error
-    except Exception as error:
-        crew.tell(f"the main node ended: {error}")
-        raise
     finally:
         over.set()
         crew.end()

@@ -2,7 +2,6 @@
 
 import gc
 import os
-import sys
 import textwrap
 import time
 from argparse import Namespace
@@ -16,7 +15,7 @@ from flows.commands.recipes import add_recipe_arguments
 from flows.monitor import PROFILE_VARIABLE
 from flows.rows import Metrics, Rows, by_row
 from flows.services import use_running
-from flows.workspace import StageFailed, home
+from flows.workspace import home
 
 if TYPE_CHECKING:
     from flows.recipe import Recipe
@@ -40,11 +39,11 @@ def add_parsers(commands: Any) -> None:
     parser = commands.add_parser("stage", help="run one stage on params/active.yaml; what dvc.yaml calls")
     parser.add_argument("stage", metavar="STAGE", help="prepare, features, teacher, student, sample, edit or evaluate")
     _add_profile_option(parser)
-    parser.set_defaults(command=stage)
+    parser.set_defaults(command=stage, in_place=True)
 
     parser = commands.add_parser("join", help="share a stage that another machine runs, at CM_MEET=host:port")
     parser.add_argument("stage", metavar="STAGE", help="teacher, student or sample")
-    parser.set_defaults(command=join)
+    parser.set_defaults(command=join, in_place=True)
 
 
 def _add_profile_option(parser: Any) -> None:
@@ -71,16 +70,11 @@ def stage(args: Namespace) -> None:
     run_stage(args.stage, home())
 
 
-def join(args: Namespace) -> int:
+def join(args: Namespace) -> None:
     """Share a stage with the main node until it ends there."""
     from flows.run_stage import join as join_stage
 
-    try:
-        join_stage(args.stage, home(), partial(print, flush=True))
-    except StageFailed as error:
-        print(f"cm: {error}", file=sys.stderr)
-        return 1
-    return 0
+    join_stage(args.stage, home(), partial(print, flush=True))
 
 
 def run(args: Namespace) -> None:

@@ -86,7 +86,7 @@ def published_step(s3):
     return max(int(step) for step in re.findall(r"step-(\d+)", manifest))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_killed_training_is_ended_elsewhere_with_the_same_bytes(machines, s3, aws, tmp_path):
     """Uninterrupted on a third machine, killed on the first, gone on with on the second, which has the bucket alone."""
     first, second = machines
