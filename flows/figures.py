@@ -137,7 +137,7 @@ def save_lines(
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if series or levels:
-        axes.legend(frameon=False)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, format="png", metadata={"Software": None})  # a version string would change the bytes
 
 
