@@ -99,10 +99,11 @@ def test_both_hold_the_same_metrics_and_bits_though_they_drop_different_activati
 def test_all_hold_the_state_of_the_first_to_the_bit(trained, name):
     training = begin_training(METHODS[name], steps=2)
     expected = training.tensors() | training.state._window_tensors()
-    for rank in (0, 1):
-        step, held = trained[f"shared-{name}-{rank}"]
-        assert step == 2 and held.keys() == expected.keys()
-        assert all(torch.equal(held[key], expected[key]) for key in expected)
+    (step, first), (other_step, second) = (trained[f"shared-{name}-{rank}"] for rank in (0, 1))
+    assert step == other_step == 2 and first.keys() == second.keys() == expected.keys()
+    assert all(torch.equal(first[key], second[key]) for key in expected)
+    for key, tensor in expected.items():  # computed by as many threads as there are: not the same bits
+        torch.testing.assert_close(first[key], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_alone_nothing_is_divided():
