@@ -95,6 +95,13 @@ def git(root: Path, *arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=root, env=env, check=True, capture_output=True, text=True).stdout
 
 
+def two_machines(first: Path) -> tuple[Path, Path]:
+    """Return a workspace and a clone of it: the same code and nothing else in common."""
+    second = first.with_name("second")
+    git(first.parent, "clone", "--quiet", str(first), second.name)
+    return first, second
+
+
 def save_untrained(folder: Path, **what: object) -> None:
     """Save a model of a small network with random weights; fresh ones end in zeros, whose images would be alike."""
     import torch

@@ -54,8 +54,8 @@ def http_server(answers: dict[str, tuple[int, dict[str, str], bytes]]) -> Iterat
 
 
 @contextmanager
-def s3_server(monkeypatch) -> Iterator:
-    """Run moto's S3 over HTTP, point AWS_* of this process at it, yield a client."""
+def s3_server(monkeypatch, bucket: str) -> Iterator:
+    """Run moto's S3 over HTTP with one empty bucket, point AWS_* of this process at it, yield a client."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -64,7 +64,9 @@ def s3_server(monkeypatch) -> Iterator:
     try:
         host, port = server.get_host_and_port()
         point_aws_at(monkeypatch, f"http://{host}:{port}")
-        yield boto3.client("s3")
+        client = boto3.client("s3")
+        client.create_bucket(Bucket=bucket)
+        yield client
     finally:
         server.stop()
 

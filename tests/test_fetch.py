@@ -24,8 +24,7 @@ class Recorder(Monitor):
 
 @pytest.fixture
 def s3(monkeypatch):
-    with s3_server(monkeypatch) as client:
-        client.create_bucket(Bucket="data")
+    with s3_server(monkeypatch, "data") as client:
         yield client
 
 

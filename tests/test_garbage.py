@@ -200,8 +200,7 @@ def test_what_mlflow_knows_survives_and_its_silence_is_no_permission(root, monke
 
 @pytest.mark.slow
 def test_a_bucket_loses_orphans_and_torn_uploads_alone(root, monkeypatch):
-    with s3_server(monkeypatch) as client:
-        client.create_bucket(Bucket="states")
+    with s3_server(monkeypatch, "states") as client:
         monkeypatch.setenv("CM_STATE", "s3://states/x")
         monkeypatch.setattr(garbage, "ORPHANED", ALL_AGES)
         upload = client.create_multipart_upload(Bucket="states", Key="x/a/objects/1")["UploadId"]

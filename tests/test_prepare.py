@@ -291,8 +291,7 @@ def test_folder_zip_tar_and_s3_give_the_same_arrays(tmp_path, monkeypatch):
         "object": "s3://pictures/photos.zip",
     }
     results = {}
-    with s3_server(monkeypatch) as s3:
-        s3.create_bucket(Bucket="pictures")
+    with s3_server(monkeypatch, "pictures") as s3:
         s3.upload_file(paths["zip"], "pictures", "photos.zip")
         for name, content in files.items():
             s3.put_object(Bucket="pictures", Key=f"all/{name}", Body=content)

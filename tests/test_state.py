@@ -32,8 +32,7 @@ NAME = "student-0123456789abcdef"
 
 @pytest.fixture(scope="module")
 def server():
-    with pytest.MonkeyPatch.context() as patch, s3_server(patch) as client:
-        client.create_bucket(Bucket="states")
+    with pytest.MonkeyPatch.context() as patch, s3_server(patch, "states") as client:
         yield client
 
 

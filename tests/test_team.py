@@ -11,7 +11,7 @@ from flows import workspace
 from flows.commands import doctor
 from flows.dvcfiles import dvc_md5, load_yaml
 from flows.tracking import Tracker
-from miniature import REPOSITORY, commit, git, make_workspace
+from miniature import REPOSITORY, commit, git, make_workspace, two_machines
 from servers import point_aws_at, s3_server
 
 pytestmark = pytest.mark.slow
@@ -26,17 +26,13 @@ def dvc(root, *arguments):
 
 @pytest.fixture(scope="module")
 def s3():
-    with pytest.MonkeyPatch.context() as patch, s3_server(patch) as client:
-        client.create_bucket(Bucket="team")
+    with pytest.MonkeyPatch.context() as patch, s3_server(patch, "team") as client:
         yield client
 
 
 @pytest.fixture
 def machines(tmp_path):
-    """Two workspaces with the same code and nothing else in common."""
-    first = make_workspace(tmp_path / "first")
-    git(tmp_path, "clone", "--quiet", str(first), "second")
-    return first, tmp_path / "second"
+    return two_machines(make_workspace(tmp_path / "first"))
 
 
 def share(root, url):

@@ -31,8 +31,7 @@ PROTOCOL = {
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """The address of the server, and a client of the bucket that its files go to."""
-    with postgres() as database, s3_server(monkeypatch) as s3:
-        s3.create_bucket(Bucket="mlflow")
+    with postgres() as database, s3_server(monkeypatch, "mlflow") as s3:
         store = f"postgresql+psycopg2://postgres:postgres@{database.place}/postgres"
         with mlflow_server(tmp_path, "--artifacts-destination", "s3://mlflow/artifacts", store=store) as uri:
             monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)

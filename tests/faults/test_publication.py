@@ -85,8 +85,7 @@ def test_a_bucket_never_shows_a_torn_state(tmp_path, monkeypatch):
     monkeypatch.setenv("CM_STATE", URI)
     monkeypatch.setattr(s3_state, "LEASE_SECONDS", 2.0)
     rng, newest = random.Random(1), 0
-    with s3_server(monkeypatch) as client:
-        client.create_bucket(Bucket="states")
+    with s3_server(monkeypatch, "states") as client:
         for kill in range(S3_KILLS):
             began = kill_somewhere(start(tmp_path / f"machine{kill}"), rng)  # a new machine each time
             assert began >= newest, "it went on from the newest published state"  # a request under way may arrive late

@@ -15,7 +15,7 @@ from PIL import Image
 from flows.dvcfiles import dvc_md5, read_stages
 from flows.recipe import load_recipe, write_active
 from live import cm, environment, make_live_workspace, wait_until
-from miniature import commit, git
+from miniature import commit, git, two_machines
 from servers import s3_server
 from small_stages import files
 
@@ -31,8 +31,7 @@ cli.main(["stage", "teacher"])
 
 @pytest.fixture(scope="module")
 def s3():
-    with pytest.MonkeyPatch.context() as patch, s3_server(patch) as client:
-        client.create_bucket(Bucket="team")
+    with pytest.MonkeyPatch.context() as patch, s3_server(patch, "team") as client:
         yield client
 
 
@@ -44,10 +43,7 @@ def aws(s3):
 
 @pytest.fixture
 def machines(tmp_path):
-    """Two workspaces with the same code and nothing else in common."""
-    first = make_live_workspace(tmp_path / "first")
-    git(tmp_path, "clone", "--quiet", str(first), "second")
-    return first, tmp_path / "second"
+    return two_machines(make_live_workspace(tmp_path / "first"))
 
 
 def train(root, **variables):
