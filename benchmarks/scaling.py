@@ -1,6 +1,7 @@
 """Time training and sampling by 1, 2, ... devices of this machine, in one run; without GPUs by processes of one thread.
 
 python -m benchmarks.scaling                                 # all GPUs, DDPM++ at batch 512 in all
+python -m benchmarks.scaling --each                          # at batch 512 each
 python -m benchmarks.scaling --devices 1 2 --channels 16 --blocks 1 --size 8 --batch-size 8 --images 64   # a laptop
 """
 
@@ -54,6 +55,8 @@ def _work(args: argparse.Namespace, rank: int, count: int, port: int, folder: Pa
 
 
 def _train(args: argparse.Namespace, device: torch.device) -> float:
+    if args.each:
+        args.batch_size *= ranks.count()
     step = Step(args, METHODS["ict"], "fused", device)
     ranks.divide_rows(step.models.student.net)
     for _ in range(WARM_UP):
@@ -89,6 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         "--devices", nargs="+", type=int, default=list(range(1, there + 1)), help="how many, in turn"
     )
     arguments.add_argument("--batch-size", type=int, default=512, help="of a training step, all devices together")
+    arguments.add_argument("--each", action="store_true", help="the batch size is that of each device instead")
     arguments.add_argument("--steps", type=int, default=10, help="training steps that are timed")
     arguments.add_argument("--images", type=int, default=50_000, help="images that are sampled")
     arguments.add_argument("--sample-batch", type=int, default=1000, help="images of a sampling batch, each device")

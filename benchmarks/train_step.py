@@ -24,13 +24,14 @@ from benchmarks.common import NOISE, hardware, network, parser, report, seconds,
 from cm_core.batches import Batches
 from cm_core.cost import step_cost
 from cm_core.graphs import replay_passes
-from cm_core.loop import Adam, RAdam, Train, TrainState, train_step
+from cm_core.loop import Train, TrainState, train_step
 from cm_core.methods.base import Method, Models, StepContext
 from cm_core.methods.cd import CD
 from cm_core.methods.edm import EDM
 from cm_core.methods.ict import ICT
 from cm_core.model import ModelSpec, build_seeded
 from cm_core.networks.layers import compile_blocks, plain_layers
+from cm_core.optimizers import Adam, RAdam
 from cm_core.precond import Precond
 from cm_core.randomness import make_generator
 from flows.stages.models import pick_device, to_device

@@ -1,13 +1,12 @@
 """Training: a state, one step, and `fit`, a generator that yields metrics; the caller logs, saves and stops."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from cm_core import ranks
@@ -17,48 +16,10 @@ from cm_core.curricula import linear_ramp
 from cm_core.ema import AnyEma, ConstantEma, Ema, update_target
 from cm_core.methods.base import Loss, Method, Models, StepContext
 from cm_core.noise import Noise
+from cm_core.optimizers import Adam, RAdam
 from cm_core.params import Params
 from cm_core.precond import Precond
 from cm_core.randomness import derive_seed, make_generator
-
-
-class Adam(Params):
-    """Adam without weight decay (EDM, Table 7)."""
-
-    model_config = ConfigDict(title="adam")
-
-    kind: Literal["adam"] = "adam"
-    """Name of the optimiser."""
-    learning_rate: float = Field(1e-3, gt=0)
-    """Step size (EDM, Table 7: 1e-3 on CIFAR-10)."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decays of the gradient's first and second moment."""
-    epsilon: float = Field(1e-8, gt=0)
-    """Added to the denominator."""
-
-    def build(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
-        """Return the optimiser; one fused kernel on a GPU."""
-        fused = parameters[0].is_cuda
-        return torch.optim.Adam(parameters, lr=self.learning_rate, betas=self.betas, eps=self.epsilon, fused=fused)
-
-
-class RAdam(Params):
-    """Rectified Adam without weight decay (CM, Table 3)."""
-
-    model_config = ConfigDict(title="radam")
-
-    kind: Literal["radam"] = "radam"
-    """Name of the optimiser."""
-    learning_rate: float = Field(4e-4, gt=0)
-    """Step size (CM, Table 3: 4e-4 on CIFAR-10)."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decays of the gradient's first and second moment."""
-    epsilon: float = Field(1e-8, gt=0)
-    """Added to the denominator."""
-
-    def build(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
-        """Return the optimiser."""
-        return torch.optim.RAdam(parameters, lr=self.learning_rate, betas=self.betas, eps=self.epsilon, foreach=True)
 
 
 class Train(Params):
@@ -235,7 +196,7 @@ def train_step(
     loss = method.loss(models, batches.at(context.step), context)
     loss.per_sample.mean().backward()
     ranks.sum_gradients(state.model, state.weighting)
-    grad_norm = torch.nn.utils.clip_grad_norm_(state.parameters(), train.clip_norm or math.inf)
+    grad_norm = _clip(state.parameters(), train.clip_norm)
     factor = method.learning_rate_factor(context.step, context.num_steps)
     factor *= linear_ramp(context.step, ramp_steps=train.ramp_steps)
     for group in state.optimizer.param_groups:
@@ -289,6 +250,14 @@ def fit(
         elif stop_requested():
             _finite_losses(state.window)
             yield {}
+
+
+def _clip(parameters: list[nn.Parameter], largest: float | None) -> Tensor:
+    """Return the gradient's norm, and shorten the gradient where it is longer than `largest`."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if largest is not None:
+        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return norm
 
 
 def _finite_losses(window: list[tuple[int, Loss, Tensor]]) -> Tensor:

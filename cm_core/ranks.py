@@ -136,20 +136,23 @@ def sum_gradients(model: nn.Module, weighting: nn.Module | None) -> None:
     """Sum the gradients of divided passes; those of `weighting`, which sees every row everywhere, are averaged."""
     if count() == 1:
         return
-    _all_reduce([p.grad for p in model.parameters() if p.grad is not None])
+    _sum_gradients(model)
     if weighting is not None:
-        gradients = [p.grad for p in weighting.parameters() if p.grad is not None]
-        _all_reduce(gradients)
-        torch._foreach_div_(gradients, count())
+        torch._foreach_div_(_sum_gradients(weighting), count())
 
 
-def _all_reduce(tensors: list[Tensor]) -> None:
-    """Sum tensors over the processes, in one exchange."""
-    together = torch.cat([tensor.flatten() for tensor in tensors])
+def _sum_gradients(module: nn.Module) -> list[Tensor]:
+    """Put sums over the processes in the gradients' places and return them; one exchange, from one piece of memory."""
+    trained = [p for p in module.parameters() if p.grad is not None]
+    together = trained[0].new_empty(sum(p.numel() for p in trained))
+    parts = together.split([p.numel() for p in trained])
+    sums = [part.as_strided(p.shape, p.stride()) for part, p in zip(parts, trained, strict=True)]
+    torch._foreach_copy_(sums, [p.grad for p in trained])
     with _exchange():
         dist.all_reduce(together)
-    parts = together.split([tensor.numel() for tensor in tensors])
-    torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])
+    for p, total in zip(trained, sums, strict=True):
+        p.grad = total
+    return sums
 
 
 def _own_rows(whole: Tensor) -> Tensor:

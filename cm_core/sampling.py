@@ -34,9 +34,17 @@ class ImageNoise:
 
     def draw(self) -> Tensor:
         """Return fresh noise, [B, C, H, W]."""
-        noise = normals(self._indices, self._draws, math.prod(self.image_shape), self._seed)
+        noise = _normals_for(self.device)(self._indices, self._draws, math.prod(self.image_shape), self._seed)
         self._draws += 1
         return noise.unflatten(1, self.image_shape)
+
+
+def _normals_for(device: torch.device) -> Callable[[Tensor, int, int, int], Tensor]:
+    if device.type != "cuda":
+        return normals
+    from cm_core.philox_kernel import normals as normals_by_kernel
+
+    return normals_by_kernel
 
 
 def multistep(f: Denoiser, noise: ImageNoise, sigmas: Sequence[float], *, sigma_min: float) -> Tensor:

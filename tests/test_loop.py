@@ -1,5 +1,7 @@
 """The training loop: a resumed run is the run that never stopped, to the bit; a spoiled one stops and says where."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from cm_core.batches import Batches
 from cm_core.checkpoint import list_states
 from cm_core.ema import ConstantEma, HalfLifeEma, PowerEma
-from cm_core.loop import Adam, NonFiniteLossError, RAdam, Train, TrainState, fit
+from cm_core.loop import NonFiniteLossError, Train, TrainState, fit
 from cm_core.methods.base import Loss, Models
 from cm_core.methods.cd import CD
 from cm_core.methods.cm_inf import CMInf
@@ -20,6 +22,7 @@ from cm_core.methods.scm import SCM
 from cm_core.model import ModelSpec, build_seeded, load_model, save_model
 from cm_core.networks import SongUNetParams
 from cm_core.noise import Noise
+from cm_core.optimizers import Adam, FusedRAdam, RAdam
 from flows.stages.student import build_weighting
 
 CPU, SHAPE = torch.device("cpu"), (1, 8, 8)
@@ -104,6 +107,23 @@ def test_a_training_stopped_between_two_metrics_resumes_to_the_same_metrics_and_
     assert list(second.steps()) == metrics
     expected, found = whole.tensors(), second.tensors()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_the_fused_radam_takes_the_steps_of_radam_also_from_a_state_of_the_other():
+    """Beyond the steps that are not rectified (five), and where epsilon matters: some gradients are tiny."""
+    settings, generator = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8}, torch.Generator().manual_seed(0)
+    gradients = torch.randn(12, 50, generator=generator, dtype=torch.float64) * torch.logspace(-9, 2, 50)
+    weights = [torch.nn.Parameter(torch.zeros(50, dtype=torch.float64)) for _ in range(2)]
+    plain, fused = (kind([w], **settings) for kind, w in zip((torch.optim.RAdam, FusedRAdam), weights, strict=True))
+    for step, gradient in enumerate(gradients):
+        if step == 8:
+            saved = copy.deepcopy(plain.state_dict()["state"])
+            fused.load_state_dict({"state": saved, "param_groups": fused.state_dict()["param_groups"]})
+        for optimizer, weight in zip((plain, fused), weights, strict=True):
+            weight.grad = gradient.clone()
+            optimizer.step()
+        torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-13)
+    assert weights[0][0].abs() > 1e-9 and fused.param_groups[0]["lr"] == 0.01
 
 
 def test_training_changes_the_weights_and_the_averages_differ():

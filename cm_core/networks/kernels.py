@@ -32,11 +32,12 @@ def norm_act(
     scale: Tensor,  # [C] or [B, C]
     shift: Tensor,  # [C] or [B, C]
     silu: bool,
-    before: Tensor | None = None,  # [B, C], added to every pixel first
+    bias: Tensor | None = None,  # [C], added to every pixel first
+    before: Tensor | None = None,  # [B, C], added to every pixel of its image
     beside: Tensor | None = None,  # [B, C - c, H, W] where x has but the first c channels
 ) -> Tensor:
-    """Return act(group_norm(x + before) * scale + shift) in x's dtype, channels last."""
-    return _NormAct.apply(x, beside, before, scale, shift, groups, eps, silu)
+    """Return act(group_norm(x + bias + before) * scale + shift) in x's dtype, channels last."""
+    return _NormAct.apply(x, beside, bias, before, scale, shift, groups, eps, silu)
 
 
 def halve(x: Tensor, factor: float) -> Tensor:
@@ -73,6 +74,7 @@ class _NormAct(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         beside: Tensor | None,
+        bias: Tensor | None,
         before: Tensor | None,
         scale: Tensor,
         shift: Tensor,
@@ -87,33 +89,43 @@ class _NormAct(torch.autograd.Function):
         y = _empty(x, shape.channels, *x.shape[2:])
         mean, rstd = x.new_empty(2, len(x), groups, dtype=torch.float32)
         _norm_forward[shape.grid](
-            *(x, beside, before, scale, shift, y, mean, rstd),
+            *(x, beside, bias, before, scale, shift, y, mean, rstd),
             *(*shape.sizes, _pixel_stride(x), _pixel_stride(beside), _row_stride(scale), eps),
+            has_bias=bias is not None,
             has_before=before is not None,
             silu=silu,
             **shape.tiles,
         )
-        ctx.save_for_backward(x, beside, before, scale, shift, mean, rstd)
+        ctx.save_for_backward(x, beside, bias, before, scale, shift, mean, rstd)
         ctx.groups, ctx.silu = groups, silu
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
-        x, beside, before, scale, shift, mean, rstd = ctx.saved_tensors
+        x, beside, bias, before, scale, shift, mean, rstd = ctx.saved_tensors
         dy, shape = _channels_last(dy), _NormShape(x, beside, ctx.groups, arrays=2)
         dx, d_beside = (None if t is None else _empty(t, *t.shape[1:]) for t in (x, beside))
-        d_before, d_scale, d_shift = x.new_empty(3, len(x), shape.channels, dtype=torch.float32)
+        added = bias is not None or before is not None
+        of_images = x.new_empty(3 if added else 2, len(x), shape.channels, dtype=torch.float32)
+        d_scale, d_shift, d_before = (
+            of_images[0],
+            of_images[1],
+            of_images[-1],
+        )  # the last is written if anything is added
         _norm_backward[shape.grid](
-            *(x, beside, before, scale, shift, mean, rstd, dy, dx, d_beside, d_before, d_scale, d_shift),
+            *(x, beside, bias, before, scale, shift, mean, rstd, dy, dx, d_beside, d_before, d_scale, d_shift),
             *(*shape.sizes, _pixel_stride(x), _pixel_stride(beside), _pixel_stride(dy), _row_stride(scale)),
+            has_bias=bias is not None,
             has_before=before is not None,
             silu=ctx.silu,
             **shape.tiles,
         )
+        sums = _sum_rows(of_images if scale.ndim == 1 else of_images[2:])
         if scale.ndim == 1:
-            d_scale, d_shift = d_scale.sum(0), d_shift.sum(0)
+            d_scale, d_shift = sums[0], sums[1]
+        d_bias = None if bias is None else sums[-1].to(bias.dtype)
         d_before = None if before is None else d_before.to(before.dtype)
-        return dx, d_beside, d_before, d_scale.to(scale.dtype), d_shift.to(shift.dtype), None, None, None
+        return dx, d_beside, d_bias, d_before, d_scale.to(scale.dtype), d_shift.to(shift.dtype), None, None, None
 
 
 class _Join(torch.autograd.Function):
@@ -185,7 +197,18 @@ def _unjoin(dy: Tensor, factor: float) -> tuple[Tensor, Tensor]:
         rows_each=JOIN_ROWS,
         num_warps=2 * WARPS,
     )
-    return dx, partial.sum(0)
+    return dx, _sum_rows(partial[None])[0]
+
+
+def _sum_rows(x: Tensor) -> Tensor:
+    """Return the sums [N, columns] of float32 [N, rows, columns]; PyTorch's own is slow for so few columns."""
+    arrays, rows, columns = x.shape
+    out = x.new_empty(arrays, columns)
+    width = min(16, triton.next_power_of_2(columns))
+    _sum_columns[(triton.cdiv(columns, width), arrays)](
+        *(x, out, rows, columns), height=TILE // width, width=width, num_warps=WARPS
+    )
+    return out
 
 
 class _Resample(torch.autograd.Function):
@@ -271,10 +294,10 @@ def _row_stride(v: Tensor) -> int:
 
 @triton.jit
 def _norm_forward(
-    x_ptr, beside_ptr, before_ptr, scale_ptr, shift_ptr, y_ptr, mean_ptr, rstd_ptr,
+    x_ptr, beside_ptr, bias_ptr, before_ptr, scale_ptr, shift_ptr, y_ptr, mean_ptr, rstd_ptr,
     pixels, channels, first_channels, groups, x_stride, beside_stride, affine_stride, eps,
-    has_before: tl.constexpr, silu: tl.constexpr, picks: tl.constexpr, mixes: tl.constexpr, whole: tl.constexpr,
-    group_size: tl.constexpr, groups_each: tl.constexpr, width: tl.constexpr, height: tl.constexpr,
+    has_bias: tl.constexpr, has_before: tl.constexpr, silu: tl.constexpr, picks: tl.constexpr, mixes: tl.constexpr,
+    whole: tl.constexpr, group_size: tl.constexpr, groups_each: tl.constexpr, width: tl.constexpr, height: tl.constexpr,
     group_width: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(1).to(tl.int64)
@@ -313,10 +336,8 @@ def _norm_forward(
             x = tl.where(mask, x - first[None, :], 0.0)
             total += tl.sum(x, 0)
             squares += tl.sum(x * x, 0)
-    channel_mean = first + total / pixels
-    if has_before:
-        before = tl.load(before_ptr + image * channels + channel, mask=valid, other=0.0).to(tl.float32)
-        channel_mean += before
+    added = _added(bias_ptr, before_ptr, image, channel, channels, valid, has_bias, has_before)
+    channel_mean = first + total / pixels + added
     spread = squares - total * total / pixels
     group_mean = tl.sum(tl.where(member & valid[:, None], channel_mean[:, None], 0.0), 0) / group_size
     mean = tl.sum(tl.where(member, group_mean[None, :], 0.0), 1)
@@ -332,9 +353,7 @@ def _norm_forward(
     scale = tl.load(scale_ptr + image * affine_stride + channel, mask=valid, other=0.0).to(tl.float32)
     shift = tl.load(shift_ptr + image * affine_stride + channel, mask=valid, other=0.0).to(tl.float32)
     factor = rstd * scale
-    if has_before:
-        mean -= before
-    offset = shift - mean * factor
+    offset = shift - (mean - added) * factor
     if whole:
         _store_act(held.to(tl.float32), factor, offset, y_ptr, pixel, channel, channels, mask, silu)
     else:
@@ -345,6 +364,17 @@ def _norm_forward(
                 x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes
             ).to(tl.float32)
             _store_act(x, factor, offset, y_ptr, pixel, channel, channels, mask, silu)
+
+
+@triton.jit
+def _added(bias_ptr, before_ptr, image, channel, channels, valid, has_bias: tl.constexpr, has_before: tl.constexpr):
+    """Return what is added to every pixel of an image before its norm, by channel."""
+    added = tl.where(valid, 0.0, 0.0)
+    if has_bias:
+        added += tl.load(bias_ptr + channel, mask=valid, other=0.0).to(tl.float32)
+    if has_before:
+        added += tl.load(before_ptr + image * channels + channel, mask=valid, other=0.0).to(tl.float32)
+    return added
 
 
 @triton.jit
@@ -379,11 +409,11 @@ def _store_act(x, factor, offset, y_ptr, pixel, channel, channels, mask, silu: t
 
 @triton.jit
 def _norm_backward(
-    x_ptr, beside_ptr, before_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, dy_ptr, dx_ptr, d_beside_ptr,
+    x_ptr, beside_ptr, bias_ptr, before_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, dy_ptr, dx_ptr, d_beside_ptr,
     d_before_ptr, d_scale_ptr, d_shift_ptr,
     pixels, channels, first_channels, groups, x_stride, beside_stride, dy_stride, affine_stride,
-    has_before: tl.constexpr, silu: tl.constexpr, picks: tl.constexpr, mixes: tl.constexpr, whole: tl.constexpr,
-    group_size: tl.constexpr, groups_each: tl.constexpr, width: tl.constexpr, height: tl.constexpr,
+    has_bias: tl.constexpr, has_before: tl.constexpr, silu: tl.constexpr, picks: tl.constexpr, mixes: tl.constexpr,
+    whole: tl.constexpr, group_size: tl.constexpr, groups_each: tl.constexpr, width: tl.constexpr, height: tl.constexpr,
     group_width: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(1).to(tl.int64)
@@ -406,8 +436,7 @@ def _norm_backward(
     rstd = tl.load(rstd_ptr + image * groups + channel // group_size, mask=valid, other=0.0)
     scale = tl.load(scale_ptr + image * affine_stride + channel, mask=valid, other=0.0).to(tl.float32)
     shift = tl.load(shift_ptr + image * affine_stride + channel, mask=valid, other=0.0).to(tl.float32)
-    if has_before:
-        mean -= tl.load(before_ptr + image * channels + channel, mask=valid, other=0.0).to(tl.float32)
+    mean -= _added(bias_ptr, before_ptr, image, channel, channels, valid, has_bias, has_before)
 
     # z = normed * scale + shift, y = act(z)
     pixel = tl.arange(0, height)
@@ -434,7 +463,7 @@ def _norm_backward(
     group_dz_normed = tl.sum(tl.where(member, (scale * sum_dz_normed)[:, None], 0.0), 0) / count
     mean_dz = tl.sum(tl.where(member, group_dz[None, :], 0.0), 1)
     mean_dz_normed = tl.sum(tl.where(member, group_dz_normed[None, :], 0.0), 1)
-    if has_before:
+    if has_bias or has_before:
         d_before = rstd * (scale * sum_dz - pixels * mean_dz - sum_normed * mean_dz_normed)
         tl.store(d_before_ptr + image * channels + channel, d_before, mask=valid)
     if whole:
@@ -566,3 +595,15 @@ def _join_backward(
         if scaled:
             tl.store(dx_ptr + row[:, None] * channels + channel[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
     tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * channels + channel, total, mask=valid)
+
+
+@triton.jit
+def _sum_columns(x_ptr, out_ptr, rows, columns, height: tl.constexpr, width: tl.constexpr):
+    column = tl.program_id(0) * width + tl.arange(0, width)
+    x_ptr += tl.program_id(1).to(tl.int64) * rows * columns
+    total = tl.zeros([height, width], tl.float32)
+    for start in range(0, rows, height):
+        row = start + tl.arange(0, height)
+        mask = (row < rows)[:, None] & (column < columns)[None, :]
+        total += tl.load(x_ptr + row[:, None].to(tl.int64) * columns + column[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + tl.program_id(1) * columns + column, tl.sum(total, 0), mask=column < columns)

@@ -68,13 +68,19 @@ def conv_without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def fused_norm(
-    norm: nn.GroupNorm, x: Tensor, *, silu: bool, before: Tensor | None = None, beside: Tensor | None = None
+    norm: nn.GroupNorm,
+    x: Tensor,
+    *,
+    silu: bool,
+    bias: Tensor | None = None,
+    before: Tensor | None = None,
+    beside: Tensor | None = None,
 ) -> Tensor:
-    """Return act(norm([x, beside] + before)) by one kernel; `before` [B, C]."""
+    """Return act(norm([x, beside] + bias + before)) by one kernel; `bias` [C], `before` [B, C]."""
     from cm_core.networks.kernels import norm_act
 
-    affine = {"scale": norm.weight, "shift": norm.bias}
-    return norm_act(x, groups=norm.num_groups, eps=norm.eps, silu=silu, before=before, beside=beside, **affine)
+    affine, added = {"scale": norm.weight, "shift": norm.bias}, {"bias": bias, "before": before}
+    return norm_act(x, groups=norm.num_groups, eps=norm.eps, silu=silu, beside=beside, **added, **affine)
 
 
 def with_channels(x: Tensor, beside: Tensor | None) -> Tensor:
@@ -303,7 +309,7 @@ class Block(nn.Module):
     def _fused(self, x: Tensor, emb: Tensor, beside: Tensor | None) -> Tensor:
         """The same with the biases of the convolutions added by the kernels that follow them."""
         h = conv_without_bias(self.conv0, self.resample(fused_norm(self.norm0, x, silu=True, beside=beside)))
-        h = self.drop(self._fused_modulate(h, self.affine(emb)))
+        h = self.drop(self._fused_modulate(h, emb))
         return self.attention(self._fused_join(x, beside, conv_without_bias(self.conv1, h)))
 
     def _fused_join(self, x: Tensor, beside: Tensor | None, h: Tensor) -> Tensor:
@@ -318,12 +324,13 @@ class Block(nn.Module):
         skip = conv_without_bias(self.skip, self.resample(with_channels(x, beside)))
         return join(skip, h, bias, self.skip_scale)
 
-    def _fused_modulate(self, h: Tensor, params: Tensor) -> Tensor:
+    def _fused_modulate(self, h: Tensor, emb: Tensor) -> Tensor:
         from cm_core.networks.kernels import norm_act
 
         if not self.scale_shift:
-            return fused_norm(self.norm1, h, silu=True, before=params + self.conv0.bias)
-        scale, shift = params.float().chunk(2, dim=1)
+            bias = self.conv0.bias + self.affine.bias
+            return fused_norm(self.norm1, h, silu=True, bias=bias, before=F.linear(emb, self.affine.weight))
+        scale, shift = self.affine(emb).float().chunk(2, dim=1)
         return norm_act(
             h,
             groups=self.norm1.num_groups,
@@ -331,7 +338,7 @@ class Block(nn.Module):
             scale=self.norm1.weight * (1 + scale),
             shift=self.norm1.bias * (1 + scale) + shift,
             silu=True,
-            before=self.conv0.bias.expand(len(h), -1),
+            bias=self.conv0.bias,
         )
 
 

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from cm_core.augment import LABEL_DIM
-from cm_core.loop import Adam, Train, TrainState
+from cm_core.loop import Train, TrainState
 from cm_core.methods.base import Models
 from cm_core.methods.edm import EDM
 from cm_core.model import ModelSpec, build_seeded
 from cm_core.networks import Network
 from cm_core.noise import Noise
+from cm_core.optimizers import Adam
 from cm_core.params import Params
 from cm_core.precond import Precond
 from cm_core.randomness import derive_seed
