@@ -136,14 +136,21 @@ class Up(Api):
 
 
 class Servers(Api):
-    """Prefect's and MLflow's server on a PostgreSQL database, each ended and started at will, as supervisors do."""
+    """Prefect's and MLflow's server on a PostgreSQL database, each ended and started at will, as supervisors do.
 
-    def __init__(self, root: Path, database: str) -> None:
+    MLflow's files lie in the workspace, or at `artifacts`, which its server then hands in and out.
+    """
+
+    def __init__(self, root: Path, database: str, *, artifacts: str | None = None, **variables: str) -> None:
         at = services.Services(*(f"http://{services.HOST}:{free_port()}" for _ in range(2)))
         services.prepare_database(database)
         self._at, self._commands = at, services._server_commands(root, at)
+        if artifacts:
+            place = self._commands["mlflow"].index("--no-serve-artifacts")
+            self._commands["mlflow"][place:] = ["--artifacts-destination", artifacts]
         self.client_variables = services.client_variables(root, at)
-        self._env = environment(root, **self.client_variables, **services.server_variables(root, at, database))
+        own = services.server_variables(root, at, database)
+        self._env = environment(root, **self.client_variables, **own, **variables)
         self._running: dict[str, subprocess.Popen] = {}
         super().__init__(root, asdict(at))
 
@@ -169,16 +176,44 @@ class Servers(Api):
         for name in list(self._running):
             self.end(name)
 
+    def ask_mlflow(self, path: str, **body) -> dict:
+        answer = httpx.post(f"{self.note['mlflow']}/api/2.0/mlflow/{path}", json=body, timeout=60)
+        answer.raise_for_status()
+        return answer.json()
+
+    def stage_runs(self, stage: str, *run_ids: str) -> list[dict]:
+        """Return the MLflow runs of a stage that belong to flow runs, the oldest first."""
+        experiments = self.ask_mlflow("experiments/search", max_results=100)["experiments"]
+        body = {"experiment_ids": [one["experiment_id"] for one in experiments], "filter": f"tags.stage = '{stage}'"}
+        runs = self.ask_mlflow("runs/search", **body, order_by=["attributes.start_time ASC"]).get("runs", [])
+        tags = [{tag["key"]: tag["value"] for tag in run["data"]["tags"]} for run in runs]
+        return [run for run, own in zip(runs, tags, strict=True) if own.get("prefect.flow_run_id") in run_ids]
+
+    def logged_steps(self, mlflow_run: dict) -> list[int]:
+        """Return the steps whose loss an MLflow run has; what it could not take at once came late."""
+        url = f"{self.note['mlflow']}/api/2.0/mlflow/metrics/get-history"
+        chosen = {"run_id": mlflow_run["info"]["run_id"], "metric_key": "loss", "max_results": 5000}
+        found = httpx.get(url, params=chosen, timeout=60).json().get("metrics", [])
+        return sorted(int(entry["step"]) for entry in found)
+
+    def trained_steps(self, *run_ids: str) -> list[list[int]]:
+        """Return the steps that each process logged which trained a student for these flow runs."""
+        return [self.logged_steps(run) for run in self.stage_runs("student", *run_ids)]
+
 
 @contextmanager
-def worker(up: Api, name: str) -> Iterator[psutil.Process]:
-    """Run one more worker of the pool `gpu`, as another machine would."""
-    variables = services.client_variables(up.root, services.Services(up.note["prefect"], up.note["mlflow"]))
+def worker(up: Api, name: str, folder: Path | None = None, **variables: str) -> Iterator[psutil.Process]:
+    """Run one more worker of the pool `gpu`, as another machine would; in this folder, else in the workspace."""
+    theirs = services.client_variables(folder or up.root, services.Services(up.note["prefect"], up.note["mlflow"]))
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "gpu", "--name", name]
     options = ["--type", "process", "--limit", "1", "--install-policy", "never"]
     with (up.root / ".cm" / f"{name}.log").open("wb") as log:
         started = subprocess.Popen(
-            [*command, *options], cwd=up.root, env=environment(up.root, **variables), stdout=log, stderr=log
+            [*command, *options],
+            cwd=folder or up.root,
+            env=environment(up.root, **theirs, **variables),
+            stdout=log,
+            stderr=log,
         )
     process = psutil.Process(started.pid)
     try:

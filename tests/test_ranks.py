@@ -22,6 +22,7 @@ from miniature import REPOSITORY
 from small_stages import files, run_small, small_recipe
 from test_loop import METHODS, Training
 
+ROUNDING = 1e-4 if torch.cuda.is_available() else 1e-5  # GPUs add in any order: two runs of one process differ too
 STEPS = {"num_steps": 12, "batch_size": 8, "log_every": 1, "save_every": 2, "grid_every": 4}
 
 
@@ -170,7 +171,7 @@ def assert_same_training(root, alone):
     assert losses(root) == pytest.approx(losses(alone), rel=1e-3)
     found, wanted = (load_tensors(folder / "out/student/ema.safetensors") for folder in (root, alone))
     for key in wanted:
-        torch.testing.assert_close(found[key], wanted[key], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found[key], wanted[key], rtol=1e-3, atol=ROUNDING)
     grids = [sorted(path.name for path in (folder / "out/student/grids").iterdir()) for folder in (root, alone)]
     assert grids[0] == grids[1]
 

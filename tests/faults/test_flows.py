@@ -4,7 +4,6 @@ import signal
 import time
 from itertools import chain
 
-import httpx
 import pytest
 
 from flows.services import still_runs
@@ -38,35 +37,6 @@ def servers(database, tmp_path_factory):
         servers.end_all()
 
 
-def ask_mlflow(servers, path, **body):
-    answer = httpx.post(f"{servers.note['mlflow']}/api/2.0/mlflow/{path}", json=body, timeout=60)
-    answer.raise_for_status()
-    return answer.json()
-
-
-def stage_runs(servers, stage, *run_ids):
-    """Return the MLflow runs of a stage that belong to flow runs, the oldest first."""
-    experiments = ask_mlflow(servers, "experiments/search", max_results=100)["experiments"]
-    query = f"tags.stage = '{stage}'"
-    body = {"experiment_ids": [one["experiment_id"] for one in experiments], "filter": query}
-    runs = ask_mlflow(servers, "runs/search", **body, order_by=["attributes.start_time ASC"]).get("runs", [])
-    tags = [{tag["key"]: tag["value"] for tag in run["data"]["tags"]} for run in runs]
-    return [run["info"] for run, own in zip(runs, tags, strict=True) if own.get("prefect.flow_run_id") in run_ids]
-
-
-def logged_steps(servers, mlflow_run):
-    """Return the steps whose loss an MLflow run has; what it could not take at once came late."""
-    url = f"{servers.note['mlflow']}/api/2.0/mlflow/metrics/get-history"
-    chosen = {"run_id": mlflow_run["run_id"], "metric_key": "loss", "max_results": 5000}
-    found = httpx.get(url, params=chosen, timeout=60).json().get("metrics", [])
-    return sorted(int(entry["step"]) for entry in found)
-
-
-def trained_steps(servers, *run_ids):
-    """Return the steps that each process logged which trained a student for these flow runs."""
-    return [logged_steps(servers, run) for run in stage_runs(servers, "student", *run_ids)]
-
-
 def in_mid_training(servers, run_id):
     """Wait until a run's student trains and has saved a state."""
     wait_until(lambda: servers.artifacts(run_id).get("progress-student", {}).get("data", 0) > 10, 600, every=0.5)
@@ -80,8 +50,8 @@ def test_of_two_identical_flows_one_trains_and_the_other_waits(servers):
     pair = [servers.submit(), servers.submit()]
     for run_id in pair:
         servers.wait_for(run_id, "Completed", 900)
-    assert trained_steps(servers, *pair) == [every(600)]
-    assert [len(stage_runs(servers, stage, *pair)) for stage in ("features", "teacher", "evaluate")] == [1, 1, 1]
+    assert servers.trained_steps(*pair) == [every(600)]
+    assert [len(servers.stage_runs(stage, *pair)) for stage in ("features", "teacher", "evaluate")] == [1, 1, 1]
     assert {"Cached", "Completed"} == {servers.task_states(run_id)["student"] for run_id in pair}
     assert any("waits for a slot of the limit `gpu`" in line for line in chain(*map(servers.said, pair)))
 
@@ -94,7 +64,7 @@ def test_where_gpus_suffice_for_both_the_other_waits_all_the_same(servers):
     servers.api.patch("/v2/concurrency_limits/gpu", json={"limit": 1}).raise_for_status()
     said = list(chain(*map(servers.said, pair)))
     assert sum("another process trains exactly this; waiting for it" in line for line in said) == 1
-    again, whole = sorted(trained_steps(servers, *pair), key=len)
+    again, whole = sorted(servers.trained_steps(*pair), key=len)
     assert whole == every(610)
     assert again == [610], "who waited trains what came after the last saved state, to the same bytes"
 
@@ -107,7 +77,7 @@ def test_a_prefect_server_that_comes_back_ends_no_run(servers, number):
     time.sleep(AWAY)
     servers.start("prefect")
     servers.wait_for(run_id, "Completed", 900)
-    assert trained_steps(servers, run_id) == [every(LONG + 10 * number)]
+    assert servers.trained_steps(run_id) == [every(LONG + 10 * number)]
     assert servers.flow_run(run_id)["run_count"] == 1
 
 
@@ -119,7 +89,7 @@ def test_a_database_that_crashes_and_comes_back_ends_no_run(servers, database):
     time.sleep(AWAY)
     database.start()
     servers.wait_for(run_id, "Completed", 900)
-    assert trained_steps(servers, run_id) == [every(LONG)]
+    assert servers.trained_steps(run_id) == [every(LONG)]
     assert servers.flow_run(run_id)["run_count"] == 1
 
 
@@ -133,4 +103,4 @@ def test_a_run_waits_for_a_server_that_is_away_for_long(servers):
     time.sleep(LONG_AWAY)
     servers.start("prefect")
     servers.wait_for(run_id, "Completed", 900)
-    assert trained_steps(servers, run_id) == [every(620)]
+    assert servers.trained_steps(run_id) == [every(620)]
