@@ -1,14 +1,17 @@
 """Time training and sampling by 1, 2, ... devices of this machine, in one run; without GPUs by processes of one thread.
 
 python -m benchmarks.scaling                                 # all GPUs, DDPM++ at batch 512 in all
-python -m benchmarks.scaling --each                          # at batch 512 each
 python -m benchmarks.scaling --devices 1 2 --channels 16 --blocks 1 --size 8 --batch-size 8 --images 64   # a laptop
+
+`apart` are as many trainings of a part of the batch each that exchange nothing: what the devices can do at one time.
 """
 
 import argparse
 import multiprocessing
 import tempfile
-from multiprocessing.connection import Connection
+from collections.abc import Callable
+from multiprocessing.queues import SimpleQueue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -25,43 +28,58 @@ from flows.launch import free_port
 from flows.stages.models import pick_device, to_device
 from flows.stages.sample import write_images
 
+CONTEXT = multiprocessing.get_context("spawn")
 WARM_UP = 3  # kernels are compiled and chosen, then recorded
 
 
 def measure(args: argparse.Namespace, count: int) -> dict[str, float]:
-    """Return images/s of training and of sampling by `count` processes."""
-    context, port = multiprocessing.get_context("spawn"), free_port()
-    receiver, sender = context.Pipe(duplex=False)
+    """Return images/s of training and of sampling by `count` processes, and of trainings that exchange nothing."""
     with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            context.Process(target=_work, args=(args, rank, count, port, Path(folder), sender)) for rank in range(count)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-            if process.exitcode:
-                raise SystemExit(f"a process of {count} ended with exit code {process.exitcode}")
-    return receiver.recv()
+        (found,) = _run(count, _together, args, count, free_port(), Path(folder))
+    apart = _run(count, _apart, args, count, CONTEXT.Barrier(count)) if count > 1 else [found["training"]]
+    return {"training": found["training"], "apart": sum(apart), "sampling": found["sampling"]}
 
 
-def _work(args: argparse.Namespace, rank: int, count: int, port: int, folder: Path, sender: Connection) -> None:
+def _run(count: int, work: Callable, *arguments: Any) -> list[Any]:
+    """Call work(answers, rank, *arguments) in `count` processes; return what they put into `answers`."""
+    answers = CONTEXT.SimpleQueue()
+    processes = [CONTEXT.Process(target=work, args=(answers, rank, *arguments)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"a process of {count} ended with exit code {process.exitcode}")
+    found = []
+    while not answers.empty():
+        found.append(answers.get())
+    return found
+
+
+def _together(answers: SimpleQueue, rank: int, args: argparse.Namespace, count: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     with ranks.joined(rank, count, port):
         device = pick_device()
-        found = {"training images/s": _train(args, device), "sampling images/s": _sample(args, folder, device)}
+        rates = {"training": _train(args, device, ranks.wait_for_all), "sampling": _sample(args, folder, device)}
         if ranks.is_first():
-            sender.send(found)
+            answers.put(rates)
 
 
-def _train(args: argparse.Namespace, device: torch.device) -> float:
-    if args.each:
-        args.batch_size *= ranks.count()
+def _apart(answers: SimpleQueue, rank: int, args: argparse.Namespace, count: int, barrier: Barrier) -> None:
+    """Train with this process's part of the batch and without the others: what the devices can do at the same time."""
+    torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+    args.batch_size //= count
+    answers.put(_train(args, pick_device(), barrier.wait))
+
+
+def _train(args: argparse.Namespace, device: torch.device, wait_for_all: Callable[[], object]) -> float:
     step = Step(args, METHODS["ict"], "fused", device)
     ranks.divide_rows(step.models.student.net)
     for _ in range(WARM_UP):
         step()
-    ranks.wait_for_all()
+    wait_for_all()
     return args.batch_size / seconds(step, device, repeats=args.steps)
 
 
@@ -92,7 +110,6 @@ def main(argv: list[str] | None = None) -> None:
         "--devices", nargs="+", type=int, default=list(range(1, there + 1)), help="how many, in turn"
     )
     arguments.add_argument("--batch-size", type=int, default=512, help="of a training step, all devices together")
-    arguments.add_argument("--each", action="store_true", help="the batch size is that of each device instead")
     arguments.add_argument("--steps", type=int, default=10, help="training steps that are timed")
     arguments.add_argument("--images", type=int, default=50_000, help="images that are sampled")
     arguments.add_argument("--sample-batch", type=int, default=1000, help="images of a sampling batch, each device")
@@ -100,8 +117,9 @@ def main(argv: list[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     for count in args.devices:
         row: dict[str, Any] = {"devices": count}
-        for key, rate in measure(args, count).items():
-            row |= {key: rate, f"{key.split()[0]} speed-up": rate / rows[0][key] if rows else 1.0}
+        for name, rate in measure(args, count).items():
+            key = f"{name} images/s"
+            row |= {key: rate, f"{name} speed-up": rate / rows[0][key] if rows else 1.0}
         rows.append(row)
     report(args, hardware(), rows)
 

@@ -85,9 +85,10 @@ class Api:
     def flow_run(self, run_id: str) -> dict:
         return self.get(f"/flow_runs/{run_id}")
 
-    def task_states(self, run_id: str) -> dict[str, str]:
+    def task_ends(self, run_id: str) -> set[tuple[str, str]]:
+        """Return the tasks of a run with their states; a run that was started twice has every task twice."""
         runs = self.post("/task_runs/filter", flow_runs={"id": {"any_": [run_id]}})
-        return {run["name"]: run["state_name"] for run in runs}
+        return {(run["name"], run["state_name"]) for run in runs}
 
     def said(self, run_id: str) -> list[str]:
         """Return what a run has logged."""

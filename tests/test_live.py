@@ -137,8 +137,7 @@ def test_a_run_whose_worker_died_goes_on_elsewhere_from_its_last_state(up, moved
 
 
 def test_what_was_known_by_then_is_shown_as_cached(up, moved, page, shoot):
-    runs = up.post("/task_runs/filter", flow_runs={"id": {"any_": [moved]}}, sort="END_TIME_DESC")
-    ended = {(run["name"], run["state_name"]) for run in runs}
+    ended = up.task_ends(moved)
     assert {(stage, "Cached") for stage in EARLY} | {("evaluate", "Completed"), ("student", "Crashed")} <= ended
     assert not {state for _, state in ended} & {"Running", "Pending"}, "not even of the start that was killed"
     page.goto(f"{up.note['prefect']}/runs/flow-run/{moved}")

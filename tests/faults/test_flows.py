@@ -52,7 +52,8 @@ def test_of_two_identical_flows_one_trains_and_the_other_waits(servers):
         servers.wait_for(run_id, "Completed", 900)
     assert servers.trained_steps(*pair) == [every(600)]
     assert [len(servers.stage_runs(stage, *pair)) for stage in ("features", "teacher", "evaluate")] == [1, 1, 1]
-    assert {"Cached", "Completed"} == {servers.task_states(run_id)["student"] for run_id in pair}
+    ends = set.union(*map(servers.task_ends, pair))
+    assert {("student", "Cached"), ("student", "Completed")} <= ends
     assert any("waits for a slot of the limit `gpu`" in line for line in chain(*map(servers.said, pair)))
 
 
