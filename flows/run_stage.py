@@ -19,7 +19,7 @@ from flows.launch import join_stage, several_processes
 from flows.recipe import Recipe, flatten, load_active
 from flows.stage_monitor import StageMonitor
 from flows.stage_signals import StageSignals, end_with_caller
-from flows.state import drop_finished, hold_state, mark_finished
+from flows.state import drop_finished, hold_state, mark_finished, share_kernels
 from flows.tracking import (
     MODEL_FILES,
     MODEL_NAME,
@@ -134,6 +134,7 @@ def _state(stage: Stage, root: Path, inputs: Mapping[str, str], monitor: StageMo
     """Yield the folder of the training in flight, after removing those whose outputs are safely stored."""
     home = origin(root)
     drop_finished(home, cache_of(root).holds)
+    share_kernels(home)
 
     def on_wait() -> None:
         monitor.remark("another process trains exactly this; waiting for it")

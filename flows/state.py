@@ -20,6 +20,7 @@ from flows.errors import UserError
 from flows.locks import try_lock
 
 STATE_VARIABLE, FINISHED_FILE = "CM_STATE", "finished.json"
+KERNELS_VARIABLE, KERNELS = "CM_KERNELS", "compiled"  # where compiled kernels are shared: beside the states
 Stored = Callable[[Mapping[str, str]], bool]  # whether DVC's cache has all of {path: hash}
 
 
@@ -45,6 +46,15 @@ def states_bucket() -> Bucket | None:
     if "://" in place and not place.startswith("s3://"):
         raise UserError(f"{STATE_VARIABLE}={place}: must be a folder of this machine or s3://bucket/prefix")
     return Bucket(place) if "://" in place else None
+
+
+def share_kernels(origin: Path) -> None:
+    """Let Triton find in the bucket of the states, if there is one, what other workers compiled, and leave its own."""
+    if bucket := states_bucket():
+        os.environ.setdefault(KERNELS_VARIABLE, f"{bucket.uri}/{KERNELS}")
+        os.environ.setdefault("TRITON_CACHE_DIR", str(states_folder(origin) / KERNELS / "shared"))
+        os.environ.setdefault("TRITON_CACHE_MANAGER", "triton.runtime.cache:RemoteCacheManager")
+        os.environ.setdefault("TRITON_REMOTE_CACHE_BACKEND", "flows.kernel_bucket:KernelBucket")
 
 
 @contextmanager
