@@ -15,6 +15,7 @@ from flows.errors import UserError
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.events.schemas.automations import AutomationCore
 
 POOLS_DIR = Path("infra/work-pools")  # TYPE.json: the base job template of the pools of that type
@@ -149,5 +150,23 @@ def _write_deployments(client: "SyncPrefectClient", root: Path, pull_steps: Step
             enforce_parameter_schema=True,
             pull_steps=pull_steps,
             work_pool_name=entry["work_pool"]["name"],
+            schedules=_schedules(client, f"{consistency.name}/{entry['name']}", entry["schedules"]),
         )
     return [f"{consistency.name}/{entry['name']}" for entry in entries]
+
+
+def _schedules(
+    client: "SyncPrefectClient", deployment: str, declared: list[Mapping[str, Any]]
+) -> "list[DeploymentScheduleCreate]":
+    """Return the schedules that a deployment has, which the server drops when it is written anew; else the declared."""
+    from prefect.client.schemas.actions import DeploymentScheduleCreate
+    from prefect.client.schemas.schedules import CronSchedule
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        known = client.read_deployment_by_name(deployment).schedules
+    except ObjectNotFound:
+        crons = [(CronSchedule(cron=one["cron"], timezone=one["timezone"]), one["active"]) for one in declared]
+        return [DeploymentScheduleCreate(schedule=schedule, active=active) for schedule, active in crons]
+    kept = set(DeploymentScheduleCreate.model_fields) - {"replaces"}
+    return [DeploymentScheduleCreate(**one.model_dump(include=kept)) for one in known]

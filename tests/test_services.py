@@ -258,6 +258,10 @@ def test_up_status_down_and_up_again(root):
     limit = up.get("/v2/concurrency_limits/gpu")
     assert (limit["limit"], limit["active"]) == (max(1, len(visible_devices())), True)
     deployed = up.get("/deployments/name/consistency/tiny")
+    (nightly,) = deployed["schedules"]
+    assert nightly["schedule"]["cron"] == "0 2 * * *" and not nightly["active"], "for whoever switches it on"
+    switch = up.api.patch(f"/deployments/{deployed['id']}/schedules/{nightly['id']}", json={"active": True})
+    switch.raise_for_status()
     for connection in psutil.net_connections("tcp"):
         if connection.pid in {child.pid for child in up.children} and connection.status == psutil.CONN_LISTEN:
             assert connection.laddr.ip == "127.0.0.1"
@@ -267,7 +271,9 @@ def test_up_status_down_and_up_again(root):
     assert cm(root, "status").returncode == 1
 
     again = Up(root)
-    assert again.get("/deployments/name/consistency/tiny")["id"] == deployed["id"]
+    found = again.get("/deployments/name/consistency/tiny")
+    assert found["id"] == deployed["id"]
+    assert [schedule["active"] for schedule in found["schedules"]] == [True], "what a user has switched on stays so"
     worker = next(child for child in again.children if "worker" in child.cmdline())
     worker.send_signal(signal.SIGKILL)
     assert again.process.wait(timeout=60) == 1
