@@ -3,14 +3,14 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from cm_core import ranks
+from cm_core import ranks, sharding
 from cm_core.loop import Train
 from cm_core.methods.base import Batch, Method, Models, StepContext, grid_on
 from cm_core.model import ModelSpec
@@ -30,6 +30,7 @@ class StepCost:
     flops_per_image: float  # of a whole step: all forward and backward passes
     forward_flops: float  # of one forward pass
     state_bytes: int  # weights, gradients, moments, averages, the target's and the teacher's copies
+    whole_bytes: int  # of these, the grids' copy and half-precision weights, which a process has whole (sharding)
     image_bytes: int  # activations kept for the backward pass
     checkpointed_image_bytes: int  # the same when blocks compute theirs again
 
@@ -38,18 +39,28 @@ class StepCost:
         each = self.checkpointed_image_bytes if train.checkpoint_activations else self.image_bytes
         return self.state_bytes + -(-train.batch_size // train.accumulate) * each + HEADROOM
 
+    def divided(self, count: int) -> "StepCost":
+        """Return what the first of `count` processes takes of a training whose weights they divide (sharding)."""
+        part = -(-(self.state_bytes - self.whole_bytes) // count)
+        return replace(self, state_bytes=self.whole_bytes + part)
+
     def flops_per_train_image(self, train: Train) -> float:
         """Return the operations with those that are done twice to save memory: one more forward pass for each way."""
         ways = train.checkpoint_activations + (train.accumulate > 1)
         return self.flops_per_image + ways * self.forward_flops
 
 
-def advice(cost: StepCost, train: Train, memory: int, section: str) -> str | None:
-    """Return what to change for a training that does not fit `memory` bytes, or that nothing helps; None if it fits."""
+def advice(cost: StepCost, train: Train, memory: int, section: str, divisible: int = 1) -> str | None:
+    """Return what to change for a training that does not fit `memory` bytes, or that nothing helps; None if it fits.
+
+    Weights may be divided among `divisible` processes.
+    """
     needed = cost.peak_bytes(train)
     if needed <= memory:
         return None
     problem = f"does not fit: about {needed / 2**30:.0f} GiB of {memory / 2**30:.0f}"
+    if divisible > 1 and cost.divided(divisible).peak_bytes(train) <= memory:
+        return f"{problem}; it would with the environment variable {sharding.VARIABLE}=1"
     for checkpointed in (False, True):
         for parts in range(1, train.batch_size + 1):
             if train.batch_size % parts == 0:
@@ -74,6 +85,7 @@ def step_cost(method: Method, spec: ModelSpec, *, num_emas: int, bytes_per_value
         flops_per_image=flops,
         forward_flops=forward_flops,
         state_bytes=parameters * (FP32 * copies + bytes_per_value),
+        whole_bytes=parameters * (FP32 + bytes_per_value),
         image_bytes=kept * bytes_per_value,
         checkpointed_image_bytes=checkpointed * bytes_per_value,
     )

@@ -1,7 +1,8 @@
 """Training: a state, one step, and `fit`, a generator that yields metrics; the caller logs, saves and stops."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from cm_core import ranks
+from cm_core import ranks, sharding
 from cm_core.batches import Batches
 from cm_core.checkpoint import load_state, save_state
 from cm_core.curricula import linear_ramp
@@ -69,6 +70,15 @@ class Train(Params):
         return torch.bfloat16 if self.precision == "bf16" else None
 
 
+def why_not_divided(method: Method, train: Train) -> str | None:
+    """Return the setting under which the weights cannot be divided among processes, and why; None where they can."""
+    if method.forward_mode:
+        return f"method.kind={method.kind} takes forward-mode derivatives, whose gradients FSDP2 gets wrong"
+    if train.compile:
+        return "train.compile=true is not tried with it"
+    return None
+
+
 class NonFiniteLossError(ArithmeticError):
     """A loss was not finite; the message names the step and the noise level."""
 
@@ -110,41 +120,70 @@ class TrainState:
         """Return what the optimiser changes."""
         return [p for module in (self.model, self.weighting) if module is not None for p in module.parameters()]
 
-    def save(self, folder: Path) -> Path:
-        """Write the state to `folder/step-<step>` atomically and return that path."""
-        return save_state(folder, self.step, {**self._tensors(), **self._window_tensors()}, {})
+    @property
+    def is_divided(self) -> bool:
+        """Whether each process holds a part of the weights, moments and averages."""
+        return sharding.is_divided(next(self.model.parameters()))
 
-    def restore(self, state: Path) -> None:
-        """Continue from a saved state, bitwise; the models and optimiser must be built from the same recipe."""
-        tensors, values = load_state(state)
-        self._take(tensors, values["step"], whence=str(state))
+    def save(self, folder: Path) -> None:
+        """Write the state, whole, to `folder/step-<step>` atomically; all processes must call, the first one writes."""
+        tensors = sharding.gathered({**self._tensors(), **self._window_tensors()})
+        if ranks.is_first():
+            save_state(folder, self.step, tensors, {})
+
+    def restore(self, state: Path | None) -> None:
+        """Continue from a saved state, bitwise; the models and optimiser must be built from the same recipe.
+
+        Of several processes all must call. The first alone names the state, and all then hold it.
+        """
+        tensors = {}
+        if ranks.is_first():
+            tensors, values = load_state(state)
+            tensors["step"] = torch.tensor(values["step"])
+        self._take(ranks.from_first(tensors), whence=str(state or "what the first process sent"))
 
     def share(self) -> None:
-        """Let every process of the training hold the first one's state, bitwise; all must call."""
-        if ranks.count() == 1:
+        """Let every process hold the first one's state, bitwise; all must call. A divided one all hold together."""
+        if ranks.count() == 1 or self.is_divided:
             return
         mine = {**self._tensors(), **self._window_tensors(), "step": torch.tensor(self.step)}
-        tensors = ranks.from_first(mine)
+        tensors = dict(ranks.from_first(mine))
         if not ranks.is_first():
-            self._take(tensors, int(tensors.pop("step")), whence="what the first process sent")
+            self._take(tensors.items(), whence="what the first process sent")
 
-    def _take(self, tensors: dict[str, Tensor], step: int, *, whence: str) -> None:
-        self._load_window(tensors, step)
-        self._load_optimizer(tensors)
-        own = self._tensors()
-        if own.keys() != tensors.keys():
-            odd = min(own.keys() ^ tensors.keys())
+    def _take(self, whole: Iterable[tuple[str, Tensor]], *, whence: str) -> None:
+        """Copy a state's tensors, one by one, into those that are here: whole, or the parts that this process holds."""
+        own, moments, beside = self._weights(), {}, {}
+        parameters = {f"optimizer/{index}": p for index, p in enumerate(self.parameters())}
+        for name, tensor in whole:
+            if name in own:
+                sharding.put(own.pop(name), tensor)
+            elif name.rpartition("/")[0] in parameters:
+                moments[name] = _beside(parameters[name.rpartition("/")[0]], tensor)
+            else:
+                beside[name] = tensor
+        step = int(beside.pop("step"))
+        self._load_window(beside, step)
+        if own or beside:
+            odd = min([*own, *beside])
             raise ValueError(f"{whence} is the state of another training (only one of the two has {odd})")
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(tensors[name])
+        self._load_optimizer(moments)
         self.step = step
 
     def averaged(self, index: int = 0) -> dict[str, Tensor]:
-        """Return the state dict of the model with the weights of average `index`."""
-        return {**self.model.state_dict(), **self.emas[index].weights}
+        """Return the state dict of the model with the weights of average `index`.
+
+        All processes must call; where the state is divided, the first alone gets the weights, on the CPU.
+        """
+        return sharding.gathered({**self.model.state_dict(), **self.emas[index].weights})
 
     def _tensors(self) -> dict[str, Tensor]:
+        tensors = self._weights()
+        for index, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{name}": t for name, t in values.items()}
+        return tensors
+
+    def _weights(self) -> dict[str, Tensor]:
         tensors = {}
         for role in ("model", "target", "teacher", "weighting"):
             module = getattr(self, role)
@@ -152,8 +191,6 @@ class TrainState:
                 tensors |= {f"{role}/{name}": t for name, t in module.state_dict().items()}
         for index, ema in enumerate(self.emas):
             tensors |= {f"ema{index}/{name}": t for name, t in ema.weights.items()}
-        for index, values in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{index}/{name}": t for name, t in values.items()}
         return tensors
 
     def _window_tensors(self) -> dict[str, Tensor]:
@@ -175,17 +212,22 @@ class TrainState:
         first = step - len(rows)
         self.window = [(first + i, Loss(loss, sigma), norm) for i, (loss, sigma, norm) in enumerate(rows)]
 
-    def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        parameters, state = self.parameters(), {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer/"):
-                _, index, key = name.split("/")
-                like = parameters[int(index)]
-                if tensor.shape == like.shape:  # a moment: fused kernels want it in its parameter's memory layout
-                    tensor = torch.empty_like(like, requires_grad=False).copy_(tensor)
-                state.setdefault(int(index), {})[key] = tensor
+    def _load_optimizer(self, moments: dict[str, Tensor]) -> None:
+        state = {}
+        for name, tensor in moments.items():
+            _, index, key = name.split("/")
+            state.setdefault(int(index), {})[key] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _beside(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
+    """Return what the optimiser keeps of a parameter; a moment is divided, and lies in memory, as that is and does."""
+    if tensor.shape != parameter.shape:
+        return tensor
+    moment = torch.empty_like(parameter, requires_grad=False)
+    sharding.put(moment, tensor)
+    return moment
 
 
 def train_step(
@@ -193,9 +235,13 @@ def train_step(
 ) -> tuple[Loss, Tensor]:
     """Take one optimiser step, move the averages and the target; return the losses and the gradient's norm."""
     train = state.train
-    loss = method.loss(models, batches.at(context.step), context)
-    loss.per_sample.mean().backward()
-    ranks.sum_gradients(state.model, state.weighting)
+    with ranks.exchange() if state.is_divided else nullcontext():
+        loss = method.loss(models, batches.at(context.step), context)
+        loss.per_sample.mean().backward()
+    if not state.is_divided:  # else the sums are there
+        ranks.sum_gradients(state.model)
+    if state.weighting is not None:
+        ranks.average_gradients(state.weighting)
     grad_norm = _clip(state.parameters(), train.clip_norm)
     factor = method.learning_rate_factor(context.step, context.num_steps)
     factor *= linear_ramp(context.step, ramp_steps=train.ramp_steps)
@@ -254,7 +300,7 @@ def fit(
 
 def _clip(parameters: list[nn.Parameter], largest: float | None) -> Tensor:
     """Return the gradient's norm, and shorten the gradient where it is longer than `largest`."""
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = sharding.whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if largest is not None:
         nn.utils.clip_grads_with_norm_(parameters, largest, norm)
     return norm

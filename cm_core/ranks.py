@@ -5,7 +5,7 @@ losses, metrics and weights agree without being sent, and no method knows that i
 """
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -62,15 +62,15 @@ def member(store: dist.TCPStore, rank: int, count: int, *, device: int) -> Itera
     if torch.cuda.is_available():
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    with _exchange():
+    with exchange():
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
     yield
     dist.destroy_process_group()  # not after an error: it may wait for a process that is gone
 
 
 @contextmanager
-def _exchange() -> Iterator[None]:
-    """Tell errors of an exchange from all others."""
+def exchange() -> Iterator[None]:
+    """Tell errors of an exchange from all others, as ProcessLost."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -84,7 +84,7 @@ def agree(flag: bool) -> bool:
     if count() == 1:
         return flag
     said = torch.tensor(int(flag))
-    with _exchange():
+    with exchange():
         dist.all_reduce(said, dist.ReduceOp.MAX)
     return bool(said)
 
@@ -94,23 +94,27 @@ def wait_for_all() -> None:
     agree(False)
 
 
-def from_first(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the first process's tensors, to the bit, on devices of its kind; those of the others count for nothing."""
+def from_first(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the first process's tensors by name, to the bit, on devices of its kind; those of the others do not count.
+
+    All must ask for all of them. They come one by one: nobody needs memory for all.
+    """
+    if count() == 1:
+        yield from tensors.items()
+        return
     listing = [{name: (tensor.shape, tensor.dtype, tensor.device.type) for name, tensor in tensors.items()}]
-    with _exchange():
+    with exchange():
         dist.broadcast_object_list(listing)
-    received = {}
     for name, (shape, dtype, kind) in listing[0].items():
         tensor = tensors[name].contiguous() if is_first() else torch.empty(shape, dtype=dtype, device=kind)
-        with _exchange():
+        with exchange():
             dist.broadcast(tensor, 0)
-        received[name] = tensor
-    return received
+        yield name, tensor
 
 
 def hand_to_first(rows: Tensor, owner: int) -> None:
     """Fill the first process's `rows` with those of process `owner`; both must call, others may."""
-    with _exchange():
+    with exchange():
         if is_first() and owner:
             dist.recv(rows, owner)
         elif owner == rank() != 0:
@@ -132,12 +136,15 @@ def divide_rows(module: nn.Module) -> None:
     module.forward = forward
 
 
-def sum_gradients(model: nn.Module, weighting: nn.Module | None) -> None:
-    """Sum the gradients of divided passes; those of `weighting`, which sees every row everywhere, are averaged."""
-    if count() == 1:
-        return
-    _sum_gradients(model)
-    if weighting is not None:
+def sum_gradients(model: nn.Module) -> None:
+    """Sum the gradients of divided passes."""
+    if count() > 1:
+        _sum_gradients(model)
+
+
+def average_gradients(weighting: nn.Module) -> None:
+    """Average the gradients of what sees every row in every process: equal, they stay so to the bit."""
+    if count() > 1:
         torch._foreach_div_(_sum_gradients(weighting), count())
 
 
@@ -148,7 +155,7 @@ def _sum_gradients(module: nn.Module) -> list[Tensor]:
     parts = together.split([p.numel() for p in trained])
     sums = [part.as_strided(p.shape, p.stride()) for part, p in zip(parts, trained, strict=True)]
     torch._foreach_copy_(sums, [p.grad for p in trained])
-    with _exchange():
+    with exchange():
         dist.all_reduce(together)
     for p, total in zip(trained, sums, strict=True):
         p.grad = total
@@ -164,7 +171,7 @@ def _own_rows(whole: Tensor) -> Tensor:
 
 def _gathered(rows: Tensor) -> Tensor:
     whole = rows.new_empty(count() * rows.shape[0], *rows.shape[1:])
-    with _exchange():
+    with exchange():
         dist.all_gather(list(whole.chunk(count())), rows.contiguous())
     return whole
 

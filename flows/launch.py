@@ -1,7 +1,8 @@
 """Several processes for one stage, a device each. This process is the first: it alone tracks, saves and writes.
 
-`CM_DEVICES=2` asks for them, `CM_NODES=2` for as many on each of two machines (flows.nodes). Both are facts of the
-machines and no part of a recipe: results differ by rounding alone, and a training goes on with other numbers.
+`CM_DEVICES=2` asks for them, `CM_NODES=2` for as many on each of two machines (flows.nodes), `CM_SHARD=1` for weights
+that they divide. All three are facts of the machines and no part of a recipe: results differ by rounding alone, and a
+training goes on with other values.
 """
 
 import json
@@ -19,7 +20,8 @@ from typing import Any
 
 import torch
 
-from cm_core import ranks
+from cm_core import ranks, sharding
+from cm_core.loop import why_not_divided
 from flows import nodes
 from flows.devices import COUNT_VARIABLE, devices_for, nodes_for
 from flows.errors import UserError
@@ -107,7 +109,8 @@ def several_processes(
     `facts` decide what the stage makes, and must be the same on every node.
 
     Raises:
-        UserError: CM_DEVICES or CM_NODES is no number that fits the batch and the machine; nodes differ.
+        UserError: CM_DEVICES or CM_NODES is no number that fits the batch and the machine; nodes differ; CM_SHARD
+            is not 0 or 1, or the training cannot be divided so.
         StageFailed: one of the processes or nodes was lost, or did not come; the last saved state is whole.
     """
     node_count, devices = _numbers(stage, section)
@@ -146,7 +149,19 @@ def _numbers(stage: str, section: Any) -> tuple[int, int]:
     if section is None:
         return 1, 1
     train, node_count = getattr(section, "train", None), nodes_for(stage)
-    return node_count, devices_for(stage, train and train.batch_size, node_count)
+    devices = devices_for(stage, train and train.batch_size, node_count)
+    if train is not None:
+        _check_sharding(stage, section, node_count * devices)
+    return node_count, devices
+
+
+def _check_sharding(stage: str, section: Any, count: int) -> None:
+    value = os.environ.get(sharding.VARIABLE, "0")
+    if value not in ("0", "1"):
+        raise UserError(f"{sharding.VARIABLE}={value}: must be 1, to divide weights among processes, or 0")
+    obstacle = why_not_divided(section.method, section.train)
+    if value == "1" and count > 1 and obstacle:
+        raise UserError(f"{sharding.VARIABLE}=1: {stage}.{obstacle}; allowed there: {sharding.VARIABLE}=0")
 
 
 def _meet(stage: str, node_count: int, facts: nodes.Facts, monitor: Monitor) -> list[nodes.Link]:
@@ -164,6 +179,7 @@ def _arithmetic() -> dict[str, str]:
         "PyTorch": torch.__version__,
         "the processor": processor,
         COUNT_VARIABLE: os.environ.get(COUNT_VARIABLE, "1"),
+        sharding.VARIABLE: os.environ.get(sharding.VARIABLE, "0"),
     }
 
 

@@ -42,16 +42,17 @@ METHODS = {
 
 
 class Training:
-    """A small training of one method, built the same way every time."""
+    """A small training of one method, built the same way every time; `place` brings its networks where they train."""
 
-    def __init__(self, method, dropout=NETWORK.dropout, **changes):
+    def __init__(self, method, dropout=NETWORK.dropout, place=lambda model: model, **changes):
         self.method, network = method, NETWORK.model_copy(update={"dropout": dropout})
         emas = (HalfLifeEma(half_life_images=50), ConstantEma(decay=0.9), PowerEma())
         defaults = {"num_steps": 6, "batch_size": 4, "log_every": 1, "save_every": 1, "grid_every": 1, "emas": emas}
         self.train = Train(**(defaults | changes))
         self.spec = ModelSpec(form=method.form, network=network, noise=Noise(), image_shape=SHAPE)
-        model, target = build_seeded(self.spec, 0), build_seeded(self.spec, 1)
-        teacher = build_seeded(self.spec.model_copy(update={"form": "denoiser"}), 2).eval()
+        teacher_spec, autocast = self.spec.model_copy(update={"form": "denoiser"}), self.train.autocast
+        model, target = (place(build_seeded(self.spec, seed, autocast=autocast)) for seed in (0, 1))
+        teacher = place(build_seeded(teacher_spec, 2, autocast=autocast).eval())
         self.state = TrainState(
             model,
             self.train,
@@ -199,7 +200,6 @@ def test_half_precision_trains_close_to_full_precision():
     losses = {}
     for precision in ("fp32", "bf16"):
         training = Training(EDM(), precision=precision, num_steps=3)
-        training.state.model.autocast = training.train.autocast
         losses[precision] = [entry["loss"] for entry in training.steps()]
         assert all(p.dtype == torch.float32 for p in training.state.model.parameters())
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)

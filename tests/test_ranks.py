@@ -149,8 +149,8 @@ def end(process):
     return process.returncode, output
 
 
-def run(root, devices, stage="student"):
-    return end(begin(root, devices, stage))
+def run(root, devices, stage="student", **variables):
+    return end(begin(root, devices, stage, **variables))
 
 
 def losses(root):
@@ -177,17 +177,19 @@ def assert_same_training(root, alone):
 
 
 @pytest.mark.slow
-def test_a_stage_trained_by_two_writes_what_it_writes_alone(root, alone):
-    code, output = run(root, 2)
+@pytest.mark.parametrize("divides", ["0", "1"])
+def test_a_stage_trained_by_two_writes_what_it_writes_alone(root, alone, divides):
+    code, output = run(root, 2, CM_SHARD=divides)
     assert code == 0, output
     assert_same_training(root, alone)
 
 
 @pytest.mark.slow
-def test_a_lost_process_ends_the_training_which_goes_on_alone_from_its_state(root, alone):
+@pytest.mark.parametrize("divides", ["0", "1"])
+def test_a_lost_process_ends_the_training_which_goes_on_alone_from_its_state(root, alone, divides):
     (root / "states").mkdir()
     (root / "states" / "kill").touch()
-    code, output = run(root, 2)
+    code, output = run(root, 2, CM_SHARD=divides)
     assert code == 1
     line = "student: process 1 was killed by signal 9; started again, a training goes on from its last saved state"
     assert line in output.splitlines()  # on GPUs, PyTorch adds what it thinks of it

@@ -150,7 +150,13 @@ def test_published_network_costs_what_the_paper_counts():
 
 def test_advice_names_the_mildest_change_under_which_a_training_fits():
     cost = StepCost(
-        parameters=1, flops_per_image=8, forward_flops=2, state_bytes=100, image_bytes=10, checkpointed_image_bytes=4
+        parameters=1,
+        flops_per_image=8,
+        forward_flops=2,
+        state_bytes=100,
+        whole_bytes=20,
+        image_bytes=10,
+        checkpointed_image_bytes=4,
     )
     train = Train(batch_size=12)
     whole = cost.peak_bytes(train)
@@ -160,6 +166,9 @@ def test_advice_names_the_mildest_change_under_which_a_training_fits():
     in_both_ways = advice(cost, train, whole - 116, "teacher")
     assert in_both_ways.endswith("teacher.train.accumulate=12 teacher.train.checkpoint_activations=true")
     assert "not even one image at a time" in advice(cost, train, whole - 117, "student")
+    assert cost.divided(4).state_bytes == 20 + 80 / 4
+    assert advice(cost, train, whole - 60, "student", 4).endswith("it would with the environment variable CM_SHARD=1")
+    assert advice(cost, train, whole - 61, "student", 4) == advice(cost, train, whole - 61, "student")
     assert cost.flops_per_train_image(train.model_copy(update={"accumulate": 2, "checkpoint_activations": True})) == 12
 
 

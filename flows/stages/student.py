@@ -39,10 +39,9 @@ from flows.stages.models import (
     fixed_labels,
     initial_student,
     pick_device,
-    to_device,
     write_origin,
 )
-from flows.stages.training import make_batches, run_training
+from flows.stages.training import make_batches, place, run_training
 
 GRID_STEPS = 16  # of a student of progressive distillation at most: a grid interrupts the training
 StudentMethod = CD | CT | ICT | ECT | SCM | PD | CMInf  # what a recipe may name under student.method
@@ -100,18 +99,19 @@ def student(
     )
     origin = {"init_from": student.initial_weights, "seed": derive_seed(seed, "init")}
     monitor.remark(f"first weights: {origin['init_from']}")
-    model = _first_weights(spec, student.train, origin, teacher_dir, device)
-    teacher = _load_teacher(student, teacher_dir, device)
+    model = _first_weights(spec, student.train, origin, teacher_dir)
+    target = place(copy.deepcopy(model), device) if student.method.keeps_target else None
+    model, teacher = place(model, device), _load_teacher(student, teacher_dir, device)
     state = TrainState(
         model,
         student.train,
-        target=copy.deepcopy(model) if student.method.keeps_target else None,
+        target=target,
         teacher=teacher if student.method.replaces_teacher else None,
         weighting=build_weighting(student.method, seed, device),
     )
     models = Models(
         student=model,
-        target=model if state.target is None else state.target,
+        target=target or model,
         teacher=teacher,
         distance=_build_distance(student, dataset, state_dir, device, monitor),
         weighting=state.weighting,
@@ -144,7 +144,7 @@ def _load_teacher(student: Student, teacher_dir: Path, device: torch.device) -> 
     """Return the teacher where the loss asks one; the first weights alone do not keep it in memory."""
     if not student.method.needs_teacher:
         return None
-    return to_device(load_model(teacher_dir, autocast=student.train.autocast)[1], device)
+    return place(load_model(teacher_dir, autocast=student.train.autocast)[1], device)
 
 
 def build_weighting(method: Method, seed: int, device: torch.device) -> nn.Module | None:
@@ -155,10 +155,10 @@ def build_weighting(method: Method, seed: int, device: torch.device) -> nn.Modul
     return None if weighting is None else weighting.to(device)
 
 
-def _first_weights(spec: ModelSpec, train: Train, origin: dict, teacher_dir: Path, device: torch.device) -> Precond:
+def _first_weights(spec: ModelSpec, train: Train, origin: dict, teacher_dir: Path) -> Precond:
     model = initial_student(spec, **origin, teacher_dir=teacher_dir)
     model.autocast = train.autocast
-    return to_device(model, device)
+    return model
 
 
 def _build_distance(

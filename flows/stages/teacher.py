@@ -22,8 +22,8 @@ from cm_core.sampling import ImageNoise, TeacherSampler
 from cm_core.tensors import to_pixels
 from flows.dataset import load_dataset
 from flows.monitor import Monitor
-from flows.stages.models import ABSENT_FILE, GRID_IMAGES, fixed_labels, pick_device, to_device
-from flows.stages.training import make_batches, run_training
+from flows.stages.models import ABSENT_FILE, GRID_IMAGES, fixed_labels, pick_device
+from flows.stages.training import make_batches, place, run_training
 
 
 class Teacher(Params):
@@ -64,7 +64,7 @@ def teacher(
         augment_dim=LABEL_DIM if teacher.method.augment else 0,
     )
     batches = make_batches(dataset, teacher.train, conditional=conditional, seed=seed, device=device)
-    model = to_device(build_seeded(spec, derive_seed(seed, "init"), autocast=teacher.train.autocast), device)
+    model = place(build_seeded(spec, derive_seed(seed, "init"), autocast=teacher.train.autocast), device)
     run_training(
         TrainState(model, teacher.train),
         teacher.method,

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from cm_core import ranks
+from cm_core import ranks, sharding
 from cm_core.batches import Batches
 from cm_core.checkpoint import list_states
 from cm_core.cost import Speed, advice
 from cm_core.graphs import replay_passes
-from cm_core.loop import Train, TrainState, fit
+from cm_core.loop import Train, TrainState, fit, why_not_divided
 from cm_core.memory import recompute_blocks, split_passes
 from cm_core.methods.base import Method, Models
 from cm_core.model import ModelSpec, save_model
@@ -49,6 +49,14 @@ def make_batches(dataset: Dataset, train: Train, *, conditional: bool, seed: int
     return Batches(dataset.train_images, labels, batch_size=train.batch_size, seed=seed, device=device, flip=train.flip)
 
 
+def place(model: Precond, device: torch.device) -> Precond:
+    """Bring a network of a training, made on the CPU and copied, to `device`: whole, or this process's part of it."""
+    if not sharding.is_wanted():
+        return to_device(model, device)
+    sharding.shard(model.net, device)
+    return model
+
+
 def run_training(
     state: TrainState,
     method: Method,
@@ -70,7 +78,9 @@ def run_training(
     train = state.train
     _resume(state, state_dir, monitor)
     log = TrainingLog((state_dir if ranks.is_first() else out_dir) / "log", before=state.step)
-    averaged = to_device(spec.build(autocast=train.autocast), batches.device).eval().requires_grad_(False)
+    averaged = spec.build(autocast=train.autocast).eval().requires_grad_(False)
+    if ranks.is_first():  # which alone draws
+        averaged = to_device(averaged, batches.device)
     _keep_compiled(state_dir.parent / "compiled", batches.device)
     _prepare_passes(models, method, train)
     speed = _checked_speed(state, method, spec, batches.device, out_dir.name)
@@ -90,12 +100,14 @@ def run_training(
                 if profile_dir is not None:
                     _note_speed(profile_dir / "speed.txt", step, measured)
                 monitor.progress(step, train.num_steps, "steps")
-            if ranks.is_first() and (step % train.grid_every == 0 or step == train.num_steps):
-                averaged.load_state_dict(state.averaged())
-                save_grid(draw(averaged, step), log.grid(step), columns=8)
-                monitor.image("samples", log.grid(step), step)
+            if step % train.grid_every == 0 or step == train.num_steps:
+                weights = state.averaged()
+                if ranks.is_first():
+                    averaged.load_state_dict(weights)
+                    save_grid(draw(averaged, step), log.grid(step), columns=8)
+                    monitor.image("samples", log.grid(step), step)
             stopping = stop_requested()
-            if ranks.is_first() and (step % train.save_every == 0 or stopping):
+            if step % train.save_every == 0 or stopping:
                 state.save(state_dir)
                 monitor.state_saved(state_dir)
             if stopping and step < train.num_steps:
@@ -124,7 +136,10 @@ def _checked_speed(state: TrainState, method: Method, spec: ModelSpec, device: t
     train, speed = state.train, Speed(method, spec, state.train, device, first=state.step)
     if speed.cost is not None:
         own = train.model_copy(update={"batch_size": train.batch_size // ranks.count()})
-        problem = advice(speed.cost, own, torch.cuda.get_device_properties(device).total_memory, section)
+        cost = speed.cost.divided(ranks.count()) if state.is_divided else speed.cost
+        divisible = 1 if state.is_divided or why_not_divided(method, train) else ranks.count()
+        memory = torch.cuda.get_device_properties(device).total_memory
+        problem = advice(cost, own, memory, section, divisible)
         if problem:
             raise UserError(f"{torch.cuda.get_device_name(device)}: {problem}")
     return speed
@@ -146,7 +161,8 @@ def _prepare_passes(models: Models, method: Method, train: Train) -> None:
             recompute_blocks(model.net)
         if train.accumulate > 1:
             split_passes(model.net, train.accumulate)
-        if not train.compile and not train.checkpoint_activations and train.accumulate == 1:
+        recorded = not (train.compile or train.checkpoint_activations or train.accumulate > 1)
+        if recorded and not sharding.is_wanted():
             replay_passes(model.net)
         ranks.divide_rows(model.net)
     if isinstance(models.distance, nn.Module) and not method.forward_mode:  # LPIPS; of that loss it needs every row
@@ -156,16 +172,18 @@ def _prepare_passes(models: Models, method: Method, train: Train) -> None:
 def _resume(state: TrainState, state_dir: Path, monitor: Monitor) -> None:
     """Go on from the last saved state; of several processes the first alone has one, and all hold what it holds."""
     saved = list_states(state_dir) if ranks.is_first() else []
-    if saved:
-        state.restore(saved[-1])
+    if ranks.agree(bool(saved)):
+        state.restore(saved[-1] if saved else None)
         monitor.remark(f"resuming from step {state.step}")
-    state.share()
+    else:
+        state.share()
 
 
 def _write_artifact(state: TrainState, spec: ModelSpec, out_dir: Path) -> None:
-    for index in range(1, len(state.emas)):  # the first is the model's own weights file
-        save_model(out_dir / f"ema{index}", spec, state.averaged(index))
-    save_model(out_dir, spec, state.averaged())
+    for index in reversed(range(len(state.emas))):  # the first is the model's own weights file
+        weights = state.averaged(index)
+        if ranks.is_first():
+            save_model(out_dir / f"ema{index}" if index else out_dir, spec, weights)
 
 
 class TrainingLog:
