@@ -1,7 +1,7 @@
 """A training's weights divided among its processes, by PyTorch's FSDP2; no other module knows how.
 
 Of weights, gradients, moments and averages a process holds its part. A block gathers its weights for as long as it
-computes, and hands everybody the sum of the gradients of his part. The numbers are those of whole weights.
+computes, and hands everybody the sum of the gradients of their part. The numbers are those of whole weights.
 """
 
 import os
@@ -63,20 +63,19 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return whole tensors, those that were divided on the CPU and in the first process alone; all must call."""
     found = {}
     for name, tensor in tensors.items():
+        together = whole(tensor.detach())
         if not is_divided(tensor):
-            found[name] = tensor
+            found[name] = together
         elif ranks.is_first():
-            found[name] = whole(tensor.detach()).cpu()
-        else:
-            whole(tensor.detach())
+            found[name] = together.cpu()
     return found
 
 
 def put(place: Tensor, tensor: Tensor) -> None:
     """Copy a whole tensor, which every process has, into one that may be divided; nothing is sent."""
-    from torch.distributed.tensor import distribute_tensor
-
     if is_divided(place):
+        from torch.distributed.tensor import distribute_tensor
+
         tensor = distribute_tensor(tensor, place.device_mesh, place.placements, src_data_rank=None)
     with torch.no_grad():
         place.copy_(tensor)

@@ -9,6 +9,7 @@ import torch
 
 from cm_core import ranks, sharding
 from cm_core.checkpoint import list_states, load_state
+from cm_core.optimizers import Adam
 from flows.errors import UserError
 from flows.launch import free_port, several_processes
 from flows.stages.training import _prepare_passes, place
@@ -20,7 +21,7 @@ WAYS = {
     **{name: (name, {}) for name in DIVIDED},
     "checkpointed": ("cd-ema", {"checkpoint_activations": True}),
     "in-parts": ("ict", {"accumulate": 2}),
-    "clipped": ("edm", {"clip_norm": 0.05}),
+    "clipped-adam": ("edm", {"clip_norm": 0.05, "optimizer": Adam()}),
     "bf16": ("cd", {"precision": "bf16"}),
 }
 RESUMED = ("cd-ema", "pd")  # between them they have a target and a teacher
