@@ -262,6 +262,8 @@ def test_up_status_down_and_up_again(root):
     assert nightly["schedule"]["cron"] == "0 2 * * *" and not nightly["active"], "for whoever switches it on"
     switch = up.api.patch(f"/deployments/{deployed['id']}/schedules/{nightly['id']}", json={"active": True})
     switch.raise_for_status()
+    scheduled = {"state": {"type": {"any_": ["SCHEDULED"]}}}
+    wait_until(lambda: up.post("/flow_runs/count", flow_runs=scheduled) > 0, 120)
     for connection in psutil.net_connections("tcp"):
         if connection.pid in {child.pid for child in up.children} and connection.status == psutil.CONN_LISTEN:
             assert connection.laddr.ip == "127.0.0.1"

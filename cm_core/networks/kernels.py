@@ -107,12 +107,8 @@ class _NormAct(torch.autograd.Function):
         dy, shape = _channels_last(dy), _NormShape(x, beside, ctx.groups, arrays=2)
         dx, d_beside = (None if t is None else _empty(t, *t.shape[1:]) for t in (x, beside))
         added = bias is not None or before is not None
-        of_images = x.new_empty(3 if added else 2, len(x), shape.channels, dtype=torch.float32)
-        d_scale, d_shift, d_before = (
-            of_images[0],
-            of_images[1],
-            of_images[-1],
-        )  # the last is written if anything is added
+        of_images = x.new_empty(2 + added, len(x), shape.channels, dtype=torch.float32)
+        d_scale, d_shift, d_before = of_images[0], of_images[1], of_images[-1]  # this one is written if `added`
         _norm_backward[shape.grid](
             *(x, beside, bias, before, scale, shift, mean, rstd, dy, dx, d_beside, d_before, d_scale, d_shift),
             *(*shape.sizes, _pixel_stride(x), _pixel_stride(beside), _pixel_stride(dy), _row_stride(scale)),
