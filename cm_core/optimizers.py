@@ -1,7 +1,7 @@
 """The optimisers, and RAdam by Adam's fused kernel."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import ConfigDict, Field
@@ -12,7 +12,21 @@ from cm_core.params import Params
 UNRECTIFIED_EPSILON = 1e12  # beside it the second moment counts for nothing, in float32 to the bit
 
 
-class Adam(Params):
+class _AdamLike(Params):
+    """What Adam and its kin have in common, in the order of the forms."""
+
+    kind: str
+    learning_rate: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decays of the gradient's first and second moment."""
+    epsilon: float = Field(1e-8, gt=0)
+    """Added to the denominator."""
+
+    def _settings(self) -> dict[str, Any]:
+        return {"lr": self.learning_rate, "betas": self.betas, "eps": self.epsilon}
+
+
+class Adam(_AdamLike):
     """Adam without weight decay (EDM, Table 7)."""
 
     model_config = ConfigDict(title="adam")
@@ -21,18 +35,13 @@ class Adam(Params):
     """Name of the optimiser."""
     learning_rate: float = Field(1e-3, gt=0)
     """Step size (EDM, Table 7: 1e-3 on CIFAR-10)."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decays of the gradient's first and second moment."""
-    epsilon: float = Field(1e-8, gt=0)
-    """Added to the denominator."""
 
     def build(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         """Return the optimiser; one fused kernel on a GPU."""
-        fused = parameters[0].is_cuda
-        return torch.optim.Adam(parameters, lr=self.learning_rate, betas=self.betas, eps=self.epsilon, fused=fused)
+        return torch.optim.Adam(parameters, fused=parameters[0].is_cuda, **self._settings())
 
 
-class RAdam(Params):
+class RAdam(_AdamLike):
     """Rectified Adam without weight decay (CM, Table 3)."""
 
     model_config = ConfigDict(title="radam")
@@ -41,17 +50,12 @@ class RAdam(Params):
     """Name of the optimiser."""
     learning_rate: float = Field(4e-4, gt=0)
     """Step size (CM, Table 3: 4e-4 on CIFAR-10)."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decays of the gradient's first and second moment."""
-    epsilon: float = Field(1e-8, gt=0)
-    """Added to the denominator."""
 
     def build(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         """Return the optimiser; one fused kernel on a GPU."""
-        settings = {"lr": self.learning_rate, "betas": self.betas, "eps": self.epsilon}
         if parameters[0].is_cuda:
-            return FusedRAdam(parameters, **settings)
-        return torch.optim.RAdam(parameters, foreach=True, **settings)
+            return FusedRAdam(parameters, **self._settings())
+        return torch.optim.RAdam(parameters, foreach=True, **self._settings())
 
 
 class FusedRAdam(torch.optim.Adam):

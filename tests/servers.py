@@ -54,8 +54,8 @@ def http_server(answers: dict[str, tuple[int, dict[str, str], bytes]]) -> Iterat
 
 
 @contextmanager
-def s3_server(monkeypatch, bucket: str) -> Iterator:
-    """Run moto's S3 over HTTP with one empty bucket, point AWS_* of this process at it, yield a client."""
+def s3_server(monkeypatch, *buckets: str) -> Iterator:
+    """Run moto's S3 over HTTP with empty buckets, point AWS_* of this process at it, yield a client."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -65,10 +65,27 @@ def s3_server(monkeypatch, bucket: str) -> Iterator:
         host, port = server.get_host_and_port()
         point_aws_at(monkeypatch, f"http://{host}:{port}")
         client = boto3.client("s3")
-        client.create_bucket(Bucket=bucket)
+        for bucket in buckets:
+            client.create_bucket(Bucket=bucket)
         yield client
     finally:
         server.stop()
+
+
+def shared_s3(*buckets: str):
+    """Return a fixture for a module's attribute: `s3_server` for all of its tests."""
+
+    @pytest.fixture(scope="module")
+    def client():
+        with pytest.MonkeyPatch.context() as patch, s3_server(patch, *buckets) as client:
+            yield client
+
+    return client
+
+
+def aws_variables() -> dict[str, str]:
+    """Return the variables with which another process reaches the same store."""
+    return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
 
 
 def point_aws_at(monkeypatch, endpoint: str) -> None:

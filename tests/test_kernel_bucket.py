@@ -10,13 +10,9 @@ import pytest
 
 from flows.launch import free_port
 from flows.state import KERNELS_VARIABLE, share_kernels
-from servers import point_aws_at, s3_server
+from servers import point_aws_at, shared_s3
 
-
-@pytest.fixture(scope="module")
-def s3():
-    with pytest.MonkeyPatch.context() as patch, s3_server(patch, "states") as client:
-        yield client
+s3 = shared_s3("states")
 
 
 @pytest.fixture

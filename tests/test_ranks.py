@@ -37,11 +37,22 @@ def begin_training(method, *, steps):
     return training
 
 
-def train(rank, count, port, folder):
-    """Train by every method as one of `count` processes, without dropout and with it."""
+def run_in_two(work, folder):
+    """Call work(rank, port, folder) in two processes, which can meet at the port."""
+    spawn, port = multiprocessing.get_context("spawn"), free_port()
+    processes = [spawn.Process(target=work, args=(rank, port, folder)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+
+
+def train(rank, port, folder):
+    """Train by every method as one of two processes, without dropout and with it."""
     torch.set_num_threads(1)
     begun = {name: begin_training(METHODS[name], steps=0 if rank else 2) for name in SHARED}
-    with ranks.joined(rank, count, port):
+    with ranks.joined(rank, 2, port):
         for name, training in begun.items():
             training.state.share()
             held = training.tensors() | training.state._window_tensors()
@@ -64,13 +75,8 @@ def train(rank, count, port, folder):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    folder, spawn, port = tmp_path_factory.mktemp("ranks"), multiprocessing.get_context("spawn"), free_port()
-    processes = [spawn.Process(target=train, args=(rank, 2, port, folder)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    folder = tmp_path_factory.mktemp("ranks")
+    run_in_two(train, folder)
     return {path.stem: torch.load(path) for path in folder.iterdir()}
 
 

@@ -1,6 +1,5 @@
 """Two processes that divide the weights train as one that has all: the same numbers to rounding, half of the memory."""
 
-import multiprocessing
 import os
 from functools import partial
 
@@ -11,10 +10,11 @@ from cm_core import ranks, sharding
 from cm_core.checkpoint import list_states, load_state
 from cm_core.optimizers import Adam
 from flows.errors import UserError
-from flows.launch import free_port, several_processes
+from flows.launch import several_processes
 from flows.stages.training import _prepare_passes, place
 from small_stages import small_recipe
 from test_loop import CPU, METHODS, Training
+from test_ranks import run_in_two
 
 DIVIDED = {name: method for name, method in METHODS.items() if not method.forward_mode}
 WAYS = {
@@ -70,15 +70,10 @@ def train(rank, port, folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder, spawn, port = tmp_path_factory.mktemp("sharding"), multiprocessing.get_context("spawn"), free_port()
+    folder = tmp_path_factory.mktemp("sharding")
     for name in RESUMED:
         begin(prepared(name, EVERY), folder / f"begun-alone-{name}")
-    processes = [spawn.Process(target=train, args=(rank, port, folder)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    run_in_two(train, folder)
     return folder
 
 

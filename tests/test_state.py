@@ -23,17 +23,14 @@ from flows import bucket, s3_state, state
 from flows.bucket import Bucket
 from flows.errors import UserError
 from flows.s3_state import HEAD, Head, LeaseLost, Training
-from servers import point_aws_at, s3_server
+from servers import point_aws_at, shared_s3
 
 URI = "s3://states/in flight"
 KEY = "0123456789abcdef0123"
 NAME = "student-0123456789abcdef"
 
 
-@pytest.fixture(scope="module")
-def server():
-    with pytest.MonkeyPatch.context() as patch, s3_server(patch, "states") as client:
-        yield client
+server = shared_s3("states")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from flows.commands import doctor
 from flows.dvcfiles import dvc_md5, load_yaml
 from flows.tracking import Tracker
 from miniature import REPOSITORY, commit, git, make_workspace, two_machines
-from servers import point_aws_at, s3_server
+from servers import point_aws_at, shared_s3
 
 pytestmark = pytest.mark.slow
 
@@ -24,10 +24,7 @@ def dvc(root, *arguments):
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def s3():
-    with pytest.MonkeyPatch.context() as patch, s3_server(patch, "team") as client:
-        yield client
+s3 = shared_s3("team")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from flows.dvcfiles import dvc_md5, read_stages
 from flows.recipe import load_recipe, write_active
 from live import cm, environment, make_live_workspace, wait_until
 from miniature import commit, git, two_machines
-from servers import s3_server
+from servers import aws_variables, shared_s3
 from small_stages import files
 
 STEPS, LEASE_SECONDS = 240, 6
@@ -29,16 +29,13 @@ cli.main(["stage", "teacher"])
 """
 
 
-@pytest.fixture(scope="module")
-def s3():
-    with pytest.MonkeyPatch.context() as patch, s3_server(patch, "team") as client:
-        yield client
+s3 = shared_s3("team")
 
 
 @pytest.fixture
 def aws(s3):
     """The variables with which another process reaches the bucket."""
-    return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    return aws_variables()
 
 
 @pytest.fixture

@@ -5,27 +5,20 @@ had, in the middle of a training.
 """
 
 import json
-import os
 
 import pytest
 
 from live import Servers, cm, end_tree, make_live_workspace, wait_until, worker
 from miniature import commit, git
-from servers import needs_postgres, postgres, s3_server
+from servers import aws_variables, needs_postgres, postgres, shared_s3
 
 pytestmark = [pytest.mark.soak, needs_postgres]
-BUCKETS = ("dvc", "mlflow", "states")
 REMOTE = (
     "[core]\n    remote = store\n    autostage = false\n['remote \"store\"']\n    url = s3://dvc\n    verify = true\n"
 )
 
 
-@pytest.fixture(scope="module")
-def s3():
-    with pytest.MonkeyPatch.context() as patch, s3_server(patch, BUCKETS[0]) as client:
-        for bucket in BUCKETS[1:]:
-            client.create_bucket(Bucket=bucket)
-        yield client
+s3 = shared_s3("dvc", "mlflow", "states")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +31,7 @@ def servers(s3, tmp_path_factory):
     (root / ".cm").mkdir()
     with postgres() as database:
         url = f"postgresql://postgres:postgres@{database.place}/postgres"
-        servers = Servers(root, url, artifacts="s3://mlflow", **aws())
+        servers = Servers(root, url, artifacts="s3://mlflow", **aws_variables())
         try:
             servers.start("prefect", "mlflow")
             place = ("--repository", root.as_uri(), "--branch", "main")
@@ -49,16 +42,11 @@ def servers(s3, tmp_path_factory):
             servers.end_all()
 
 
-def aws():
-    """The variables with which another process reaches the store."""
-    return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-
-
 def machine(servers, folder, name):
     """A worker in an empty folder, with an empty home."""
     for part in ("home", "work"):
         (folder / name / part).mkdir(parents=True)
-    variables = {**aws(), "HOME": str(folder / name / "home"), "CM_STATE": "s3://states"}
+    variables = {**aws_variables(), "HOME": str(folder / name / "home"), "CM_STATE": "s3://states"}
     return worker(servers, name, folder / name / "work", **variables)
 
 
