@@ -24,7 +24,6 @@ from cm_core import ranks
 from cm_core.graphs import replay_passes
 from cm_core.model import ModelSpec, build_seeded
 from cm_core.sampling import ImageNoise, multistep
-from flows.launch import free_port
 from flows.stages.models import pick_device, to_device
 from flows.stages.sample import write_images
 
@@ -34,8 +33,9 @@ WARM_UP = 3  # kernels are compiled and chosen, then recorded
 
 def measure(args: argparse.Namespace, count: int) -> dict[str, float]:
     """Return images/s of training and of sampling by `count` processes, and of trainings that exchange nothing."""
+    store = ranks.listen(ranks.LOCAL)
     with tempfile.TemporaryDirectory() as folder:
-        (found,) = _run(count, _together, args, count, free_port(), Path(folder))
+        (found,) = _run(count, _together, args, count, store.port, Path(folder))
     apart = _run(count, _apart, args, count, CONTEXT.Barrier(count)) if count > 1 else [found["training"]]
     return {"training": found["training"], "apart": sum(apart), "sampling": found["sampling"]}
 

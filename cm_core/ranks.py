@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+LOCAL = "127.0.0.1"
 TIMEOUT = timedelta(minutes=5)  # of one exchange; the first process draws grids and saves states while the others wait
 
 
@@ -49,9 +50,11 @@ def call(host: str, port: int) -> dist.TCPStore:
 
 @contextmanager
 def joined(rank: int, count: int, port: int) -> Iterator[None]:
-    """Be process `rank` of `count` on this machine, which meet at `port`; on a machine with GPUs, use GPU `rank`."""
-    local = "127.0.0.1"
-    with member(listen(local, port) if rank == 0 else call(local, port), rank, count, device=rank):
+    """Be process `rank` of `count` on this machine; one that started them all listens at `port` of LOCAL for them.
+
+    On a machine with GPUs, use GPU `rank`.
+    """
+    with member(call(LOCAL, port), rank, count, device=rank):
         yield
 
 

@@ -118,7 +118,7 @@ def several_processes(
     if count == 1:
         yield
         return
-    host, links = "127.0.0.1", []
+    host, links = ranks.LOCAL, []
     if node_count > 1:
         host, _ = nodes.meeting_place()
         links = _meet(stage, node_count, facts(), monitor or Monitor())
@@ -237,13 +237,6 @@ def _start(stage: str, root: Path, state_dir: Path | None, place: Place) -> subp
     arguments = (stage, str(state_dir or root), json.dumps(asdict(place)))
     command = [sys.executable, "-m", "flows.share_stage", *arguments]
     return subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE)  # the pipe ends when this process does
-
-
-def free_port() -> int:
-    """Return a port of this machine that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _watch(stage: str, crew: _Crew, over: threading.Event) -> None:

@@ -18,8 +18,8 @@ import psutil
 import pytest
 
 from flows import services
-from flows.launch import free_port
 from miniature import REPOSITORY, commit, git
+from servers import free_port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TINY = """# A page for tests: eight by eight, seconds.

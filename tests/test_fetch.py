@@ -6,9 +6,8 @@ import pytest
 
 from flows.errors import UserError
 from flows.fetch import fetch, fetch_first, fetch_prefix, public_uri
-from flows.launch import free_port
 from flows.monitor import Monitor
-from servers import http_server, point_aws_at, s3_server
+from servers import free_port, http_server, point_aws_at, s3_server
 
 BODY = bytes(range(256)) * 10_000  # 2.4 MiB: several chunks
 SHA256 = hashlib.sha256(BODY).hexdigest()

@@ -8,9 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from flows.launch import free_port
 from flows.state import KERNELS_VARIABLE, share_kernels
-from servers import point_aws_at, shared_s3
+from servers import free_port, point_aws_at, shared_s3
 
 s3 = shared_s3("states")
 

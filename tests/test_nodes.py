@@ -11,9 +11,10 @@ import pytest
 from flows import nodes
 from flows.devices import devices_for, nodes_for
 from flows.errors import UserError
-from flows.launch import free_port, several_processes
+from flows.launch import several_processes
 from flows.monitor import Monitor
 from flows.workspace import StageFailed
+from servers import free_port
 
 FACTS = {"out/prepare": "abc.dir", "student.train.batch_size": 8}
 

@@ -1,7 +1,6 @@
 """Two processes train as one: the same numbers to rounding, the same weights in both, and a lost one ends the other."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -16,9 +15,9 @@ import torch
 
 from cm_core import ranks
 from cm_core.checkpoint import list_states, load_tensors
-from flows.launch import free_port
 from flows.recipe import write_active
 from miniature import REPOSITORY
+from servers import free_port
 from small_stages import files, run_small, small_recipe
 from test_loop import METHODS, Training
 
@@ -38,14 +37,9 @@ def begin_training(method, *, steps):
 
 
 def run_in_two(work, folder):
-    """Call work(rank, port, folder) in two processes, which can meet at the port."""
-    spawn, port = multiprocessing.get_context("spawn"), free_port()
-    processes = [spawn.Process(target=work, args=(rank, port, folder)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    """Call work(rank, port, folder) in two processes, which can meet at the port; an error of theirs is raised here."""
+    store = ranks.listen(ranks.LOCAL)
+    torch.multiprocessing.spawn(work, (store.port, folder), nprocs=2)
 
 
 def train(rank, port, folder):

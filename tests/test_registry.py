@@ -4,6 +4,7 @@ import json
 import threading
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from flows.errors import UserError
 from flows.registry import Registered, Registry, Rule, Version, model_name, protocol_digest
@@ -163,6 +164,32 @@ def test_without_runs_there_are_no_models(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run(capsys, "models")[1].startswith("No models yet") and not (tmp_path / "mlflow.db").exists()
     assert run(capsys, "models", "promote", "cm-x", "1")[0] == 2
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_an_alias_that_another_run_creates_first_is_looked_at_again_and_a_failure_is_raised(
+    tracker, monkeypatch, faster
+):
+    """As when two runs end at once: the database lets one of them create the alias and refuses the other."""
+    move, refused = tracker.client.set_registered_model_alias, []
+
+    def set_alias(name, alias, version):
+        if faster and refused:
+            return move(name, alias, version)
+        if faster:
+            move(name, alias, version)
+        refused.append(alias)
+        raise MlflowException("UNIQUE constraint failed: registered_model_aliases")
+
+    monkeypatch.setattr(tracker.client, "set_registered_model_alias", set_alias)
+    name = f"cm-raced-{faster}"
+    if faster:
+        register(tracker, name, 2.0)
+        assert Registry(tracker).read(name).aliases == {"candidate": 1, "champion": 1}
+    else:
+        with pytest.raises(MlflowException, match="UNIQUE"):
+            register(tracker, name, 2.0)
+    assert refused == ["candidate"]
 
 
 @pytest.mark.slow
