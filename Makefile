@@ -36,7 +36,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@echo "Making .venv (3 of 4): this project"
 	@$(PIP_INSTALL) --quiet --no-deps --no-build-isolation --editable . # twice quiet: setuptools warns of what is meant
 	@echo "Making .venv (4 of 4): byte code of the modules in use"
-	@PREFECT_HOME=$(CURDIR)/.cm/prefect $(BIN)/python -W ignore -c "$(USED)"
+	@PYTHONDONTWRITEBYTECODE= PREFECT_HOME=$(CURDIR)/.cm/prefect $(BIN)/python -W ignore -c "$(USED)"
 	@touch $@
 
 demo: $(INSTALLED) ## Real images, a teacher, a distilled and an isolated student, their metrics (5 minutes on 2 cores)
