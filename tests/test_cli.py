@@ -59,6 +59,17 @@ def test_light_commands_import_nothing_heavy(argv, root):
     assert done.stdout and done.stderr == "[]\n"
 
 
+def test_no_recipe_needs_the_compiler_to_be_checked():
+    """PyTorch imports it, a second's work, for arithmetic on the device on which networks are built for a check."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom flows.recipe import load_recipe, recipe_names\nroot = Path.cwd()\n"
+        "print(len([load_recipe(name, root=root) for name in recipe_names(root)]), 'torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    count, imported = done.stdout.split()
+    assert int(count) > 10 and imported == "False"
+
+
 def test_recipes_are_listed_with_the_first_line_of_their_page(root, capsys):
     assert run(capsys, "recipes") == (0, "bare\ntiny  A page for tests: eight by eight, seconds.\n", "")
     found = json.loads(run(capsys, "recipes", "--json")[1])

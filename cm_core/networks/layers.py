@@ -178,15 +178,16 @@ class FirUp(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("kernel", 4 * _fir_kernel(), persistent=False)  # only a fourth of its inputs count
+        self.register_buffer("kernel", _fir_kernel(4), persistent=False)  # only a fourth of its inputs count
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv_transpose2d(x, _depthwise(self.kernel, x), stride=2, padding=1, groups=x.shape[1])
 
 
-def _fir_kernel() -> Tensor:
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
-    return torch.outer(taps, taps)
+def _fir_kernel(gain: int = 1) -> Tensor:
+    # Numbers, as in positional_frequencies, and exact ones.
+    taps = [tap / 8 for tap in (1, 3, 3, 1)]
+    return torch.tensor([[gain * row * column for column in taps] for row in taps])
 
 
 def _depthwise(kernel: Tensor, x: Tensor) -> Tensor:

@@ -128,7 +128,9 @@ def _frequencies(params: SongUNetParams) -> Tensor:
     """Return the angular frequencies: a geometric series, or twice as many random ones."""
     if params.fourier_scale is None:
         return positional_frequencies(params.channels // 2, endpoint=True)
-    return 2 * math.pi * params.fourier_scale * torch.randn(params.channels)
+    # Computed on the CPU: arithmetic on "meta", where shapes are checked, imports PyTorch's compiler, a second's work.
+    random = 2 * math.pi * params.fourier_scale * torch.randn(params.channels, device="cpu")
+    return random.to(torch.get_default_device())
 
 
 def _block_style(params: SongUNetParams) -> BlockStyle:
