@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cm_core import ranks, sharding
-from cm_core.loop import Train
+from cm_core.loop import Train, why_not_divided
 from cm_core.methods.base import Batch, Method, Models, StepContext, grid_on
 from cm_core.model import ModelSpec
 from cm_core.networks.layers import Attention, Block
@@ -39,10 +39,12 @@ class StepCost:
         each = self.checkpointed_image_bytes if train.checkpoint_activations else self.image_bytes
         return self.state_bytes + -(-train.batch_size // train.accumulate) * each + HEADROOM
 
-    def divided(self, count: int) -> "StepCost":
-        """Return what the first of `count` processes takes of a training whose weights they divide (sharding)."""
-        part = -(-(self.state_bytes - self.whole_bytes) // count)
-        return replace(self, state_bytes=self.whole_bytes + part)
+    def peak_bytes_among(self, processes: int, train: Train, *, divided: bool) -> int:
+        """Estimate it for the first of several processes, which divide the batch and, if so told, the weights."""
+        divisor = processes if divided else 1
+        part = -(-(self.state_bytes - self.whole_bytes) // divisor)
+        own = train.model_copy(update={"batch_size": train.batch_size // processes})
+        return replace(self, state_bytes=self.whole_bytes + part).peak_bytes(own)
 
     def flops_per_train_image(self, train: Train) -> float:
         """Return the operations with those that are done twice to save memory: one more forward pass for each way."""
@@ -50,22 +52,33 @@ class StepCost:
         return self.flops_per_image + ways * self.forward_flops
 
 
-def advice(cost: StepCost, train: Train, memory: int, section: str, divisible: int = 1) -> str | None:
+def advice(
+    cost: StepCost,
+    method: Method,
+    train: Train,
+    memory: int,
+    section: str,
+    processes: int = 1,
+    *,
+    divided: bool = False,
+) -> str | None:
     """Return what to change for a training that does not fit `memory` bytes, or that nothing helps; None if it fits.
 
-    Weights may be divided among `divisible` processes.
+    `processes` divide the batch, and the weights where they are `divided`.
     """
-    needed = cost.peak_bytes(train)
+    needed = cost.peak_bytes_among(processes, train, divided=divided)
     if needed <= memory:
         return None
     problem = f"does not fit: about {needed / 2**30:.0f} GiB of {memory / 2**30:.0f}"
-    if divisible > 1 and cost.divided(divisible).peak_bytes(train) <= memory:
+    can_divide = processes > 1 and not divided and why_not_divided(method, train) is None
+    if can_divide and cost.peak_bytes_among(processes, train, divided=True) <= memory:
         return f"{problem}; it would with the environment variable {sharding.VARIABLE}=1"
+    rows = train.batch_size // processes
     for checkpointed in (False, True):
-        for parts in range(1, train.batch_size + 1):
-            if train.batch_size % parts == 0:
+        for parts in range(1, rows + 1):
+            if rows % parts == 0:
                 change = {"accumulate": parts, "checkpoint_activations": checkpointed}
-                if cost.peak_bytes(train.model_copy(update=change)) <= memory:
+                if cost.peak_bytes_among(processes, train.model_copy(update=change), divided=divided) <= memory:
                     asked = f"{section}.train.accumulate={parts}"
                     asked += f" {section}.train.checkpoint_activations=true" if checkpointed else ""
                     return f"{problem}; it would with {asked}"

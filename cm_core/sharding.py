@@ -17,9 +17,9 @@ from cm_core.networks.layers import Block
 VARIABLE = "CM_SHARD"  # 1: divide the weights; a fact of the machines and no part of a recipe
 
 
-def is_wanted() -> bool:
-    """Whether weights are to be divided among the processes of this training."""
-    return ranks.count() > 1 and os.environ.get(VARIABLE) == "1"
+def is_wanted(processes: int | None = None) -> bool:
+    """Whether weights are to be divided among so many processes, or those of this training."""
+    return (processes or ranks.count()) > 1 and os.environ.get(VARIABLE) == "1"
 
 
 def shard(net: nn.Module, device: torch.device) -> None:

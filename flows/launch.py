@@ -113,7 +113,7 @@ def several_processes(
             is not 0 or 1, or the training cannot be divided so.
         StageFailed: one of the processes or nodes was lost, or did not come; the last saved state is whole.
     """
-    node_count, devices = _numbers(stage, section)
+    node_count, devices = processes_for(stage, section)
     count = node_count * devices
     if count == 1:
         yield
@@ -144,8 +144,11 @@ def several_processes(
         crew.end()
 
 
-def _numbers(stage: str, section: Any) -> tuple[int, int]:
-    """Return of how many nodes the stage takes how many devices."""
+def processes_for(stage: str, section: Any) -> tuple[int, int]:
+    """Return of how many nodes a stage takes how many devices; alone where the recipe's `section` is empty.
+
+    Raises UserError for what several_processes would refuse of CM_DEVICES, CM_NODES and CM_SHARD.
+    """
     if section is None:
         return 1, 1
     train, node_count = getattr(section, "train", None), nodes_for(stage)
@@ -190,7 +193,7 @@ def join_stage(stage: str, section: Any, root: Path, facts: nodes.Facts, say: Ca
         UserError: nothing to join, a bad number or address, or the main node refuses.
         StageFailed: no main node was found, or a process or node was lost.
     """
-    _, devices = _numbers(stage, section)
+    _, devices = processes_for(stage, section)
     if section is None:
         raise UserError(f"{stage}: null in the recipe; there is nothing to join")
     host, _ = nodes.meeting_place()

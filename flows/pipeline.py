@@ -18,6 +18,7 @@ from prefect.context import TaskRunContext
 from prefect.futures import PrefectFuture
 from prefect.states import Completed
 
+from flows.devices import SHARED
 from flows.dvcfiles import (
     Cache,
     Stage,
@@ -32,6 +33,7 @@ from flows.dvcfiles import (
 from flows.earlier_starts import end_earlier_starts
 from flows.embedded import embedded_prefect
 from flows.gpu_turn import gpu_turn
+from flows.launch import processes_for
 from flows.pipeline_artifacts import ProgressArtifact, show_metrics, show_pictures, show_tracking
 from flows.recipe import Recipe, flatten, write_active
 from flows.registry import Rule, register_student
@@ -81,7 +83,9 @@ def consistency(recipe: Recipe, name: str = "") -> dict[str, Any]:
     """
     root = home()
     name = name or recipe_name(recipe, root)
-    Rule.in_force()  # complains before anything is computed
+    Rule.in_force()  # this and the next complain before anything is computed
+    for stage in SHARED:
+        processes_for(stage, getattr(recipe, stage))
     with clone(root, name) as workspace:
         write_active(recipe, workspace.root)
         tags = {**describe_code(root), "recipe": name, **_flow_tags()}

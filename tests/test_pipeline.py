@@ -85,6 +85,29 @@ def run(pipeline, root, monkeypatch):
     return run
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"CM_CHAMPION_METRIC": "loss"}, "CM_CHAMPION_METRIC=loss: expected fid"),
+        ({"CM_DEVICES": "3"}, "CM_DEVICES=3: must divide student.train.batch_size=128"),
+        ({"CM_DEVICES": "2", "CM_SHARD": "yes"}, "CM_SHARD=yes: must be 1"),
+        ({"CM_DEVICES": "2", "CM_SHARD": "1"}, "CM_SHARD=1: student.method.kind=scm takes forward-mode derivatives"),
+    ],
+)
+def test_what_the_environment_asks_in_vain_is_refused_before_a_clone_is_made(
+    pipeline, root, monkeypatch, variables, said
+):
+    monkeypatch.chdir(root)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    recipe = load_recipe(
+        "cifar10-sct", ["teacher.train.batch_size=96", "student.train.batch_size=128"], root=REPOSITORY
+    )
+    with pytest.raises(UserError, match=said):
+        pipeline.consistency.fn(recipe)
+    assert not list(root.glob(".cm/runs/*"))
+
+
 def cached(results):
     return {stage: result["cached"] for stage, result in results["stages"].items()}
 

@@ -18,7 +18,9 @@ from cm_core.memory import recompute_blocks, split_passes
 from cm_core.methods.base import grid_on
 from cm_core.methods.cd import CD
 from cm_core.methods.ct import CT
+from cm_core.methods.ect import ECT
 from cm_core.methods.edm import EDM
+from cm_core.methods.scm import SCM
 from cm_core.model import ModelSpec
 from cm_core.networks import DhariwalUNetParams, SongUNetParams, layers
 from cm_core.noise import Noise
@@ -148,28 +150,41 @@ def test_published_network_costs_what_the_paper_counts():
     assert cost.flops_per_image == pytest.approx(3 * 42.4e9, rel=0.01)
 
 
+COST = StepCost(
+    parameters=1,
+    flops_per_image=8,
+    forward_flops=2,
+    state_bytes=100,
+    whole_bytes=20,
+    image_bytes=10,
+    checkpointed_image_bytes=4,
+)
+
+
 def test_advice_names_the_mildest_change_under_which_a_training_fits():
-    cost = StepCost(
-        parameters=1,
-        flops_per_image=8,
-        forward_flops=2,
-        state_bytes=100,
-        whole_bytes=20,
-        image_bytes=10,
-        checkpointed_image_bytes=4,
-    )
-    train = Train(batch_size=12)
-    whole = cost.peak_bytes(train)
-    assert advice(cost, train, whole, "student") is None
-    assert "it would with student.train.accumulate=2" in advice(cost, train, whole - 1, "student")
-    assert advice(cost, train, whole - 110, "student").endswith("accumulate=12")
-    in_both_ways = advice(cost, train, whole - 116, "teacher")
+    train, ect = Train(batch_size=12), ECT()
+    whole = COST.peak_bytes(train)
+    assert advice(COST, ect, train, whole, "student") is None
+    assert "it would with student.train.accumulate=2" in advice(COST, ect, train, whole - 1, "student")
+    assert advice(COST, ect, train, whole - 110, "student").endswith("accumulate=12")
+    in_both_ways = advice(COST, ect, train, whole - 116, "teacher")
     assert in_both_ways.endswith("teacher.train.accumulate=12 teacher.train.checkpoint_activations=true")
-    assert "not even one image at a time" in advice(cost, train, whole - 117, "student")
-    assert cost.divided(4).state_bytes == 20 + 80 / 4
-    assert advice(cost, train, whole - 60, "student", 4).endswith("it would with the environment variable CM_SHARD=1")
-    assert advice(cost, train, whole - 61, "student", 4) == advice(cost, train, whole - 61, "student")
-    assert cost.flops_per_train_image(train.model_copy(update={"accumulate": 2, "checkpoint_activations": True})) == 12
+    assert "not even one image at a time" in advice(COST, ect, train, whole - 117, "student")
+    assert COST.flops_per_train_image(train.model_copy(update={"accumulate": 2, "checkpoint_activations": True})) == 12
+
+
+def test_several_devices_divide_the_batch_and_the_weights_if_asked():
+    train, alone = Train(batch_size=12), COST.peak_bytes(Train(batch_size=12))
+    whole = COST.peak_bytes_among(4, train, divided=False)
+    assert whole == alone - 9 * 10 and COST.peak_bytes_among(4, train, divided=True) == whole - 60
+    said = advice(COST, ECT(), train, whole - 60, "student", 4)
+    assert said.endswith("it would with the environment variable CM_SHARD=1")
+    assert advice(COST, ECT(), train, whole - 60, "student", 4, divided=True) is None
+    assert "not even one image" in advice(COST, SCM(), train, whole - 60, "student", 4), (
+        "whose weights are never divided"
+    )
+    assert "not even one image" in advice(COST, ECT(), train, whole - 87, "student", 4)
+    assert advice(COST, ECT(), train, whole - 80, "student", 4, divided=True).endswith("student.train.accumulate=3")
 
 
 def test_parts_have_to_divide_the_batch():
@@ -185,6 +200,24 @@ def test_plan_prints_what_the_trainings_of_a_recipe_cost(capsys):
     assert (planned["gpu"], teacher["training"], student["training"]) == ("h200", "teacher", "student")
     assert student["flops_per_image"] == pytest.approx(2 * teacher["flops_per_image"], rel=0.05)  # six passes, three
     assert student["advice"] is None
+
+
+@pytest.mark.slow
+def test_plan_reckons_with_the_devices_that_divide_a_training(monkeypatch, capsys):
+    def planned(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert main(["plan", "digits-cd", "--set", "student.train.batch_size=120", "--gpu", "h200", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        return found["count"], found["trainings"][1]
+
+    (one, alone), (four, shared) = planned(), planned(CM_DEVICES="2", CM_NODES="2")
+    assert (one, four) == (1, 4) and shared["images_per_s"] == 4 * alone["images_per_s"]
+    (_, divided) = planned(CM_SHARD="1")
+    assert divided["memory_bytes"] < shared["memory_bytes"] < alone["memory_bytes"]
+    monkeypatch.setenv("CM_DEVICES", "7")
+    assert main(["plan", "digits-cd"]) == 2
+    assert "CM_DEVICES=7 times CM_NODES=2: must divide teacher.train.batch_size=" in capsys.readouterr().err
 
 
 @pytest.mark.slow

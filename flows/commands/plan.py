@@ -1,5 +1,6 @@
-"""`cm plan`: what the trainings of a recipe cost, before anything is computed."""
+"""`cm plan`: what the trainings of a recipe cost on so many GPUs as CM_DEVICES and CM_NODES say, before they begin."""
 
+import math
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 GPUS = {"a100": (312e12, 80 << 30), "h100": (798e12, 80 << 30), "h200": (787e12, 140 << 30)}
 EXPECTED_SHARE = 0.5  # of these products, in bf16: measured 0.47 to 0.55 (docs/performance.md)
 FP32_SHARE = 0.05  # the same in fp32
-COLUMNS = ("training", "parameters", "GFLOP an image", "images a step", "GiB", "images/s", "hours", "")
+TRAININGS = ("teacher", "student")
+COLUMNS = ("training", "parameters", "GFLOP an image", "images a step", "GiB a GPU", "images/s", "hours", "")
 
 
 def add_parsers(commands: Any) -> None:
@@ -29,13 +31,16 @@ def add_parsers(commands: Any) -> None:
 
 def plan(args: Namespace) -> None:
     """Print one row a training."""
+    from flows.launch import processes_for
     from flows.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides, root=home())
+    sections = {role: getattr(recipe, role) for role in TRAININGS if getattr(recipe, role) is not None}
+    count = max(math.prod(processes_for(role, section)) for role, section in sections.items())
     rate, memory, name = _gpu(args.gpu)
-    rows = [_row(role, recipe, rate, memory) for role in ("teacher", "student") if getattr(recipe, role) is not None]
+    rows = [_row(role, recipe, rate, memory, count) for role in sections]
     if args.json:
-        print_json({"gpu": name, "trainings": rows})
+        print_json({"gpu": name, "count": count, "trainings": rows})
         return
     table = [
         (
@@ -50,7 +55,8 @@ def plan(args: Namespace) -> None:
         )
         for row in rows
     ]
-    print_table(COLUMNS, table, title=f"One {name}, {memory / 2**30:.0f} GiB")
+    many = f"{count} x {name}, {memory / 2**30:.0f} GiB each"
+    print_table(COLUMNS, table, title=f"One {name}, {memory / 2**30:.0f} GiB" if count == 1 else many)
 
 
 def _gpu(name: str | None) -> tuple[float, int, str]:
@@ -64,7 +70,8 @@ def _gpu(name: str | None) -> tuple[float, int, str]:
     return *GPUS[name or "h100"], name or "h100"
 
 
-def _row(role: str, recipe: "Recipe", rate: float, memory: int) -> dict[str, Any]:
+def _row(role: str, recipe: "Recipe", rate: float, memory: int, count: int) -> dict[str, Any]:
+    from cm_core import sharding
     from cm_core.cost import FP32, advice, step_cost
     from cm_core.model import ModelSpec
 
@@ -74,14 +81,15 @@ def _row(role: str, recipe: "Recipe", rate: float, memory: int) -> dict[str, Any
     method, train = section.method, section.train
     spec = ModelSpec(form=method.form, network=recipe.network, noise=recipe.noise, image_shape=shape)
     cost = step_cost(method, spec, num_emas=len(train.emas), bytes_per_value=2 if train.autocast else FP32)
-    images_per_s = rate * (EXPECTED_SHARE if train.autocast else FP32_SHARE) / cost.flops_per_train_image(train)
+    divided = sharding.is_wanted(count)
+    images_per_s = count * rate * (EXPECTED_SHARE if train.autocast else FP32_SHARE) / cost.flops_per_train_image(train)
     return {
         "training": role,
         "parameters": cost.parameters,
         "flops_per_image": cost.flops_per_image,
         "batch_size": train.batch_size,
-        "memory_bytes": cost.peak_bytes(train),
+        "memory_bytes": cost.peak_bytes_among(count, train, divided=divided),
         "images_per_s": images_per_s,
         "hours": train.num_steps * train.batch_size / images_per_s / 3600,
-        "advice": advice(cost, train, memory, role),
+        "advice": advice(cost, method, train, memory, role, count, divided=divided),
     }

@@ -15,7 +15,7 @@ from cm_core.batches import Batches
 from cm_core.checkpoint import list_states
 from cm_core.cost import Speed, advice
 from cm_core.graphs import replay_passes
-from cm_core.loop import Train, TrainState, fit, why_not_divided
+from cm_core.loop import Train, TrainState, fit
 from cm_core.memory import recompute_blocks, split_passes
 from cm_core.methods.base import Method, Models
 from cm_core.model import ModelSpec, save_model
@@ -135,11 +135,8 @@ def _checked_speed(state: TrainState, method: Method, spec: ModelSpec, device: t
     """Return the measure of this training's speed; raises UserError where its GPU has not enough memory."""
     train, speed = state.train, Speed(method, spec, state.train, device, first=state.step)
     if speed.cost is not None:
-        own = train.model_copy(update={"batch_size": train.batch_size // ranks.count()})
-        cost = speed.cost.divided(ranks.count()) if state.is_divided else speed.cost
-        divisible = 1 if state.is_divided or why_not_divided(method, train) else ranks.count()
         memory = torch.cuda.get_device_properties(device).total_memory
-        problem = advice(cost, own, memory, section, divisible)
+        problem = advice(speed.cost, method, train, memory, section, ranks.count(), divided=state.is_divided)
         if problem:
             raise UserError(f"{torch.cuda.get_device_name(device)}: {problem}")
     return speed
