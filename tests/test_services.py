@@ -246,9 +246,24 @@ def root(tmp_path_factory):
     return make_live_workspace(tmp_path_factory.mktemp("up") / "workspace")
 
 
+@pytest.fixture
+def begin_up(root):
+    """Start `cm up`; what a failed test leaves running is stopped."""
+    begun = []
+
+    def begin():
+        begun.append(Up(root))
+        return begun[-1]
+
+    yield begin
+    for up in begun:
+        if up.process.poll() is None:
+            up.stop()
+
+
 @slow
-def test_up_status_down_and_up_again(root):
-    up = Up(root)
+def test_up_status_down_and_up_again(root, begin_up):
+    up = begin_up()
     status = cm(root, "status", "--json")
     assert status.returncode == 0 and '"running": true' in status.stdout
     second = cm(root, "up")
@@ -272,7 +287,7 @@ def test_up_status_down_and_up_again(root):
     assert not [child for child in up.children if services.still_runs(child)]
     assert cm(root, "status").returncode == 1
 
-    again = Up(root)
+    again = begin_up()
     found = again.get("/deployments/name/consistency/tiny")
     assert found["id"] == deployed["id"]
     assert [schedule["active"] for schedule in found["schedules"]] == [True], "what a user has switched on stays so"
