@@ -4,9 +4,11 @@ Exit codes: 0 done; 1 a run failed, or something is broken; 2 bad input, said in
 """
 
 import argparse
+import atexit
 import os
 import sys
 from collections.abc import Sequence
+from gc import freeze
 from typing import NoReturn
 
 from flows.commands import (
@@ -35,6 +37,7 @@ FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit code."""
     args = build_parser().parse_args(argv)
+    atexit.register(freeze)  # else Python looks through all that was imported for garbage at its end, for a second
     try:
         code = args.command(args) or 0
         sys.stdout.flush()

@@ -9,7 +9,9 @@ import os
 from collections.abc import Mapping
 from contextlib import chdir
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from prefect import Task, flow, runtime, task
@@ -50,6 +52,9 @@ def run(recipe: Recipe, root: Path, *, name: str = "", keep: bool = True) -> dic
     With `keep`, recipe and results are put in force in the workspace `root`, so that `dvc repro` has nothing to do.
     Returns what the flow returns. Raises UserError for what the user can mend, StageFailed for the rest.
     """
+    Thread(
+        target=import_module, args=("mlflow",)
+    ).start()  # takes a second, in which Prefect's server starts or answers
     with embedded_prefect(root), chdir(root):
         results = consistency(recipe, name)
     if keep:
