@@ -52,9 +52,7 @@ def run(recipe: Recipe, root: Path, *, name: str = "", keep: bool = True) -> dic
     With `keep`, recipe and results are put in force in the workspace `root`, so that `dvc repro` has nothing to do.
     Returns what the flow returns. Raises UserError for what the user can mend, StageFailed for the rest.
     """
-    Thread(
-        target=import_module, args=("mlflow",)
-    ).start()  # takes a second, in which Prefect's server starts or answers
+    Thread(target=import_module, args=("mlflow",)).start()  # a second's work, in which Prefect's server answers
     with embedded_prefect(root), chdir(root):
         results = consistency(recipe, name)
     if keep:

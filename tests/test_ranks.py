@@ -36,10 +36,10 @@ def begin_training(method, *, steps):
     return training
 
 
-def run_in_two(work, folder):
-    """Call work(rank, port, folder) in two processes, which can meet at the port; an error of theirs is raised here."""
+def run_in_several(work, folder, count=2):
+    """Call work(rank, port, folder) in processes, which can meet at the port; an error of theirs is raised here."""
     store = ranks.listen(ranks.LOCAL)
-    torch.multiprocessing.spawn(work, (store.port, folder), nprocs=2)
+    torch.multiprocessing.spawn(work, (store.port, folder), nprocs=count)
 
 
 def train(rank, port, folder):
@@ -70,7 +70,7 @@ def train(rank, port, folder):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    run_in_two(train, folder)
+    run_in_several(train, folder)
     return {path.stem: torch.load(path) for path in folder.iterdir()}
 
 

@@ -14,7 +14,7 @@ from flows.launch import several_processes
 from flows.stages.training import _prepare_passes, place
 from small_stages import small_recipe
 from test_loop import CPU, METHODS, Training
-from test_ranks import run_in_two
+from test_ranks import run_in_several
 
 DIVIDED = {name: method for name, method in METHODS.items() if not method.forward_mode}
 WAYS = {
@@ -26,6 +26,7 @@ WAYS = {
 }
 RESUMED = ("cd-ema", "pd")  # between them they have a target and a teacher
 ROUNDING = {"bf16": {"rtol": 1e-2, "atol": 1e-3}}  # sums over other rows are rounded to eight bits
+THREE = {"batch_size": 6}  # rows that three processes can divide
 EVERY = {"log_every": 3, "save_every": 3, "grid_every": 3}
 
 
@@ -73,7 +74,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharding")
     for name in RESUMED:
         begin(prepared(name, EVERY), folder / f"begun-alone-{name}")
-    run_in_two(train, folder)
+    run_in_several(train, folder)
     return folder
 
 
@@ -120,6 +121,24 @@ def test_what_two_saved_in_parts_is_whole_and_goes_on_alone(folder, name):
 @pytest.mark.parametrize("name", RESUMED)
 def test_what_one_saved_goes_on_in_parts(folder, name):
     assert_same(*torch.load(folder / f"resumed-{name}-0.pt"), prepared(name, EVERY))
+
+
+def train_as_one_of_three(rank, port, folder):
+    torch.set_num_threads(1)
+    os.environ[sharding.VARIABLE] = "1"
+    with ranks.joined(rank, 3, port):
+        training = prepared("cd-ema", THREE)
+        metrics = list(training.steps())
+        torch.save((metrics, sharding.gathered(training.state._tensors()), held(training)), folder / f"{rank}.pt")
+
+
+@pytest.mark.slow
+def test_three_divide_weights_that_do_not_divide_evenly(tmp_path):
+    run_in_several(train_as_one_of_three, tmp_path, 3)
+    (metrics, tensors, (first, there, _)), *others = (torch.load(tmp_path / f"{rank}.pt") for rank in range(3))
+    assert_same(metrics, tensors, prepared("cd-ema", THREE))
+    assert first + sum(own for _, _, (own, *_) in others) == there
+    assert first > 0.3 * there
 
 
 def asked(monkeypatch, value, *overrides, devices="2"):
