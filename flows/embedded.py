@@ -15,6 +15,7 @@ from prefect.settings import (
     PREFECT_HOME,
     PREFECT_SERVER_ANALYTICS_ENABLED,
     PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
+    PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED,
     temporary_settings,
 )
 
@@ -39,6 +40,8 @@ def embedded_prefect(root: Path) -> Iterator[None]:
     settings = {
         PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: STARTUP_SECONDS,
         PREFECT_SERVER_ANALYTICS_ENABLED: False,
+        # The automations that `cm up` left: no worker is here to start a run again, and SQLite was locked by them.
+        PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED: False,
     }
     if "PREFECT_HOME" not in os.environ:
         settings[PREFECT_HOME] = root / ".cm" / "prefect"

@@ -9,9 +9,7 @@ import os
 from collections.abc import Mapping
 from contextlib import chdir
 from datetime import UTC, datetime
-from importlib import import_module
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from prefect import Task, flow, runtime, task
@@ -52,7 +50,6 @@ def run(recipe: Recipe, root: Path, *, name: str = "", keep: bool = True) -> dic
     With `keep`, recipe and results are put in force in the workspace `root`, so that `dvc repro` has nothing to do.
     Returns what the flow returns. Raises UserError for what the user can mend, StageFailed for the rest.
     """
-    Thread(target=import_module, args=("mlflow",)).start()  # a second's work, in which Prefect's server answers
     with embedded_prefect(root), chdir(root):
         results = consistency(recipe, name)
     if keep:
