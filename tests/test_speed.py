@@ -184,6 +184,9 @@ def test_several_devices_divide_the_batch_and_the_weights_if_asked():
         "whose weights are never divided"
     )
     assert "not even one image" in advice(COST, ECT(), train, whole - 87, "student", 4)
+    of_two = COST.peak_bytes_among(2, train, divided=False)
+    said = advice(COST, ECT(), train, of_two - 45, "student", 2)
+    assert said.endswith("it would with student.train.accumulate=6"), "divided weights alone would not do"
     assert advice(COST, ECT(), train, whole - 80, "student", 4, divided=True).endswith("student.train.accumulate=3")
 
 
