@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cm_core import ranks
 from cm_core.networks.layers import fuses
 
 
@@ -13,12 +14,13 @@ def replay_passes(net: nn.Module) -> None:
 
     A pass is of one kind with another if shapes, mode and precision agree; grids and last batches of other sizes run as
     before. Parameters may change in place between passes. A pass whose backward pass is still to come keeps its graph
-    to itself, and gradients are handed out where the graph writes them: further passes, and passes that add to
-    gradients that are already there, run as before.
+    to itself, and gradients lie where the graph writes them: further passes, and passes that add to gradients that are
+    already there, run as before. Among several processes they raise RuntimeError: recorded gradients are sums over the
+    processes already (ranks.py). `backward` alone gives gradients of a recorded pass, not `torch.autograd.grad`.
     """
     plain, seen, recorded = net.forward, set(), {}
-    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # a recording has a stream of its own
     trained = [p for p in net.parameters() if p.requires_grad]
+    anchor = torch.zeros((), requires_grad=True)  # what a replay seems to depend on, so that it has a backward pass
 
     def forward(*args: Tensor | None) -> Tensor:
         if not _replayable(args):
@@ -27,12 +29,14 @@ def replay_passes(net: nn.Module) -> None:
         if kind not in seen:  # run at least once without a graph: kernels are compiled and chosen then
             seen.add(kind)
             return plain(*args)
-        if kind not in recorded:
-            recorded[kind] = _Pass(plain, trained if torch.is_grad_enabled() else [], args)
-        found = recorded[kind]
-        if found.is_taken():
+        parameters = trained if torch.is_grad_enabled() else []
+        if any(p.grad is not None for p in parameters) or (kind in recorded and recorded[kind].awaits_backward):
+            if ranks.count() > 1:
+                raise RuntimeError("of a network that several processes share, one pass at a time may have gradients")
             return plain(*args)
-        return _Replay.apply(found, args, *found.parameters)
+        if kind not in recorded:
+            recorded[kind] = _Pass(plain, parameters, args)
+        return _Replay.apply(recorded[kind], args, anchor)
 
     net.forward = forward
 
@@ -49,46 +53,88 @@ def _kind(net: nn.Module, args: tuple[Tensor | None, ...]) -> tuple:
 
 
 class _Pass:
-    """A recorded forward pass and, where there are parameters to train, its backward pass."""
+    """A recorded forward pass and, where there are parameters to train, its backward pass.
 
-    def __init__(self, forward: Any, parameters: list[Tensor], args: tuple[Tensor | None, ...]) -> None:
-        self.parameters, self._awaits_backward = parameters, False
+    While `awaits_backward`, a replay would write over activations that are still needed.
+    """
+
+    def __init__(self, forward: Any, parameters: list[nn.Parameter], args: tuple[Tensor | None, ...]) -> None:
+        self.parameters, self.awaits_backward = parameters, False
         self.inputs = [None if arg is None else arg.detach().clone() for arg in args]
-        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._forward, capture_error_mode="thread_local"):
+        self._forward, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.cuda.graph(self._forward, stream=stream, capture_error_mode="thread_local"):
             self._out = forward(*self.inputs)
         if parameters:
             self._d_out = torch.empty_like(self._out)
-            off = torch.autocast("cuda", enabled=False)
-            with off, torch.cuda.graph(self._backward, self._forward.pool(), capture_error_mode="thread_local"):
-                self._gradients = torch.autograd.grad(self._out, parameters, self._d_out, allow_unused=True)
+            self._backward = _BackwardPass(self._out, self._d_out, parameters, self._forward.pool(), stream)
         self._out = self._out.detach()
 
-    def is_taken(self) -> bool:
-        """Whether a replay would write over activations or gradients that are still needed."""
-        return self._awaits_backward or any(p.grad is not None for p in self.parameters)
-
     def forward(self, args: tuple[Tensor | None, ...]) -> Tensor:
-        self._awaits_backward = bool(self.parameters)
+        self.awaits_backward = bool(self.parameters)
         for held, arg in zip(self.inputs, args, strict=True):
             if arg is not None:
                 held.copy_(arg)
         self._forward.replay()
         return self._out.clone()
 
-    def backward(self, d_out: Tensor) -> list[Tensor | None]:
-        self._awaits_backward = False
+    def backward(self, d_out: Tensor) -> None:
+        self.awaits_backward = False
         self._d_out.copy_(d_out)
         self._backward.replay()
-        return [None if gradient is None else gradient.detach() for gradient in self._gradients]
+        for p, gradient in zip(self.parameters, self._backward.gradients, strict=True):
+            if gradient is not None:
+                p.grad = gradient.detach() if p.grad is None else p.grad + gradient
+
+
+class _BackwardPass:
+    """A recorded backward pass; among several processes a graph for each piece of gradients, sent while the next runs.
+
+    Exchanges are no parts of graphs: NCCL would not watch over them, and could not end while the graphs exist.
+    """
+
+    def __init__(self, out: Tensor, d_out: Tensor, parameters: list[nn.Parameter], pool: Any, stream: Any) -> None:
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._pieces: list[Tensor | None] = []
+        self._pool = pool
+        pieces = ranks.GradientPieces(self._cut)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream), torch.autocast("cuda", enabled=False):
+            self._begin()
+            with pieces.taken_from(parameters):
+                out.backward(d_out, inputs=parameters)
+            self._end(pieces.rest())
+        self.gradients = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+
+    def replay(self) -> None:
+        with ranks.exchanges() as begin:
+            for graph, piece in zip(self._graphs, self._pieces, strict=True):
+                graph.replay()
+                if piece is not None:
+                    begin(piece)
+
+    def _begin(self) -> None:
+        self._graphs.append(torch.cuda.CUDAGraph())
+        # Another mode would want a graph's end in the thread of its beginning; autograd, which cuts, has threads.
+        self._graphs[-1].capture_begin(self._pool, capture_error_mode="relaxed")
+
+    def _end(self, piece: Tensor | None) -> None:
+        self._graphs[-1].capture_end()
+        self._pieces.append(piece)
+
+    def _cut(self, piece: Tensor) -> None:
+        self._end(piece)
+        self._begin()
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recorded: _Pass, args: tuple[Tensor | None, ...], *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, recorded: _Pass, args: tuple[Tensor | None, ...], anchor: Tensor) -> Tensor:
         ctx.recorded = recorded
         return recorded.forward(args)
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple:
-        return None, None, *ctx.recorded.backward(d_out)
+    def backward(ctx: Any, d_out: Tensor) -> tuple[None, None, None]:
+        ctx.recorded.backward(d_out)
+        return None, None, None

@@ -237,9 +237,8 @@ def train_step(
     train = state.train
     with ranks.exchange() if state.is_divided else nullcontext():
         loss = method.loss(models, batches.at(context.step), context)
+    with ranks.exchange() if state.is_divided else ranks.summed_gradients(state.model.parameters()):
         loss.per_sample.mean().backward()
-    if not state.is_divided:  # else the sums are there
-        ranks.sum_gradients(state.model)
     if state.weighting is not None:
         ranks.average_gradients(state.weighting)
     grad_norm = _clip(state.parameters(), train.clip_norm)

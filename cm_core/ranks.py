@@ -5,7 +5,7 @@ losses, metrics and weights agree without being sent, and no method knows that i
 """
 
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 LOCAL = "127.0.0.1"
 TIMEOUT = timedelta(minutes=5)  # of one exchange; the first process draws grids and saves states while the others wait
+PIECE = 32 * 2**20  # bytes of gradients that are exchanged at a time, at least
 
 
 def count() -> int:
@@ -139,30 +140,95 @@ def divide_rows(module: nn.Module) -> None:
     module.forward = forward
 
 
-def sum_gradients(model: nn.Module) -> None:
-    """Sum the gradients of divided passes."""
-    if count() > 1:
-        _sum_gradients(model)
+@contextmanager
+def summed_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Sum over the processes the gradients that one backward pass within this context computes of divided passes.
+
+    They are exchanged in pieces while it goes on. There must be none before.
+    """
+    if count() == 1:
+        yield
+        return
+    with exchanges() as begin:
+        pieces = GradientPieces(begin)
+        with pieces.taken_from(parameters):
+            yield
+        rest = pieces.rest()
+        if rest is not None:  # else the pass was a recorded one, which exchanges by itself (graphs.py)
+            begin(rest)
 
 
 def average_gradients(weighting: nn.Module) -> None:
     """Average the gradients of what sees every row in every process: equal, they stay so to the bit."""
-    if count() > 1:
-        torch._foreach_div_(_sum_gradients(weighting), count())
+    if count() == 1:
+        return
+    trained = [p for p in weighting.parameters() if p.grad is not None]
+    with exchanges() as begin:
+        pieces = GradientPieces(begin)
+        for p in trained:
+            pieces.take(p)
+        begin(pieces.rest())
+    torch._foreach_div_([p.grad for p in trained], count())
 
 
-def _sum_gradients(module: nn.Module) -> list[Tensor]:
-    """Put sums over the processes in the gradients' places and return them; one exchange, from one piece of memory."""
-    trained = [p for p in module.parameters() if p.grad is not None]
-    together = trained[0].new_empty(sum(p.numel() for p in trained))
-    parts = together.split([p.numel() for p in trained])
-    sums = [part.as_strided(p.shape, p.stride()) for part, p in zip(parts, trained, strict=True)]
-    torch._foreach_copy_(sums, [p.grad for p in trained])
+@contextmanager
+def exchanges() -> Iterator[Callable[[Tensor], None]]:
+    """Yield what begins to sum a tensor over the processes in its place; afterwards all that was begun is done.
+
+    On a GPU it will be done before what is launched next.
+    """
+    under_way = []
+
+    def begin(piece: Tensor) -> None:
+        with exchange():
+            under_way.append(dist.all_reduce(piece, async_op=True))
+
+    yield begin
     with exchange():
-        dist.all_reduce(together)
-    for p, total in zip(trained, sums, strict=True):
-        p.grad = total
-    return sums
+        for work in under_way:
+            work.wait()
+
+
+class GradientPieces:
+    """Brings gradients together in pieces of memory, to be exchanged; they are parts of these from then on."""
+
+    def __init__(self, on_full: Callable[[Tensor], None]) -> None:
+        self._on_full, self._waiting = on_full, []
+
+    @contextmanager
+    def taken_from(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Take, among several processes, the gradients of one backward pass within this context, as it computes them.
+
+        The order is that of the pass, the same in every process.
+        """
+        trained = [p for p in parameters if p.requires_grad] if count() > 1 else []
+        hooks = [p.register_post_accumulate_grad_hook(self.take) for p in trained]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def take(self, p: nn.Parameter) -> None:
+        """Take a parameter's gradient; what was there before is handed on if it is large enough."""
+        if sum(p.grad.nbytes for p in self._waiting) >= PIECE:
+            self._on_full(self._brought_together())
+        self._waiting.append(p)
+
+    def rest(self) -> Tensor | None:
+        """Return the last piece; None where no gradient came."""
+        return self._brought_together() if self._waiting else None
+
+    def _brought_together(self) -> Tensor:
+        trained, self._waiting = self._waiting, []
+        sizes = [p.numel() for p in trained]
+        together = trained[0].new_empty(sum(sizes))
+        parts = zip(together.split(sizes), trained, strict=True)
+        places = [part.as_strided(p.shape, p.stride()) for part, p in parts]
+        torch._foreach_copy_(places, [p.grad for p in trained])
+        for p, place in zip(trained, places, strict=True):
+            p.grad = place
+        return together
 
 
 def _own_rows(whole: Tensor) -> Tensor:

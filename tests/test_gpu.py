@@ -1,11 +1,13 @@
 """What only a GPU can show: kernels, graphs and masks. Skipped where there is none; a minute where there is one."""
 
 import copy
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 
+from cm_core import ranks
 from cm_core.batches import Batches
 from cm_core.graphs import replay_passes
 from cm_core.loop import Train, TrainState, fit
@@ -112,6 +114,29 @@ def test_passes_with_and_without_gradients_recorded_or_not_drop_the_same(autocas
             torch.testing.assert_close(target, first, rtol=1e-2, atol=1e-2)
     with dropout_seed(4, CUDA):
         assert (model(x, sigma) - first).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_recorded_gradients_are_those_of_a_plain_pass_in_one_piece_or_many(processes, autocast, monkeypatch):
+    model, sent = build(NETWORKS["ddpmpp"], autocast=autocast), []
+    expected = pass_through(model)
+    monkeypatch.setattr(
+        ranks, "count", lambda: processes
+    )  # this one alone is here: a sum is what it sends
+    monkeypatch.setattr(ranks, "PIECE", 100_000)
+    monkeypatch.setattr(ranks, "exchanges", lambda: nullcontext(sent.append))
+    replay_passes(model.net)
+    pass_through(model)
+    for _ in range(2):
+        sent.clear()
+        found = pass_through(model)  # with the memory that the graphs write poisoned by what came before
+        assert len(sent) == 0 if processes == 1 else len(sent) > 2
+        assert relative(found, expected) < (1e-5 if autocast is None else 1e-2)
+        for p in model.parameters():
+            p.grad.fill_(float("nan"))
+    if processes == 2:
+        assert sum(piece.numel() for piece in sent) == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])

@@ -45,6 +45,7 @@ def run_in_several(work, folder, count=2):
 def train(rank, port, folder):
     """Train by every method as one of two processes, without dropout and with it."""
     torch.set_num_threads(1)
+    ranks.PIECE = 1024  # so that gradients go in many pieces
     begun = {name: begin_training(METHODS[name], steps=0 if rank else 2) for name in SHARED}
     with ranks.joined(rank, 2, port):
         for name, training in begun.items():
@@ -113,6 +114,27 @@ def test_alone_nothing_is_divided():
     assert "forward" not in vars(module)
     assert ranks.is_first() and ranks.count() == 1
     assert ranks.agree(True) and not ranks.agree(False)
+
+
+def test_gradients_come_in_pieces_as_the_backward_pass_computes_them(monkeypatch):
+    net = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(4)))  # 288 bytes a layer
+    net(torch.ones(2, 8)).square().sum().backward()
+    expected = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "PIECE", 300)
+    sent = []
+    pieces = ranks.GradientPieces(lambda piece: sent.append((piece, net[0].weight.grad)))
+    with pieces.taken_from(net.parameters()):
+        net(torch.ones(2, 8)).square().sum().backward()
+    assert len(sent) == 2 and all(first is None for _, first in sent)  # the first layer's gradient comes last
+    found = [piece for piece, _ in sent] + [pieces.rest()]
+    assert all(piece.nbytes >= 300 for piece in found[:-1]) and pieces.rest() is None
+    for p, gradient in zip(net.parameters(), expected, strict=True):
+        assert torch.equal(p.grad, gradient)
+    for piece in found:
+        piece.mul_(2)  # a sum in its place is the gradient
+    assert all(torch.equal(p.grad, 2 * gradient) for p, gradient in zip(net.parameters(), expected, strict=True))
 
 
 @pytest.fixture(scope="module")
