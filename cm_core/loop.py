@@ -235,12 +235,11 @@ def train_step(
 ) -> tuple[Loss, Tensor]:
     """Take one optimiser step, move the averages and the target; return the losses and the gradient's norm."""
     train = state.train
+    whole = [p for p in state.parameters() if not sharding.is_divided(p)]  # else FSDP2 sums the gradients
     with ranks.exchange() if state.is_divided else nullcontext():
         loss = method.loss(models, batches.at(context.step), context)
-    with ranks.exchange() if state.is_divided else ranks.summed_gradients(state.model.parameters()):
-        loss.per_sample.mean().backward()
-    if state.weighting is not None:
-        ranks.average_gradients(state.weighting)
+        with ranks.summed_gradients(whole):
+            (ranks.own_rows(loss.per_sample).sum() / len(loss.per_sample)).backward()
     grad_norm = _clip(state.parameters(), train.clip_norm)
     factor = method.learning_rate_factor(context.step, context.num_steps)
     factor *= linear_ramp(context.step, ramp_steps=train.ramp_steps)
@@ -254,7 +253,7 @@ def train_step(
         update_target(state.target, state.model, decay=method.target_decay_at(context.step, context.num_steps))
     state.step = context.step + 1
     # Without its graph, which would outlive this step: the next pass could not be recorded (graphs.py) beside it.
-    return loss._replace(per_sample=loss.per_sample.detach()), grad_norm
+    return loss._replace(per_sample=ranks.gathered_rows(loss.per_sample.detach())), grad_norm
 
 
 def fit(

@@ -1,7 +1,8 @@
 """Several processes at one training, a device each: every pass through a network is divided by rows.
 
-All else everybody does alike: the loss sees the whole batch in every process, with the randomness it has always had. So
-losses, metrics and weights agree without being sent, and no method knows that it is not alone.
+Each sees the whole batch, with the randomness it has always had, and computes the rows of its own; in the rows of
+others there are zeros where a network's output should be, and what a method makes of them is dropped. So passes wait
+for nobody, gradients and losses are exchanged once a step, and no method knows that it is not alone.
 """
 
 import socket
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 LOCAL = "127.0.0.1"
 TIMEOUT = timedelta(minutes=5)  # of one exchange; the first process draws grids and saves states while the others wait
-PIECE = 32 * 2**20  # bytes of gradients that are exchanged at a time, at least
+PIECE = 64 * 2**20  # bytes of gradients that are exchanged at a time, at least
 
 
 def count() -> int:
@@ -126,7 +127,7 @@ def hand_to_first(rows: Tensor, owner: int) -> None:
 
 
 def divide_rows(module: nn.Module) -> None:
-    """Let each process compute its rows of what passes through `module`, and hand all rows to everybody.
+    """Let each process compute its own rows of what passes through `module`; the others are zeros, and get no gradient.
 
     Gradients, and forward-mode derivatives, of the parameters are then those of a process's own rows.
     """
@@ -135,9 +136,27 @@ def divide_rows(module: nn.Module) -> None:
     plain = module.forward
 
     def forward(*args: Tensor | None) -> Tensor:
-        return _Gather.apply(plain(*(None if arg is None else _own_rows(arg) for arg in args)))
+        return _Place.apply(plain(*(None if arg is None else own_rows(arg) for arg in args)))
 
     module.forward = forward
+
+
+def own_rows(whole: Tensor) -> Tensor:
+    """Return the rows that this process computes, a view; raises ValueError where they do not come out even."""
+    if len(whole) % count():
+        raise ValueError(f"{len(whole)} rows cannot be divided among {count()} processes")
+    size = len(whole) // count()
+    return whole.narrow(0, rank() * size, size)
+
+
+def gathered_rows(whole: Tensor) -> Tensor:
+    """Return a tensor of which each process has put in its own rows."""
+    if count() == 1:
+        return whole
+    rows = torch.empty_like(whole)
+    with exchange():
+        dist.all_gather(list(rows.chunk(count())), own_rows(whole).contiguous())
+    return rows
 
 
 @contextmanager
@@ -156,19 +175,6 @@ def summed_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         rest = pieces.rest()
         if rest is not None:  # else the pass was a recorded one, which exchanges by itself (graphs.py)
             begin(rest)
-
-
-def average_gradients(weighting: nn.Module) -> None:
-    """Average the gradients of what sees every row in every process: equal, they stay so to the bit."""
-    if count() == 1:
-        return
-    trained = [p for p in weighting.parameters() if p.grad is not None]
-    with exchanges() as begin:
-        pieces = GradientPieces(begin)
-        for p in trained:
-            pieces.take(p)
-        begin(pieces.rest())
-    torch._foreach_div_([p.grad for p in trained], count())
 
 
 @contextmanager
@@ -193,7 +199,7 @@ class GradientPieces:
     """Brings gradients together in pieces of memory, to be exchanged; they are parts of these from then on."""
 
     def __init__(self, on_full: Callable[[Tensor], None]) -> None:
-        self._on_full, self._waiting = on_full, []
+        self._on_full, self._waiting, self._bytes = on_full, [], 0
 
     @contextmanager
     def taken_from(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
@@ -211,16 +217,17 @@ class GradientPieces:
 
     def take(self, p: nn.Parameter) -> None:
         """Take a parameter's gradient; what was there before is handed on if it is large enough."""
-        if sum(p.grad.nbytes for p in self._waiting) >= PIECE:
+        if self._bytes >= PIECE:
             self._on_full(self._brought_together())
         self._waiting.append(p)
+        self._bytes += p.grad.nbytes
 
     def rest(self) -> Tensor | None:
         """Return the last piece; None where no gradient came."""
         return self._brought_together() if self._waiting else None
 
     def _brought_together(self) -> Tensor:
-        trained, self._waiting = self._waiting, []
+        trained, self._waiting, self._bytes = self._waiting, [], 0
         sizes = [p.numel() for p in trained]
         together = trained[0].new_empty(sum(sizes))
         parts = zip(together.split(sizes), trained, strict=True)
@@ -231,26 +238,14 @@ class GradientPieces:
         return together
 
 
-def _own_rows(whole: Tensor) -> Tensor:
-    if len(whole) % count():
-        raise ValueError(f"{len(whole)} rows cannot be divided among {count()} processes")
-    size = len(whole) // count()
-    return whole.narrow(0, rank() * size, size)
-
-
-def _gathered(rows: Tensor) -> Tensor:
-    whole = rows.new_empty(count() * rows.shape[0], *rows.shape[1:])
-    with exchange():
-        dist.all_gather(list(whole.chunk(count())), rows.contiguous())
-    return whole
-
-
-class _Gather(torch.autograd.Function):
-    """All rows from everybody's; each takes back the gradient of its own."""
+class _Place(torch.autograd.Function):
+    """Own rows in their places among zeros."""
 
     @staticmethod
     def forward(rows: Tensor) -> Tensor:
-        return _gathered(rows)
+        whole = rows.new_zeros(count() * rows.shape[0], *rows.shape[1:])
+        own_rows(whole).copy_(rows)
+        return whole
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -258,8 +253,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_whole: Tensor) -> Tensor:
-        return _own_rows(d_whole)
+        return own_rows(d_whole)
 
     @staticmethod
     def jvp(ctx, d_rows: Tensor) -> Tensor:
-        return _gathered(d_rows)
+        return _Place.forward(d_rows)

@@ -121,9 +121,7 @@ def test_passes_with_and_without_gradients_recorded_or_not_drop_the_same(autocas
 def test_recorded_gradients_are_those_of_a_plain_pass_in_one_piece_or_many(processes, autocast, monkeypatch):
     model, sent = build(NETWORKS["ddpmpp"], autocast=autocast), []
     expected = pass_through(model)
-    monkeypatch.setattr(
-        ranks, "count", lambda: processes
-    )  # this one alone is here: a sum is what it sends
+    monkeypatch.setattr(ranks, "count", lambda: processes)  # this one alone is here: a sum is what it sends
     monkeypatch.setattr(ranks, "PIECE", 100_000)
     monkeypatch.setattr(ranks, "exchanges", lambda: nullcontext(sent.append))
     replay_passes(model.net)
