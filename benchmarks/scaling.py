@@ -7,7 +7,9 @@ python -m benchmarks.scaling --devices 1 2 --channels 16 --blocks 1 --size 8 --b
 """
 
 import argparse
+import gc
 import multiprocessing
+import sys
 import tempfile
 from collections.abc import Callable
 from multiprocessing.queues import SimpleQueue
@@ -33,54 +35,44 @@ WARM_UP = 3  # kernels are compiled and chosen, then recorded
 
 def measure(args: argparse.Namespace, count: int) -> dict[str, float]:
     """Return images/s of training and of sampling by `count` processes, and of trainings that exchange nothing."""
-    store = ranks.listen(ranks.LOCAL)
+    answers, store = CONTEXT.SimpleQueue(), ranks.listen(ranks.LOCAL)
     with tempfile.TemporaryDirectory() as folder:
-        (found,) = _run(count, _together, args, count, store.port, Path(folder))
-    apart = _run(count, _apart, args, count, CONTEXT.Barrier(count)) if count > 1 else [found["training"]]
-    return {"training": found["training"], "apart": sum(apart), "sampling": found["sampling"]}
+        shared = (args, count, store.port, CONTEXT.Barrier(count), Path(folder))
+        processes = [CONTEXT.Process(target=_work, args=(answers, rank, *shared)) for rank in range(count)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+            if process.exitcode:
+                raise SystemExit(f"a process of {count} ended with exit code {process.exitcode}")
+    found = [answers.get() for _ in processes]
+    together = {name: min(rates[name] for rates in found) for name in ("training", "sampling")}
+    return {"training": together["training"], "apart": sum(rates["apart"] for rates in found), **together}
 
 
-def _run(count: int, work: Callable, *arguments: Any) -> list[Any]:
-    """Call work(answers, rank, *arguments) in `count` processes; return what they put into `answers`."""
-    answers = CONTEXT.SimpleQueue()
-    processes = [CONTEXT.Process(target=work, args=(answers, rank, *arguments)) for rank in range(count)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        if process.exitcode:
-            raise SystemExit(f"a process of {count} ended with exit code {process.exitcode}")
-    found = []
-    while not answers.empty():
-        found.append(answers.get())
-    return found
-
-
-def _together(answers: SimpleQueue, rank: int, args: argparse.Namespace, count: int, port: int, folder: Path) -> None:
+def _work(
+    answers: SimpleQueue, rank: int, args: argparse.Namespace, count: int, port: int, barrier: Barrier, folder: Path
+) -> None:
     torch.set_num_threads(1)
     with ranks.joined(rank, count, port):
         device = pick_device()
-        rates = {"training": _train(args, device, ranks.wait_for_all), "sampling": _sample(args, folder, device)}
-        if ranks.is_first():
-            answers.put(rates)
+        rates = {
+            "training": _train(args, device, args.batch_size, ranks.wait_for_all),
+            "sampling": _sample(args, folder, device),
+        }
+    gc.collect()  # a network and its recorded passes hold each other
+    rates["apart"] = rates["training"] if count == 1 else _train(args, device, args.batch_size // count, barrier.wait)
+    print(f"{count} devices, process {rank}: {rates}", file=sys.stderr, flush=True)
+    answers.put(rates)
 
 
-def _apart(answers: SimpleQueue, rank: int, args: argparse.Namespace, count: int, barrier: Barrier) -> None:
-    """Train with this process's part of the batch and without the others: what the devices can do at the same time."""
-    torch.set_num_threads(1)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank)
-    args.batch_size //= count
-    answers.put(_train(args, pick_device(), barrier.wait))
-
-
-def _train(args: argparse.Namespace, device: torch.device, wait_for_all: Callable[[], object]) -> float:
-    step = Step(args, METHODS["ict"], "fused", device)
+def _train(args: argparse.Namespace, device: torch.device, batch: int, wait_for_all: Callable[[], object]) -> float:
+    step = Step(argparse.Namespace(**vars(args) | {"batch_size": batch}), METHODS["ict"], "fused", device)
     ranks.divide_rows(step.models.student.net)
     for _ in range(WARM_UP):
         step()
     wait_for_all()
-    return args.batch_size / seconds(step, device, repeats=args.steps)
+    return batch / seconds(step, device, repeats=args.steps)
 
 
 @torch.no_grad()

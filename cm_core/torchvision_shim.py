@@ -7,7 +7,10 @@ registers two operators without asking whether they exist; declaring their names
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -26,7 +29,8 @@ def ensure_torchvision() -> bool:
     if "torchvision" not in sys.modules:
         if not _load_compiled_operators():
             _declarations.append(_declare_operators())
-        importlib.import_module("torchvision")
+        with _without_compiler():
+            importlib.import_module("torchvision")
     return bool(_declarations)
 
 
@@ -40,6 +44,22 @@ def _load_compiled_operators() -> bool:
         except OSError:  # built for a CUDA that is not here, or another PyTorch
             continue
     return hasattr(torch.ops.torchvision, "nms")
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Let torchvision's `roi_align` import PyTorch's compiler when it is called: it takes longer than all the rest."""
+    package, module = "torch._dynamo", "torch._dynamo.utils"
+    if package in sys.modules:
+        yield
+        return
+    utils = ModuleType(module)
+    utils.is_compile_supported = lambda kind: importlib.import_module(module).is_compile_supported(kind)
+    sys.modules |= {package: ModuleType(package), module: utils}
+    try:
+        yield
+    finally:
+        del sys.modules[package], sys.modules[module]
 
 
 def _declare_operators() -> torch.library.Library:

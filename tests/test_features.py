@@ -3,6 +3,8 @@
 import hashlib
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -228,6 +230,22 @@ def test_published_addresses_are_those_of_torch_fidelity():
 
     assert stage.INCEPTION.url == URL_INCEPTION_V3
     assert stage.VGG16.url == torchvision.models.VGG16_Weights.IMAGENET1K_V1.url
+
+
+def test_torchvision_comes_without_the_compiler_which_is_there_when_asked():
+    program = """
+import sys
+import torch
+from cm_core.torchvision_shim import ensure_torchvision
+ensure_torchvision()
+import torch_fidelity
+assert not [name for name in sys.modules if name.startswith("torch._dynamo")]
+from torchvision.ops.roi_align import is_compile_supported
+assert is_compile_supported("cpu")
+import torch._dynamo
+assert torch._dynamo.utils.is_compile_supported("cpu")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_classifier_needs_labels(prepared, tmp_path):
