@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cm_core import ranks
+from cm_core import graphs, ranks
 from cm_core.checkpoint import list_states, load_tensors
 from flows.recipe import write_active
 from miniature import REPOSITORY
@@ -135,6 +135,33 @@ def test_gradients_come_in_pieces_as_the_backward_pass_computes_them(monkeypatch
     for piece in found:
         piece.mul_(2)  # a sum in its place is the gradient
     assert all(torch.equal(p.grad, 2 * gradient) for p, gradient in zip(net.parameters(), expected, strict=True))
+
+
+class Recorded:
+    """A recorded pass whose backward pass is still to come; a GPU's would be graphs."""
+
+    awaits_backward = True
+
+    def __init__(self, forward, parameters, args):
+        self._forward = forward
+
+    def forward(self, args):
+        return self._forward(*args).detach()
+
+
+def test_a_shared_network_refuses_a_second_pass_with_gradients_beside_a_recorded_one(monkeypatch):
+    monkeypatch.setattr(graphs, "fuses", lambda x: True)
+    monkeypatch.setattr(graphs, "_Pass", Recorded)
+    net, x = torch.nn.Linear(2, 2), torch.ones(2, 2)
+    graphs.replay_passes(net)
+    net(x)  # the first of its kind runs plainly
+    net(x)  # recorded
+    net(x)  # alone, it is taken and this one runs plainly again
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    with pytest.raises(RuntimeError, match="one pass at a time"):
+        net(x)
+    with torch.no_grad():
+        assert torch.equal(net(x), torch.nn.functional.linear(x, net.weight, net.bias))
 
 
 @pytest.fixture(scope="module")
