@@ -38,8 +38,8 @@ def devices_for(stage: str, batch_size: int | None = None, nodes: int = 1) -> in
     """
     if stage not in SHARED:
         return 1
-    count, there = _number(COUNT_VARIABLE, "devices"), len(visible_devices())
-    if there and count > there:
+    count = _number(COUNT_VARIABLE, "devices")
+    if count > 1 and (there := len(visible_devices())) and count > there:  # for one, nobody has to be asked
         raise UserError(f"{COUNT_VARIABLE}={count}: there are {there} GPUs for this process")
     if batch_size is not None and batch_size % (nodes * count):
         product = f"{COUNT_VARIABLE}={count}" + (f" times {NODES_VARIABLE}={nodes}" if nodes > 1 else "")
