@@ -12,14 +12,16 @@ NO_LABEL = -1
 def guided(denoiser: LabelledDenoiser, guidance: float) -> LabelledDenoiser:
     """Return D_uncond + guidance * (D_cond - D_uncond), which is the denoiser itself at 1.
 
-    Both are taken in one pass of twice the batch. The denoiser must have been trained with label dropout.
+    Both are taken in one pass of twice the batch, the two of an image side by side: a pass that is divided by rows must
+    not part them. The denoiser must have been trained with label dropout.
     """
     if guidance == 1:
         return denoiser
 
     def extrapolated(x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
-        both = torch.cat([labels, torch.full_like(labels, NO_LABEL)])
-        with_label, without = denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+        both = torch.stack([labels, torch.full_like(labels, NO_LABEL)], dim=1).flatten()
+        found = denoiser(x.repeat_interleave(2, dim=0), sigma.repeat_interleave(2), both)
+        with_label, without = found[0::2], found[1::2]
         return without + guidance * (with_label - without)
 
     return extrapolated

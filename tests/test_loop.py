@@ -38,7 +38,11 @@ METHODS = {
     "scm-distil": SCM(distil=True),
     "pd": PD(start_steps=4),  # halvings begin at steps 1 and 3 of 6
     "cm_inf": CMInf(),
+    "cm_inf-through": CMInf(stop_gradient=False),
+    "cd-guided": CD(guidance=3.0),
+    "scm-guided": SCM(distil=True, guidance=3.0),
 }
+CLASSES = 3  # of the images of guided methods
 
 
 class Training:
@@ -49,10 +53,16 @@ class Training:
         emas = (HalfLifeEma(half_life_images=50), ConstantEma(decay=0.9), PowerEma())
         defaults = {"num_steps": 6, "batch_size": 4, "log_every": 1, "save_every": 1, "grid_every": 1, "emas": emas}
         self.train = Train(**(defaults | changes))
-        self.spec = ModelSpec(form=method.form, network=network, noise=Noise(), image_shape=SHAPE)
+        classes = CLASSES if getattr(method, "guidance", 1) != 1 else 0
+        self.spec = ModelSpec(form=method.form, network=network, noise=Noise(), image_shape=SHAPE, num_classes=classes)
         teacher_spec, autocast = self.spec.model_copy(update={"form": "denoiser"}), self.train.autocast
         model, target = (place(build_seeded(self.spec, seed, autocast=autocast)) for seed in (0, 1))
-        teacher = place(build_seeded(teacher_spec, 2, autocast=autocast).eval())
+        teacher = build_seeded(teacher_spec, 2, autocast=autocast).eval()
+        if classes:  # a new network ends near zero and knows no labels
+            generator = torch.Generator().manual_seed(3)
+            for p in teacher.parameters():
+                p.data += 0.1 * torch.randn(p.shape, generator=generator)
+        teacher = place(teacher)
         self.state = TrainState(
             model,
             self.train,
@@ -63,7 +73,8 @@ class Training:
         distance = method.distance.build(SHAPE) if hasattr(method, "distance") else None
         self.models = Models(model, target if method.keeps_target else model, teacher, distance, self.state.weighting)
         pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 1), dtype=np.uint8)
-        self.batches = Batches(pixels, None, batch_size=self.train.batch_size, seed=3, device=CPU, flip=True)
+        labels = np.arange(len(pixels)) % classes if classes else None
+        self.batches = Batches(pixels, labels, batch_size=self.train.batch_size, seed=3, device=CPU, flip=True)
 
     def steps(self, **options):
         return fit(self.state, self.method, self.models, self.batches, noise=Noise(), seed=5, **options)
