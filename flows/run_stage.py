@@ -1,6 +1,5 @@
 """What `cm stage NAME` does: fill a stage's parameters by name, run it, show its progress, log it to MLflow."""
 
-import gc
 import importlib
 import inspect
 import os
@@ -70,7 +69,6 @@ def run_stage(name: str, root: Path) -> None:
         if "state_dir" in given:
             mark_finished(given["state_dir"], outs)
         _log_outputs(run, stages[name], root, recipe, outs)
-    gc.freeze()  # the process ends now; without a last search through all modules, more than a second sooner
 
 
 def join(name: str, root: Path, say: Callable[[str], None]) -> None:

@@ -1,6 +1,7 @@
 """The training loop: a resumed run is the run that never stopped, to the bit; a spoiled one stops and says where."""
 
 import copy
+import gc
 
 import numpy as np
 import pytest
@@ -103,6 +104,22 @@ def test_resumed_training_equals_the_uninterrupted_one_to_the_bit(tmp_path, name
     expected, found = whole.tensors(), second.tensors()
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_leaves_no_tensors_to_the_garbage_collector(name):
+    """It comes seldom, and a GPU's memory would fill with what only it can free."""
+    steps = Training(METHODS[name]).steps()
+    next(steps)
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        next(steps)
+        gc.collect()
+        assert not [found for found in gc.garbage if isinstance(found, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
 
 
 def test_a_training_stopped_between_two_metrics_resumes_to_the_same_metrics_and_bits(tmp_path):

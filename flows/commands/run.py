@@ -1,6 +1,5 @@
 """`cm run`, `cm demo`, `cm stage`: bring recipes about through Prefect, or one stage as DVC starts it."""
 
-import gc
 import os
 import textwrap
 import time
@@ -63,10 +62,8 @@ def _ask_for_profile(args: Namespace) -> None:
 def stage(args: Namespace) -> None:
     """Run one stage in this workspace."""
     _ask_for_profile(args)
-    gc.disable()  # the imports leave no garbage, and searching all of them for it takes a second
     from flows.run_stage import run_stage
 
-    gc.enable()
     run_stage(args.stage, home())
 
 
