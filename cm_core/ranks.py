@@ -165,15 +165,12 @@ def summed_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
     They are exchanged in pieces while it goes on. There must be none before.
     """
-    if count() == 1:
-        yield
-        return
     with exchanges() as begin:
         pieces = GradientPieces(begin)
         with pieces.taken_from(parameters):
             yield
         rest = pieces.rest()
-        if rest is not None:  # else the pass was a recorded one, which exchanges by itself (graphs.py)
+        if rest is not None:  # else there are no others, or the pass was recorded and exchanges by itself (graphs.py)
             begin(rest)
 
 
