@@ -5,6 +5,7 @@ PYTHON ?= python3
 # alone, such as one of CPU builds: make install TORCH_INDEX=https://...
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+TRITON ?= triton==3.9.0
 
 # What the commands import: Python writes their byte code once, here, instead of in the first run of each.
 USED := import flows.pipeline, flows.run_stage, mlflow.store.tracking.sqlalchemy_store, dvc.commands.repro, \
@@ -18,7 +19,7 @@ PIP_INSTALL := $(PIP) install --quiet --no-compile # Python compiles a module wh
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo repro ui doctor test test-all soak lint format lock
+.PHONY: help install demo repro ui doctor triton test test-all soak lint format lock
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +51,11 @@ ui: $(INSTALLED) ## Show the runs in MLflow's pages on http://127.0.0.1:5000
 
 doctor: $(INSTALLED) ## Say what is installed, reachable and writable
 	@$(BIN)/cm doctor
+
+triton: .venv/triton ## Get Triton (1 GB) for the tests alone: they then interpret the GPU kernels (CI does)
+
+.venv/triton: $(INSTALLED)
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP_INSTALL) --no-deps --target $@ $(TRITON)
 
 test: $(INSTALLED) ## Run the fast tests
 	@$(BIN)/python -m pytest

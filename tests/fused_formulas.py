@@ -7,14 +7,14 @@ from cm_core.tensors import expand_like
 
 
 def norm_act(x, *, groups, eps, scale, shift, silu, bias=None, before=None, beside=None):
-    x = x if beside is None else torch.cat([x, beside], dim=1)
-    h = x if bias is None else x + bias[:, None, None]
+    h = x if beside is None else torch.cat([x, beside], dim=1)
+    h = h if bias is None else h + bias[:, None, None]
     h = h if before is None else h + expand_like(before, x)
     h = F.group_norm(h, groups, eps=eps)
     per_image = scale.ndim == 2
     scale, shift = (expand_like(v, x) if per_image else v[:, None, None] for v in (scale, shift))
     h = h * scale + shift
-    return F.silu(h) if silu else h
+    return F.silu(h) if silu else h, x, beside
 
 
 def projects(x, beside):

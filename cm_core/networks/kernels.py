@@ -36,8 +36,11 @@ def norm_act(
     bias: Tensor | None = None,  # [C], added to every pixel first
     before: Tensor | None = None,  # [B, C], added to every pixel of its image
     beside: Tensor | None = None,  # [B, C - c, H, W] where x has but the first c channels
-) -> Tensor:
-    """Return act(group_norm(x + bias + before) * scale + shift) in x's dtype, channels last."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return act(group_norm(x + bias + before) * scale + shift) in x's dtype, channels last; and x and beside again.
+
+    Whoever needs these two after the norm takes them from here: gradients that meet are then added by its own kernel.
+    """
     return _NormAct.apply(x, beside, bias, before, scale, shift, groups, eps, silu)
 
 
@@ -82,7 +85,8 @@ class _NormAct(torch.autograd.Function):
         groups: int,
         eps: float,
         silu: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        passed = x, beside
         x, beside = _channels_last(x), None if beside is None else _channels_last(beside)
         before = None if before is None else before.contiguous()
         scale, shift = scale.contiguous(), shift.contiguous()
@@ -99,21 +103,28 @@ class _NormAct(torch.autograd.Function):
         )
         ctx.save_for_backward(x, beside, bias, before, scale, shift, mean, rstd)
         ctx.groups, ctx.silu = groups, silu
-        return y
+        ctx.set_materialize_grads(False)
+        return y, *passed
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple:
+    def backward(ctx: Any, dy: Tensor, *d_passed: Tensor | None) -> tuple:
         x, beside, bias, before, scale, shift, mean, rstd = ctx.saved_tensors
+        passes = any(d is not None for d in d_passed)
+        if passes:
+            d_passed = [_passed(d, t) for d, t in zip(d_passed, (x, beside), strict=True)]
         dy, shape = _channels_last(dy), _NormShape(x, beside, ctx.groups, arrays=2)
         dx, d_beside = (None if t is None else _empty(t, *t.shape[1:]) for t in (x, beside))
         added = bias is not None or before is not None
         of_images = x.new_empty(2 + added, len(x), shape.channels, dtype=torch.float32)
         d_scale, d_shift, d_before = of_images[0], of_images[1], of_images[-1]  # this one is written if `added`
         _norm_backward[shape.grid](
-            *(x, beside, bias, before, scale, shift, mean, rstd, dy, dx, d_beside, d_before, d_scale, d_shift),
-            *(*shape.sizes, _pixel_stride(x), _pixel_stride(beside), _pixel_stride(dy), _row_stride(scale)),
+            *(x, beside, bias, before, scale, shift, mean, rstd, dy, *d_passed),
+            *(dx, d_beside, d_before, d_scale, d_shift, *shape.sizes),
+            *(_pixel_stride(t) for t in (x, beside, dy, *d_passed)),
+            _row_stride(scale),
             has_bias=bias is not None,
             has_before=before is not None,
+            passes=passes,
             silu=ctx.silu,
             **shape.tiles,
         )
@@ -123,6 +134,11 @@ class _NormAct(torch.autograd.Function):
         d_bias = None if bias is None else sums[-1].to(bias.dtype)
         d_before = None if before is None else d_before.to(before.dtype)
         return dx, d_beside, d_bias, d_before, d_scale.to(scale.dtype), d_shift.to(shift.dtype), None, None, None
+
+
+def _passed(d: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """Return the gradient of what passed a norm by, zeros where nobody used that, None where there was nothing."""
+    return None if like is None else torch.zeros_like(like) if d is None else _channels_last(d)
 
 
 class _Join(torch.autograd.Function):
@@ -422,12 +438,13 @@ def _store_act(x, factor, offset, y_ptr, pixel, channel, channels, mask, silu: t
 
 @triton.jit
 def _norm_backward(
-    x_ptr, beside_ptr, bias_ptr, before_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, dy_ptr, dx_ptr, d_beside_ptr,
-    d_before_ptr, d_scale_ptr, d_shift_ptr,
-    pixels, channels, first_channels, groups, x_stride, beside_stride, dy_stride, affine_stride,
-    has_bias: tl.constexpr, has_before: tl.constexpr, silu: tl.constexpr, picks: tl.constexpr, mixes: tl.constexpr,
-    whole: tl.constexpr, full: tl.constexpr, group_size: tl.constexpr, groups_each: tl.constexpr, width: tl.constexpr,
-    height: tl.constexpr, group_width: tl.constexpr,
+    x_ptr, beside_ptr, bias_ptr, before_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, dy_ptr, passed_ptr,
+    passed_beside_ptr, dx_ptr, d_beside_ptr, d_before_ptr, d_scale_ptr, d_shift_ptr,
+    pixels, channels, first_channels, groups, x_stride, beside_stride, dy_stride, passed_stride, passed_beside_stride,
+    affine_stride,
+    has_bias: tl.constexpr, has_before: tl.constexpr, passes: tl.constexpr, silu: tl.constexpr, picks: tl.constexpr,
+    mixes: tl.constexpr, whole: tl.constexpr, full: tl.constexpr, group_size: tl.constexpr, groups_each: tl.constexpr,
+    width: tl.constexpr, height: tl.constexpr, group_width: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(1).to(tl.int64)
     local = tl.arange(0, width)
@@ -439,6 +456,14 @@ def _norm_backward(
     if picks:
         x_ptr, x_stride = _pick(x_ptr, x_stride, beside_ptr, beside_stride, start, first_channels)
         dx_ptr, dx_stride = _pick(dx_ptr, dx_stride, d_beside_ptr, d_beside_stride, start, first_channels)
+        if passes:
+            passed_ptr, passed_stride = _pick(
+                passed_ptr, passed_stride, passed_beside_ptr, passed_beside_stride, start, first_channels
+            )
+    if passes:
+        passed_ptr += image * pixels * passed_stride
+        if mixes:
+            passed_beside_ptr += image * pixels * passed_beside_stride
     x_ptr += image * pixels * x_stride
     dy_ptr += image * pixels * dy_stride
     dx_ptr += image * pixels * dx_stride
@@ -484,6 +509,11 @@ def _norm_backward(
             x, dy, mask, mean, rstd, scale, shift, silu
         )  # computed again: holding them costs more
         dx = rstd[None, :] * (scale[None, :] * dz - mean_dz[None, :] - normed * mean_dz_normed[None, :])
+        if passes:
+            dx += _load_pixels(
+                passed_ptr, passed_stride, passed_beside_ptr, passed_beside_stride, pixel, channel, first_channels,
+                mask, mixes,
+            ).to(tl.float32)  # fmt: skip
         _store_pixels(dx, dx_ptr, dx_stride, d_beside_ptr, d_beside_stride, pixel, channel, first_channels, mask, mixes)
     else:
         for past in range(0, pixels, height):
@@ -493,6 +523,11 @@ def _norm_backward(
             dy = tl.load(dy_ptr + pixel[:, None] * dy_stride + channel[None, :], mask=mask, other=0.0)
             normed, dz = _normed_and_dz(x, dy, mask, mean, rstd, scale, shift, silu)
             dx = rstd[None, :] * (scale[None, :] * dz - mean_dz[None, :] - normed * mean_dz_normed[None, :])
+            if passes:
+                dx += _load_pixels(
+                    passed_ptr, passed_stride, passed_beside_ptr, passed_beside_stride, pixel, channel, first_channels,
+                    mask, mixes,
+                ).to(tl.float32)  # fmt: skip
             _store_pixels(
                 dx, dx_ptr, dx_stride, d_beside_ptr, d_beside_stride, pixel, channel, first_channels, mask, mixes
             )

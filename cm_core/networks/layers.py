@@ -75,8 +75,11 @@ def fused_norm(
     bias: Tensor | None = None,
     before: Tensor | None = None,
     beside: Tensor | None = None,
-) -> Tensor:
-    """Return act(norm([x, beside] + bias + before)) by one kernel; `bias` [C], `before` [B, C]."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return act(norm([x, beside] + bias + before)) by one kernel, and x and beside again; `bias` [C], `before` [B, C].
+
+    Take the two from here where they are needed after the norm: one kernel less adds up their gradients.
+    """
     from cm_core.networks.kernels import norm_act
 
     affine, added = {"scale": norm.weight, "shift": norm.bias}, {"bias": bias, "before": before}
@@ -249,8 +252,8 @@ class Attention(nn.Module):
     def _fused(self, x: Tensor) -> Tensor:
         from cm_core.networks.kernels import join
 
-        h = fused_norm(self.norm, x, silu=False).permute(0, 2, 3, 1)
-        qkv = F.linear(h, self.qkv.weight.flatten(1), self.qkv.bias).permute(0, 3, 1, 2)
+        h, x, _ = fused_norm(self.norm, x, silu=False)
+        qkv = F.linear(h.permute(0, 2, 3, 1), self.qkv.weight.flatten(1), self.qkv.bias).permute(0, 3, 1, 2)
         return join(x, conv_without_bias(self.proj, self.attend(qkv)), self.proj.bias, self.skip_scale)
 
 
@@ -309,7 +312,8 @@ class Block(nn.Module):
 
     def _fused(self, x: Tensor, emb: Tensor, beside: Tensor | None) -> Tensor:
         """The same with the biases of the convolutions added by the kernels that follow them."""
-        h = conv_without_bias(self.conv0, self.resample(fused_norm(self.norm0, x, silu=True, beside=beside)))
+        h, x, beside = fused_norm(self.norm0, x, silu=True, beside=beside)
+        h = conv_without_bias(self.conv0, self.resample(h))
         h = self.drop(self._fused_modulate(h, emb))
         return self.attention(self._fused_join(x, beside, conv_without_bias(self.conv1, h)))
 
@@ -330,9 +334,9 @@ class Block(nn.Module):
 
         if not self.scale_shift:
             bias = self.conv0.bias + self.affine.bias
-            return fused_norm(self.norm1, h, silu=True, bias=bias, before=F.linear(emb, self.affine.weight))
+            return fused_norm(self.norm1, h, silu=True, bias=bias, before=F.linear(emb, self.affine.weight))[0]
         scale, shift = self.affine(emb).float().chunk(2, dim=1)
-        return norm_act(
+        h, _, _ = norm_act(
             h,
             groups=self.norm1.num_groups,
             eps=self.norm1.eps,
@@ -341,6 +345,7 @@ class Block(nn.Module):
             silu=True,
             bias=self.conv0.bias,
         )
+        return h
 
 
 class PyramidInput(nn.Module):
@@ -402,7 +407,7 @@ class UNet(nn.Module):
         for name, block in self.decoder.items():
             x = block(x, emb, None if name.endswith("_up") else skips.pop())
         if fuses(x):
-            return self.output(fused_norm(self.output_norm, x, silu=True))
+            return self.output(fused_norm(self.output_norm, x, silu=True)[0])
         return self.output(F.silu(self.output_norm(x)))
 
     def residual_ends(self) -> Iterator[nn.Conv2d]:

@@ -1,0 +1,120 @@
+"""Run the Triton kernels on the CPU, by Triton's interpreter, and print how far they are from PyTorch's own functions.
+
+A process of its own: `TRITON_INTERPRET=1` must be set before Triton is imported.
+"""
+
+import json
+import types
+
+import torch
+
+import fused_formulas
+from cm_core.model import ModelSpec
+from cm_core.networks import DhariwalUNetParams, SongUNetParams, kernels, layers
+from cm_core.noise import Noise
+
+# channels of x, channels beside, groups, height, width
+NORMS = {
+    "one pixel": (16, 0, 1, 1, 1),
+    "whole images": (32, 0, 8, 8, 8),
+    "odd sizes": (24, 0, 3, 5, 7),
+    "steps over a large image": (8, 0, 2, 96, 64),
+    "two parts, each of whole programs": (64, 32, 24, 4, 4),
+    "two parts that a program mixes": (20, 8, 7, 4, 3),
+    "two parts of a large image": (12, 4, 2, 64, 96),
+}
+SMALL = {"channels": 16, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,)}
+NETWORKS = {
+    "ddpmpp": SongUNetParams(**SMALL),
+    "ncsnpp": SongUNetParams(**SMALL, encoder="residual", resample_filter="fir", fourier_scale=0.02),
+    "adm": DhariwalUNetParams(**SMALL, channels_per_head=16),
+    "adm_added": DhariwalUNetParams(**SMALL, channels_per_head=16, scale_shift=False),
+}
+
+
+def relative(found, expected):
+    """Return |found - expected| / |expected| over all tensors."""
+    difference = sum((a - b).double().square().sum() for a, b in zip(found, expected, strict=True))
+    return (difference / sum(b.double().square().sum() for b in expected)).sqrt().item()
+
+
+def draw(*shape):
+    """Return numbers far enough from zero mean and unit variance that nothing cancels."""
+    x = 1.5 * torch.randn(shape) + 0.5
+    return x.to(memory_format=torch.channels_last) if len(shape) == 4 else x
+
+
+def errors(name, tensors, **options):
+    """Return the errors of a function's outputs and of their gradients, whatever part of the outputs is used."""
+    results = []
+    for functions in (kernels, fused_formulas):
+        leaves = {key: t.clone(memory_format=torch.preserve_format).requires_grad_() for key, t in tensors.items()}
+        outputs = getattr(functions, name)(**leaves, **options)
+        outputs = [out for out in (outputs if isinstance(outputs, tuple) else (outputs,)) if out is not None]
+        results.append([])
+        for used in (outputs, outputs[:1], outputs[:2]):
+            generator = torch.Generator().manual_seed(1)
+            total = sum((out * torch.randn(out.shape, generator=generator)).sum() for out in used)
+            gradients = torch.autograd.grad(total, list(leaves.values()), retain_graph=True)
+            results[-1] += [*(out.detach() for out in used), *gradients]
+    return relative(*results)
+
+
+def norm_errors():
+    """Yield the errors of norms of all shapes, with everything that may be added and without."""
+    for shape, (first, second, groups, height, width) in NORMS.items():
+        channels, tensors = first + second, {"x": draw(2, first, height, width)}
+        if second:
+            tensors["beside"] = draw(2, second, height, width)
+        affine = {"scale": draw(channels), "shift": draw(channels)}
+        of_images = {"scale": draw(2, channels), "shift": draw(2, channels)}
+        added = {"bias": draw(channels), "before": draw(2, channels)}
+        for what, more, silu in (
+            ("alone", affine, False),
+            ("with all added", affine | added, True),
+            ("scaled by image", of_images | {"bias": added["bias"]}, True),
+        ):
+            yield f"norm: {shape}, {what}", errors("norm_act", tensors | more, groups=groups, eps=1e-5, silu=silu)
+
+
+def network_errors(name):
+    """Return the error of a network's output and gradients: fused layers against plain ones."""
+    spec = ModelSpec(form="skip", network=NETWORKS[name], noise=Noise(), image_shape=(3, 8, 8))
+    model = spec.build()
+    with torch.no_grad():
+        for p in model.parameters():  # residual branches begin near zero, where errors would not show
+            p.copy_(0.1 * torch.randn(p.shape) + (p if p.ndim == 1 else 0))
+    x, sigma = draw(4, 3, 8, 8), torch.tensor([0.01, 0.5, 3.0, 60.0])
+
+    def run():
+        model.zero_grad()
+        out = model(x, sigma)
+        out.square().mean().backward()
+        return [out.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    with layers.plain_layers():
+        expected = run()
+    return relative(run(), expected)
+
+
+def all_errors():
+    """Return every error by name."""
+    x, h, bias = draw(2, 16, 6, 4), draw(2, 16, 6, 4), draw(16)
+    wide = draw(2, 24, 6, 4)
+    found = dict(norm_errors())
+    for factor in (1.0, 0.7):
+        found[f"join times {factor}"] = errors("join", {"x": x, "h": h, "bias": bias}, factor=factor)
+        found[f"halve times {factor}"] = errors("halve", {"x": wide}, factor=factor)
+        found[f"double times {factor}"] = errors("double", {"x": wide}, factor=factor)
+        parts = {"x": draw(2, 32, 6, 4), "beside": x, "weight": draw(16, 48), "h": h, "bias": bias}
+        found[f"project and join times {factor}"] = errors("project_join", parts, factor=factor)
+    return found | {f"network {name}": network_errors(name) for name in NETWORKS}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    kernels.libdevice = types.SimpleNamespace(fast_dividef=lambda a, b: a / b)  # CUDA's own, not interpreted
+    layers.fuses = lambda x: not layers.is_plain()
+    kernels.projects = lambda x, beside: x.shape[1] % 16 == beside.shape[1] % 16 == 0  # float32 too
+    print(json.dumps(all_errors()))
