@@ -1,5 +1,7 @@
 """Replay a network's passes as CUDA graphs: one launch for hundreds of kernels, where the host would be slower."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ def replay_passes(net: nn.Module) -> None:
     already there, run as before. Among several processes they raise RuntimeError: recorded gradients are sums over the
     processes already (ranks.py). `backward` alone gives gradients of a recorded pass, not `torch.autograd.grad`.
     """
-    plain, seen, recorded = net.forward, set(), {}
+    plain, seen, recorded, castings = net.forward, set(), {}, {}
     trained = [p for p in net.parameters() if p.requires_grad]
     anchor = torch.zeros((), requires_grad=True)  # what a replay seems to depend on, so that it has a backward pass
 
@@ -35,7 +37,10 @@ def replay_passes(net: nn.Module) -> None:
                 raise RuntimeError("of a network that several processes share, one pass at a time may have gradients")
             return plain(*args)
         if kind not in recorded:
-            recorded[kind] = _Pass(plain, parameters, args)
+            precision = _precision()
+            if precision not in castings:
+                castings[precision] = _CastWeights(net, precision)
+            recorded[kind] = _Pass(plain, parameters, args, castings[precision])
         return _Replay.apply(recorded[kind], args, anchor)
 
     net.forward = forward
@@ -47,9 +52,50 @@ def _replayable(args: tuple[Tensor | None, ...]) -> bool:
 
 
 def _kind(net: nn.Module, args: tuple[Tensor | None, ...]) -> tuple:
-    precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
     shapes = tuple(None if arg is None else (arg.shape, arg.dtype) for arg in args)
-    return torch.is_grad_enabled(), net.training, precision, shapes
+    return torch.is_grad_enabled(), net.training, _precision(), shapes
+
+
+def _precision() -> torch.dtype | None:
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+
+
+class _CastWeights:
+    """Copies of a network's weights in autocast's precision, which all its recorded passes share; none without it.
+
+    One kernel makes them all, and one brings their gradients back: autocast has one for each weight and each pass.
+    """
+
+    def __init__(self, net: nn.Module, precision: torch.dtype | None) -> None:
+        layers = [module for module in net.modules() if precision and isinstance(module, (nn.Conv2d, nn.Linear))]
+        self._copies = {
+            layer: nn.Parameter(layer.weight.detach().to(precision), layer.weight.requires_grad) for layer in layers
+        }
+        self._weights = {layer: layer.weight for layer in layers}
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the layers compute with the copies."""
+        self._put(self._copies)
+        try:
+            yield
+        finally:
+            self._put(self._weights)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Bring the copies up to date."""
+        if self._copies:
+            torch._foreach_copy_(list(self._copies.values()), list(self._weights.values()))
+
+    def stand_ins(self) -> dict[nn.Parameter, nn.Parameter]:
+        """Return the copy of each weight that has one."""
+        return {weight: self._copies[layer] for layer, weight in self._weights.items()}
+
+    @staticmethod
+    def _put(weights: dict[nn.Module, nn.Parameter]) -> None:
+        for layer, weight in weights.items():
+            layer.weight = weight
 
 
 class _Pass:
@@ -58,15 +104,21 @@ class _Pass:
     While `awaits_backward`, a replay would write over activations that are still needed.
     """
 
-    def __init__(self, forward: Any, parameters: list[nn.Parameter], args: tuple[Tensor | None, ...]) -> None:
+    def __init__(
+        self, forward: Any, parameters: list[nn.Parameter], args: tuple[Tensor | None, ...], casting: _CastWeights
+    ) -> None:
         self.parameters, self.awaits_backward = parameters, False
         self.inputs = [None if arg is None else arg.detach().clone() for arg in args]
         self._forward, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        with torch.cuda.graph(self._forward, stream=stream, capture_error_mode="thread_local"):
-            self._out = forward(*self.inputs)
-        if parameters:
-            self._d_out = torch.empty_like(self._out)
-            self._backward = _BackwardPass(self._out, self._d_out, parameters, self._forward.pool(), stream)
+        with casting.in_place():
+            with torch.cuda.graph(self._forward, stream=stream, capture_error_mode="thread_local"):
+                casting.update()
+                self._out = forward(*self.inputs)
+            if parameters:
+                self._d_out = torch.empty_like(self._out)
+                self._backward = _BackwardPass(
+                    *(self._out, self._d_out, parameters, casting.stand_ins(), self._forward.pool(), stream)
+                )
         self._out = self._out.detach()
 
     def forward(self, args: tuple[Tensor | None, ...]) -> Tensor:
@@ -92,7 +144,15 @@ class _BackwardPass:
     Exchanges are no parts of graphs: NCCL would not watch over them, and could not end while the graphs exist.
     """
 
-    def __init__(self, out: Tensor, d_out: Tensor, parameters: list[nn.Parameter], pool: Any, stream: Any) -> None:
+    def __init__(
+        self,
+        out: Tensor,
+        d_out: Tensor,
+        parameters: list[nn.Parameter],
+        stand_ins: dict[nn.Parameter, nn.Parameter],
+        pool: Any,
+        stream: Any,
+    ) -> None:
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._pieces: list[Tensor | None] = []
         self._pool = pool
@@ -100,8 +160,8 @@ class _BackwardPass:
         torch.cuda.synchronize()
         with torch.cuda.stream(stream), torch.autocast("cuda", enabled=False):
             self._begin()
-            with pieces.taken_from(parameters):
-                out.backward(d_out, inputs=parameters)
+            with pieces.taken_from(parameters, stand_ins):
+                out.backward(d_out, inputs=[stand_ins.get(p, p) for p in parameters])
             self._end(pieces.rest())
         self.gradients = [p.grad for p in parameters]
         for p in parameters:

@@ -5,6 +5,7 @@ others there are zeros where a network's output should be, and what a method mak
 for nobody, gradients and losses are exchanged once a step, and no method knows that it is not alone.
 """
 
+import functools
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -199,40 +200,58 @@ class GradientPieces:
         self._on_full, self._waiting, self._bytes = on_full, [], 0
 
     @contextmanager
-    def taken_from(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-        """Take, among several processes, the gradients of one backward pass within this context, as it computes them.
+    def taken_from(
+        self, parameters: Iterable[nn.Parameter], stand_ins: Mapping[nn.Parameter, nn.Parameter] | None = None
+    ) -> Iterator[None]:
+        """Take the gradients of one backward pass within this context, as it computes them.
 
-        The order is that of the pass, the same in every process.
+        The order is that of the pass, the same in every process. `stand_ins` are copies in another precision, with
+        which the pass was computed: their gradients become those of the parameters, also in a process that is alone.
         """
-        trained = [p for p in parameters if p.requires_grad] if count() > 1 else []
-        hooks = [p.register_post_accumulate_grad_hook(self.take) for p in trained]
+        stand_ins, alone = stand_ins or {}, count() == 1
+        hooks = []
+        for p in parameters:
+            if p.requires_grad and not (alone and p not in stand_ins):
+                leaf = stand_ins.get(p, p)
+                hooks.append(leaf.register_post_accumulate_grad_hook(functools.partial(self._take, p)))
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def take(self, p: nn.Parameter) -> None:
-        """Take a parameter's gradient; what was there before is handed on if it is large enough."""
-        if self._bytes >= PIECE:
+    def _take(self, p: nn.Parameter, leaf: nn.Parameter) -> None:
+        """Take a parameter's gradient; what was there before is handed on if it is large enough to be exchanged."""
+        if self._bytes >= PIECE and count() > 1:
             self._on_full(self._brought_together())
-        self._waiting.append(p)
-        self._bytes += p.grad.nbytes
+        self._waiting.append((p, leaf))
+        self._bytes += p.nbytes
 
     def rest(self) -> Tensor | None:
-        """Return the last piece; None where no gradient came."""
-        return self._brought_together() if self._waiting else None
+        """Return the last piece; None where there is nobody to exchange it with, or no gradient came."""
+        last = self._brought_together() if self._waiting else None
+        return last if count() > 1 else None
 
     def _brought_together(self) -> Tensor:
-        trained, self._waiting, self._bytes = self._waiting, [], 0
-        sizes = [p.numel() for p in trained]
-        together = trained[0].new_empty(sum(sizes))
-        parts = zip(together.split(sizes), trained, strict=True)
-        places = [part.as_strided(p.shape, p.stride()) for part, p in parts]
-        torch._foreach_copy_(places, [p.grad for p in trained])
-        for p, place in zip(trained, places, strict=True):
-            p.grad = place
+        taken, self._waiting, self._bytes = self._waiting, [], 0
+        sizes = [p.numel() for p, _ in taken]
+        together = taken[0][0].new_empty(sum(sizes))
+        parts = together.split(sizes)
+        gradients = [_in_memory(leaf.grad) for _, leaf in taken]
+        for dtype in {gradient.dtype for gradient in gradients}:  # one kernel each
+            places, found = zip(
+                *((a, b) for a, b in zip(parts, gradients, strict=True) if b.dtype == dtype), strict=True
+            )
+            torch._foreach_copy_(places, found)
+        for (p, leaf), part in zip(taken, parts, strict=True):
+            leaf.grad = None
+            p.grad = part.as_strided(p.shape, p.stride())
         return together
+
+
+def _in_memory(gradient: Tensor) -> Tensor:
+    """Return a gradient's numbers as they lie in memory, where autograd lays them out as their parameter's."""
+    return gradient.as_strided((gradient.numel(),), (1,))
 
 
 class _Place(torch.autograd.Function):

@@ -137,12 +137,37 @@ def test_gradients_come_in_pieces_as_the_backward_pass_computes_them(monkeypatch
     assert all(torch.equal(p.grad, 2 * gradient) for p, gradient in zip(net.parameters(), expected, strict=True))
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_gradients_of_half_precision_stand_ins_become_those_of_the_parameters(processes, monkeypatch):
+    conv, norm = torch.nn.Conv2d(2, 4, 3), torch.nn.GroupNorm(2, 4)
+    net = torch.nn.Sequential(conv, norm, torch.nn.Conv2d(4, 3, 1)).to(memory_format=torch.channels_last)
+    x, parameters = torch.randn(2, 2, 5, 4), list(net.parameters())
+    casting = graphs._CastWeights(net, torch.bfloat16)
+    with torch.no_grad():
+        conv.weight.mul_(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = torch.autograd.grad(net(x).float().square().sum(), parameters)
+        with casting.in_place():
+            casting.update()
+            out = net(x)
+    assert list(net.parameters()) == parameters
+    monkeypatch.setattr(ranks, "count", lambda: processes)
+    stand_ins, pieces = casting.stand_ins(), ranks.GradientPieces(lambda piece: None)
+    assert set(stand_ins) == {conv.weight, net[2].weight}
+    with pieces.taken_from(parameters, stand_ins):
+        out.float().square().sum().backward(inputs=[stand_ins.get(p, p) for p in parameters])
+    last = pieces.rest()
+    assert last is None if processes == 1 else len(last) == sum(p.numel() for p in parameters)
+    for p, gradient in zip(parameters, expected, strict=True):
+        assert torch.equal(p.grad, gradient) and p.grad.stride() == p.stride() and p.grad.dtype == torch.float32
+
+
 class Recorded:
     """A recorded pass whose backward pass is still to come; a GPU's would be graphs."""
 
     awaits_backward = True
 
-    def __init__(self, forward, parameters, args):
+    def __init__(self, forward, parameters, args, casting):
         self._forward = forward
 
     def forward(self, args):
