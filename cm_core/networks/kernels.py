@@ -329,28 +329,9 @@ def _norm_forward(
         beside_ptr += image * pixels * beside_stride
     y_ptr += image * pixels * channels
 
-    # Sums are of differences to the first pixel: a mean far from zero then costs no digits of the variance.
-    one = tl.arange(0, 1)
-    first = _load_pixels(
-        x_ptr, x_stride, beside_ptr, beside_stride, one, channel, first_channels, valid[None, :], mixes
+    held, first, total, squares = _channel_sums(
+        x_ptr, x_stride, beside_ptr, beside_stride, pixels, channel, first_channels, valid, mixes, whole, full, height
     )
-    first = tl.sum(first.to(tl.float32), 0)
-    pixel = tl.arange(0, height)
-    mask = _mask(pixel, pixels, valid, full)
-    held = _load_pixels(x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes)
-    x = tl.where(mask, held.to(tl.float32) - first[None, :], 0.0)
-    total = tl.sum(x, 0)
-    squares = tl.sum(x * x, 0)
-    if not whole:
-        for past in range(height, pixels, height):
-            pixel = past + tl.arange(0, height)
-            mask = _mask(pixel, pixels, valid, full)
-            x = _load_pixels(
-                x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes
-            ).to(tl.float32)
-            x = tl.where(mask, x - first[None, :], 0.0)
-            total += tl.sum(x, 0)
-            squares += tl.sum(x * x, 0)
     added = _added(bias_ptr, before_ptr, image, channel, channels, valid, has_bias, has_before)
     channel_mean = first + total / pixels + added
     spread = squares - total * total / pixels
@@ -369,16 +350,49 @@ def _norm_forward(
     shift = tl.load(shift_ptr + image * affine_stride + channel, mask=valid, other=0.0).to(tl.float32)
     factor = rstd * scale
     offset = shift - (mean - added) * factor
+    pixel = tl.arange(0, height)
     if whole:
-        _store_act(held.to(tl.float32), factor, offset, y_ptr, pixel, channel, channels, mask, silu)
+        mask = _mask(pixel, pixels, valid, full)
+        _store_act(held, factor, offset, y_ptr, pixel, channel, channels, mask, silu)
     else:
         for past in range(0, pixels, height):
-            pixel = past + tl.arange(0, height)
-            mask = _mask(pixel, pixels, valid, full)
+            mask = _mask(past + pixel, pixels, valid, full)
             x = _load_pixels(
-                x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes
-            ).to(tl.float32)
-            _store_act(x, factor, offset, y_ptr, pixel, channel, channels, mask, silu)
+                x_ptr, x_stride, beside_ptr, beside_stride, past + pixel, channel, first_channels, mask, mixes
+            )
+            _store_act(x, factor, offset, y_ptr, past + pixel, channel, channels, mask, silu)
+
+
+@triton.jit
+def _channel_sums(
+    x_ptr, x_stride, beside_ptr, beside_stride, pixels, channel, first_channels, valid,
+    mixes: tl.constexpr, whole: tl.constexpr, full: tl.constexpr, height: tl.constexpr,
+):  # fmt: skip
+    """Return the first tile of an image, its first pixel, and the sums of all differences to that and their squares.
+
+    A mean far from zero then costs no digits of the variance.
+    """
+    one = tl.arange(0, 1)
+    first = _load_pixels(
+        x_ptr, x_stride, beside_ptr, beside_stride, one, channel, first_channels, valid[None, :], mixes
+    )
+    first = tl.sum(first.to(tl.float32), 0)
+    pixel = tl.arange(0, height)
+    mask = _mask(pixel, pixels, valid, full)
+    held = _load_pixels(x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes)
+    x = tl.where(mask, held.to(tl.float32) - first[None, :], 0.0)
+    total = tl.sum(x, 0)
+    squares = tl.sum(x * x, 0)
+    if not whole:
+        for past in range(height, pixels, height):
+            mask = _mask(past + pixel, pixels, valid, full)
+            x = _load_pixels(
+                x_ptr, x_stride, beside_ptr, beside_stride, past + pixel, channel, first_channels, mask, mixes
+            )
+            x = tl.where(mask, x.to(tl.float32) - first[None, :], 0.0)
+            total += tl.sum(x, 0)
+            squares += tl.sum(x * x, 0)
+    return held, first, total, squares
 
 
 @triton.jit
@@ -430,7 +444,7 @@ def _load_pixels(
 
 @triton.jit
 def _store_act(x, factor, offset, y_ptr, pixel, channel, channels, mask, silu: tl.constexpr):
-    y = x * factor[None, :] + offset[None, :]
+    y = x.to(tl.float32) * factor[None, :] + offset[None, :]
     if silu:
         y = y * _sigmoid(y)
     tl.store(y_ptr + pixel[:, None] * channels + channel[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -476,23 +490,10 @@ def _norm_backward(
     shift = tl.load(shift_ptr + image * affine_stride + channel, mask=valid, other=0.0).to(tl.float32)
     mean -= _added(bias_ptr, before_ptr, image, channel, channels, valid, has_bias, has_before)
 
-    # z = normed * scale + shift, y = act(z)
-    pixel = tl.arange(0, height)
-    mask = _mask(pixel, pixels, valid, full)
-    x = _load_pixels(x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes)
-    dy = tl.load(dy_ptr + pixel[:, None] * dy_stride + channel[None, :], mask=mask, other=0.0)
-    normed, dz = _normed_and_dz(x, dy, mask, mean, rstd, scale, shift, silu)
-    sum_dz, sum_dz_normed, sum_normed = tl.sum(dz, 0), tl.sum(dz * normed, 0), tl.sum(normed, 0)
-    if not whole:
-        for past in range(height, pixels, height):
-            pixel = past + tl.arange(0, height)
-            mask = _mask(pixel, pixels, valid, full)
-            x = _load_pixels(x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes)
-            dy = tl.load(dy_ptr + pixel[:, None] * dy_stride + channel[None, :], mask=mask, other=0.0)
-            normed, dz = _normed_and_dz(x, dy, mask, mean, rstd, scale, shift, silu)
-            sum_dz += tl.sum(dz, 0)
-            sum_dz_normed += tl.sum(dz * normed, 0)
-            sum_normed += tl.sum(normed, 0)
+    x, dy, sum_dz, sum_dz_normed, sum_normed = _gradient_sums(
+        x_ptr, x_stride, beside_ptr, beside_stride, dy_ptr, dy_stride, pixels, channel, first_channels, valid, mean,
+        rstd, scale, shift, mixes, silu, whole, full, height,
+    )  # fmt: skip
     tl.store(d_shift_ptr + image * channels + channel, sum_dz, mask=valid)
     tl.store(d_scale_ptr + image * channels + channel, sum_dz_normed, mask=valid)
 
@@ -504,33 +505,55 @@ def _norm_backward(
     if has_bias or has_before:
         d_before = rstd * (scale * sum_dz - pixels * mean_dz - sum_normed * mean_dz_normed)
         tl.store(d_before_ptr + image * channels + channel, d_before, mask=valid)
-    if whole:
-        normed, dz = _normed_and_dz(
-            x, dy, mask, mean, rstd, scale, shift, silu
-        )  # computed again: holding them costs more
+    pixel = tl.arange(0, height)
+    for past in range(0, height if whole else pixels, height):
+        mask = _mask(past + pixel, pixels, valid, full)
+        if not whole:
+            x = _load_pixels(
+                x_ptr, x_stride, beside_ptr, beside_stride, past + pixel, channel, first_channels, mask, mixes
+            )
+            dy = tl.load(dy_ptr + (past + pixel)[:, None] * dy_stride + channel[None, :], mask=mask, other=0.0)
+        # Of a whole image computed again: holding them costs more.
+        normed, dz = _normed_and_dz(x, dy, mask, mean, rstd, scale, shift, silu)
         dx = rstd[None, :] * (scale[None, :] * dz - mean_dz[None, :] - normed * mean_dz_normed[None, :])
         if passes:
             dx += _load_pixels(
-                passed_ptr, passed_stride, passed_beside_ptr, passed_beside_stride, pixel, channel, first_channels,
-                mask, mixes,
+                passed_ptr, passed_stride, passed_beside_ptr, passed_beside_stride, past + pixel, channel,
+                first_channels, mask, mixes,
             ).to(tl.float32)  # fmt: skip
-        _store_pixels(dx, dx_ptr, dx_stride, d_beside_ptr, d_beside_stride, pixel, channel, first_channels, mask, mixes)
-    else:
-        for past in range(0, pixels, height):
-            pixel = past + tl.arange(0, height)
-            mask = _mask(pixel, pixels, valid, full)
-            x = _load_pixels(x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes)
-            dy = tl.load(dy_ptr + pixel[:, None] * dy_stride + channel[None, :], mask=mask, other=0.0)
-            normed, dz = _normed_and_dz(x, dy, mask, mean, rstd, scale, shift, silu)
-            dx = rstd[None, :] * (scale[None, :] * dz - mean_dz[None, :] - normed * mean_dz_normed[None, :])
-            if passes:
-                dx += _load_pixels(
-                    passed_ptr, passed_stride, passed_beside_ptr, passed_beside_stride, pixel, channel, first_channels,
-                    mask, mixes,
-                ).to(tl.float32)  # fmt: skip
-            _store_pixels(
-                dx, dx_ptr, dx_stride, d_beside_ptr, d_beside_stride, pixel, channel, first_channels, mask, mixes
+        _store_pixels(
+            dx, dx_ptr, dx_stride, d_beside_ptr, d_beside_stride, past + pixel, channel, first_channels, mask, mixes
+        )
+
+
+@triton.jit
+def _gradient_sums(
+    x_ptr, x_stride, beside_ptr, beside_stride, dy_ptr, dy_stride, pixels, channel, first_channels, valid, mean, rstd,
+    scale, shift,
+    mixes: tl.constexpr, silu: tl.constexpr, whole: tl.constexpr, full: tl.constexpr, height: tl.constexpr,
+):  # fmt: skip
+    """Return the first tiles of x and dy, and the sums over an image's pixels of dz, of dz normed and of normed.
+
+    Where z = normed * scale + shift and y = act(z).
+    """
+    pixel = tl.arange(0, height)
+    mask = _mask(pixel, pixels, valid, full)
+    held_x = _load_pixels(x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes)
+    held_dy = tl.load(dy_ptr + pixel[:, None] * dy_stride + channel[None, :], mask=mask, other=0.0)
+    normed, dz = _normed_and_dz(held_x, held_dy, mask, mean, rstd, scale, shift, silu)
+    sum_dz, sum_dz_normed, sum_normed = tl.sum(dz, 0), tl.sum(dz * normed, 0), tl.sum(normed, 0)
+    if not whole:
+        for past in range(height, pixels, height):
+            mask = _mask(past + pixel, pixels, valid, full)
+            x = _load_pixels(
+                x_ptr, x_stride, beside_ptr, beside_stride, past + pixel, channel, first_channels, mask, mixes
             )
+            dy = tl.load(dy_ptr + (past + pixel)[:, None] * dy_stride + channel[None, :], mask=mask, other=0.0)
+            normed, dz = _normed_and_dz(x, dy, mask, mean, rstd, scale, shift, silu)
+            sum_dz += tl.sum(dz, 0)
+            sum_dz_normed += tl.sum(dz * normed, 0)
+            sum_normed += tl.sum(normed, 0)
+    return held_x, held_dy, sum_dz, sum_dz_normed, sum_normed
 
 
 @triton.jit
