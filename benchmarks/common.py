@@ -3,6 +3,7 @@
 import argparse
 import json
 import platform
+import sys
 import time
 from collections.abc import Callable
 from datetime import date
@@ -60,6 +61,12 @@ def hardware() -> dict[str, Any]:
         "torch": torch.__version__,
         "matmul_tflops": round(matmul_rate(device) / 1e12, 1) if on_gpu else None,
     }
+
+
+def told(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of the table after saying it: the table is to come, and the next rows may take minutes."""
+    print(", ".join(f"{key} {_cell(value)}" for key, value in row.items()), file=sys.stderr, flush=True)
+    return row
 
 
 def report(args: argparse.Namespace, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:

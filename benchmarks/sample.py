@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import NOISE, hardware, network, parser, report, seconds
+from benchmarks.common import NOISE, hardware, network, parser, report, seconds, told
 from cm_core.graphs import replay_passes
 from cm_core.model import ModelSpec, build_seeded
 from cm_core.networks.layers import plain_layers
@@ -67,11 +67,11 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments.parse_args(argv)
     device, rows = pick_device(), []
     for name in SAMPLERS:
-        rows.append(measure(args, name, "fused", device))
+        rows.append(told(measure(args, name, "fused", device)))
     for variant in args.variants:
         if variant != "fused":
             with plain_layers():
-                rows.append(measure(args, "one step", variant, device))
+                rows.append(told(measure(args, "one step", variant, device)))
     report(args, hardware(), rows)
 
 

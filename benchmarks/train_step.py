@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import NOISE, hardware, network, parser, report, seconds, synchronise
+from benchmarks.common import NOISE, hardware, network, parser, report, seconds, synchronise, told
 from cm_core.batches import Batches
 from cm_core.cost import step_cost
 from cm_core.graphs import replay_passes
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
             if variant == "diffusers" and not installed("diffusers"):
                 facts["diffusers"] = "not installed"
                 continue
-            rows.append(measure(args, name, variant, device, peak))
+            rows.append(told(measure(args, name, variant, device, peak)))
     report(args, facts, rows)
 
 
