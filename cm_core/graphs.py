@@ -64,38 +64,32 @@ class _CastWeights:
     """Copies of a network's weights in autocast's precision, which all its recorded passes share; none without it.
 
     One kernel makes them all, and one brings their gradients back: autocast has one for each weight and each pass.
+    Where convolutions and linear layers run, autocast must be in force, as it is in all of a network of this package.
     """
 
     def __init__(self, net: nn.Module, precision: torch.dtype | None) -> None:
-        layers = [module for module in net.modules() if precision and isinstance(module, (nn.Conv2d, nn.Linear))]
-        self._copies = {
-            layer: nn.Parameter(layer.weight.detach().to(precision), layer.weight.requires_grad) for layer in layers
+        layers = [layer for layer in net.modules() if precision and isinstance(layer, (nn.Conv2d, nn.Linear))]
+        self._homes = [(layer, layer.weight) for layer in layers]
+        self.stand_ins = {
+            weight: nn.Parameter(weight.detach().to(precision), weight.requires_grad) for _, weight in self._homes
         }
-        self._weights = {layer: layer.weight for layer in layers}
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Let the layers compute with the copies."""
-        self._put(self._copies)
+        for layer, weight in self._homes:
+            layer.weight = self.stand_ins[weight]
         try:
             yield
         finally:
-            self._put(self._weights)
+            for layer, weight in self._homes:
+                layer.weight = weight
 
     @torch.no_grad()
     def update(self) -> None:
         """Bring the copies up to date."""
-        if self._copies:
-            torch._foreach_copy_(list(self._copies.values()), list(self._weights.values()))
-
-    def stand_ins(self) -> dict[nn.Parameter, nn.Parameter]:
-        """Return the copy of each weight that has one."""
-        return {weight: self._copies[layer] for layer, weight in self._weights.items()}
-
-    @staticmethod
-    def _put(weights: dict[nn.Module, nn.Parameter]) -> None:
-        for layer, weight in weights.items():
-            layer.weight = weight
+        if self.stand_ins:
+            torch._foreach_copy_(list(self.stand_ins.values()), list(self.stand_ins))
 
 
 class _Pass:
@@ -117,7 +111,7 @@ class _Pass:
             if parameters:
                 self._d_out = torch.empty_like(self._out)
                 self._backward = _BackwardPass(
-                    *(self._out, self._d_out, parameters, casting.stand_ins(), self._forward.pool(), stream)
+                    *(self._out, self._d_out, parameters, casting.stand_ins, self._forward.pool(), stream)
                 )
         self._out = self._out.detach()
 

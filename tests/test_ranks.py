@@ -152,7 +152,7 @@ def test_gradients_of_half_precision_stand_ins_become_those_of_the_parameters(pr
             out = net(x)
     assert list(net.parameters()) == parameters
     monkeypatch.setattr(ranks, "count", lambda: processes)
-    stand_ins, pieces = casting.stand_ins(), ranks.GradientPieces(lambda piece: None)
+    stand_ins, pieces = casting.stand_ins, ranks.GradientPieces(lambda piece: None)
     assert set(stand_ins) == {conv.weight, net[2].weight}
     with pieces.taken_from(parameters, stand_ins):
         out.float().square().sum().backward(inputs=[stand_ins.get(p, p) for p in parameters])

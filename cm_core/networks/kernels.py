@@ -138,7 +138,9 @@ class _NormAct(torch.autograd.Function):
 
 def _passed(d: Tensor | None, like: Tensor | None) -> Tensor | None:
     """Return the gradient of what passed a norm by, zeros where nobody used that, None where there was nothing."""
-    return None if like is None else torch.zeros_like(like) if d is None else _channels_last(d)
+    if like is None:
+        return None
+    return torch.zeros_like(like) if d is None else _channels_last(d)
 
 
 class _Join(torch.autograd.Function):
