@@ -9,7 +9,6 @@ python -m benchmarks.scaling --devices 1 2 --channels 16 --blocks 1 --size 8 --b
 import argparse
 import gc
 import multiprocessing
-import sys
 import tempfile
 from collections.abc import Callable
 from multiprocessing.queues import SimpleQueue
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import NOISE, hardware, network, parser, report, seconds
+from benchmarks.common import NOISE, hardware, network, parser, report, seconds, told
 from benchmarks.train_step import METHODS, Step
 from cm_core import ranks
 from cm_core.graphs import replay_passes
@@ -62,7 +61,7 @@ def _work(
         }
     gc.collect()  # a network and its recorded passes hold each other
     rates["apart"] = rates["training"] if count == 1 else _train(args, device, args.batch_size // count, barrier.wait)
-    print(f"{count} devices, process {rank}: {rates}", file=sys.stderr, flush=True)
+    told({"devices": count, "process": rank, **rates})
     answers.put(rates)
 
 

@@ -1,5 +1,6 @@
 """Replay a network's passes as CUDA graphs: one launch for hundreds of kernels, where the host would be slower."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +21,8 @@ def replay_passes(net: nn.Module) -> None:
     already there, run as before. Among several processes they raise RuntimeError: recorded gradients are sums over the
     processes already (ranks.py). `backward` alone gives gradients of a recorded pass, not `torch.autograd.grad`.
     """
-    plain, seen, recorded, castings = net.forward, set(), {}, {}
+    plain, seen, recorded = net.forward, set(), {}
+    cast_weights = functools.cache(functools.partial(_CastWeights, net))
     trained = [p for p in net.parameters() if p.requires_grad]
     anchor = torch.zeros((), requires_grad=True)  # what a replay seems to depend on, so that it has a backward pass
 
@@ -37,10 +39,7 @@ def replay_passes(net: nn.Module) -> None:
                 raise RuntimeError("of a network that several processes share, one pass at a time may have gradients")
             return plain(*args)
         if kind not in recorded:
-            precision = _precision()
-            if precision not in castings:
-                castings[precision] = _CastWeights(net, precision)
-            recorded[kind] = _Pass(plain, parameters, args, castings[precision])
+            recorded[kind] = _Pass(plain, parameters, args, cast_weights(_precision()))
         return _Replay.apply(recorded[kind], args, anchor)
 
     net.forward = forward

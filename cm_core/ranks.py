@@ -208,12 +208,13 @@ class GradientPieces:
         The order is that of the pass, the same in every process. `stand_ins` are copies in another precision, with
         which the pass was computed: their gradients become those of the parameters, also in a process that is alone.
         """
-        stand_ins, alone = stand_ins or {}, count() == 1
-        hooks = []
-        for p in parameters:
-            if p.requires_grad and not (alone and p not in stand_ins):
-                leaf = stand_ins.get(p, p)
-                hooks.append(leaf.register_post_accumulate_grad_hook(functools.partial(self._take, p)))
+        stand_ins = stand_ins or {}
+        taken = [p for p in (parameters if count() > 1 else stand_ins) if p.requires_grad]
+        leaves = [stand_ins.get(p, p) for p in taken]
+        hooks = [
+            leaf.register_post_accumulate_grad_hook(functools.partial(self._take, p))
+            for p, leaf in zip(taken, leaves, strict=True)
+        ]
         try:
             yield
         finally:

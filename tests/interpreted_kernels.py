@@ -10,8 +10,9 @@ import torch
 
 import fused_formulas
 from cm_core.model import ModelSpec
-from cm_core.networks import DhariwalUNetParams, SongUNetParams, kernels, layers
+from cm_core.networks import kernels, layers
 from cm_core.noise import Noise
+from small_networks import relative, small_networks
 
 # channels of x, channels beside, groups, height, width
 NORMS = {
@@ -23,19 +24,6 @@ NORMS = {
     "two parts that a program mixes": (20, 8, 7, 4, 3),
     "two parts of a large image": (12, 4, 2, 64, 96),
 }
-SMALL = {"channels": 16, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,)}
-NETWORKS = {
-    "ddpmpp": SongUNetParams(**SMALL),
-    "ncsnpp": SongUNetParams(**SMALL, encoder="residual", resample_filter="fir", fourier_scale=0.02),
-    "adm": DhariwalUNetParams(**SMALL, channels_per_head=16),
-    "adm_added": DhariwalUNetParams(**SMALL, channels_per_head=16, scale_shift=False),
-}
-
-
-def relative(found, expected):
-    """Return |found - expected| / |expected| over all tensors."""
-    difference = sum((a - b).double().square().sum() for a, b in zip(found, expected, strict=True))
-    return (difference / sum(b.double().square().sum() for b in expected)).sqrt().item()
 
 
 def draw(*shape):
@@ -77,9 +65,9 @@ def norm_errors():
             yield f"norm: {shape}, {what}", errors("norm_act", tensors | more, groups=groups, eps=1e-5, silu=silu)
 
 
-def network_errors(name):
+def network_error(params):
     """Return the error of a network's output and gradients: fused layers against plain ones."""
-    spec = ModelSpec(form="skip", network=NETWORKS[name], noise=Noise(), image_shape=(3, 8, 8))
+    spec = ModelSpec(form="skip", network=params, noise=Noise(), image_shape=(3, 8, 8))
     model = spec.build()
     with torch.no_grad():
         for p in model.parameters():  # residual branches begin near zero, where errors would not show
@@ -108,7 +96,7 @@ def all_errors():
         found[f"double times {factor}"] = errors("double", {"x": wide}, factor=factor)
         parts = {"x": draw(2, 32, 6, 4), "beside": x, "weight": draw(16, 48), "h": h, "bias": bias}
         found[f"project and join times {factor}"] = errors("project_join", parts, factor=factor)
-    return found | {f"network {name}": network_errors(name) for name in NETWORKS}
+    return found | {f"network {name}": network_error(params) for name, params in small_networks().items()}
 
 
 if __name__ == "__main__":
@@ -116,5 +104,6 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     kernels.libdevice = types.SimpleNamespace(fast_dividef=lambda a, b: a / b)  # CUDA's own, not interpreted
     layers.fuses = lambda x: not layers.is_plain()
-    kernels.projects = lambda x, beside: x.shape[1] % 16 == beside.shape[1] % 16 == 0  # float32 too
+    least = kernels.PROJECT["least"]
+    kernels.projects = lambda x, beside: x.shape[1] % least == beside.shape[1] % least == 0  # float32 too
     print(json.dumps(all_errors()))

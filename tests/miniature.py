@@ -6,6 +6,12 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 
+
+def python_path(*first):
+    """Return the PYTHONPATH of a process that imports what these folders hold, the tests' helpers, and what we can."""
+    return os.pathsep.join(map(str, [*first, Path(__file__).parent, os.environ.get("PYTHONPATH", "")]))
+
+
 STAGE = """
 import os, pathlib, sys, time
 

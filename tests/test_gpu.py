@@ -21,7 +21,6 @@ from cm_core.methods.ict import ICT
 from cm_core.methods.pd import PD
 from cm_core.methods.scm import SCM
 from cm_core.model import ModelSpec
-from cm_core.networks import DhariwalUNetParams, SongUNetParams
 from cm_core.networks.layers import plain_layers
 from cm_core.noise import Noise
 from cm_core.philox import normals
@@ -29,16 +28,11 @@ from cm_core.randomness import derive_seed, dropout_seed
 from cm_core.sampling import ImageNoise
 from flows.stages.models import to_device
 from flows.stages.student import build_weighting
+from small_networks import relative, small_networks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA, SHAPE, BATCH = torch.device("cuda"), (3, 32, 32), 32
-SMALL = {"channels": 32, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (16,)}
-NETWORKS = {
-    "ddpmpp": SongUNetParams(**SMALL),
-    "ncsnpp": SongUNetParams(**SMALL, encoder="residual", resample_filter="fir", fourier_scale=0.02),
-    "adm": DhariwalUNetParams(**SMALL, channels_per_head=16),
-    "adm_added": DhariwalUNetParams(**SMALL, channels_per_head=16, scale_shift=False),
-}
+NETWORKS = small_networks(channels=32, attend_at=16)
 
 
 @pytest.fixture(autouse=True)
@@ -76,12 +70,6 @@ def pass_through(model, seed=3):
         out = model(x, sigma)
     out.square().mean().backward()
     return [out.detach().clone(), *(p.grad.clone() for p in model.parameters())]
-
-
-def relative(found, expected):
-    """|found - expected| / |expected| over all tensors of a list."""
-    difference = sum((a.double() - b.double()).square().sum() for a, b in zip(found, expected, strict=True))
-    return (difference / sum(b.double().square().sum() for b in expected)).sqrt().item()
 
 
 @pytest.mark.parametrize("name", NETWORKS)

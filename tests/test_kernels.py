@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from miniature import REPOSITORY
+from miniature import REPOSITORY, python_path
 
 TRITON = Path(sys.prefix, "triton")  # beside the other packages, which it would slow down and make talk
 pytestmark = pytest.mark.skipif(
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def errors():
-    here = os.pathsep.join(map(str, [TRITON, REPOSITORY, Path(__file__).parent]))
-    environment = {**os.environ, "PYTHONPATH": here, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    path = python_path(TRITON, REPOSITORY)
+    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     script = Path(__file__).with_name("interpreted_kernels.py")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -16,7 +16,7 @@ import torch
 from cm_core import graphs, ranks
 from cm_core.checkpoint import list_states, load_tensors
 from flows.recipe import write_active
-from miniature import REPOSITORY
+from miniature import REPOSITORY, python_path
 from servers import free_port
 from small_stages import files, run_small, small_recipe
 from test_loop import METHODS, Training
@@ -207,8 +207,7 @@ def root(ready, tmp_path):
 
 
 def shared_environment(devices):
-    here = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": here, "CM_DEVICES": str(devices), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": python_path(REPOSITORY), "CM_DEVICES": str(devices), "OMP_NUM_THREADS": "1"}
 
 
 def begin(root, devices, stage="student", **variables):
@@ -328,8 +327,7 @@ class Node:
         shutil.copy(REPOSITORY / "dvc.yaml", folder)
         for name in ("params", "out"):
             shutil.copytree(made / name, folder / name)
-        here = os.pathsep.join([str(folder), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-        self.variables = {"PYTHONPATH": here, "CM_MEET": f"127.0.0.1:{port}"}
+        self.variables = {"PYTHONPATH": python_path(folder), "CM_MEET": f"127.0.0.1:{port}"}
 
     def begin(self, stage="student"):
         return begin(self.root, 1, stage, **self.variables, CM_NODES="2")

@@ -22,24 +22,19 @@ from cm_core.methods.ect import ECT
 from cm_core.methods.edm import EDM
 from cm_core.methods.scm import SCM
 from cm_core.model import ModelSpec
-from cm_core.networks import DhariwalUNetParams, SongUNetParams, layers
+from cm_core.networks import SongUNetParams, layers
 from cm_core.noise import Noise
 from cm_core.philox import normals, philox
 from cm_core.profiling import RECORDED, SKIPPED
 from cm_core.randomness import dropout_seed
 from flows.cli import main
 from flows.monitor import PROFILE_VARIABLE
+from small_networks import small_networks
 from small_stages import run_small, small_recipe
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-SMALL = {"channels": 16, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,)}
-NETWORKS = {
-    "ddpmpp": SongUNetParams(**SMALL),
-    "ncsnpp": SongUNetParams(**SMALL, encoder="residual", resample_filter="fir", fourier_scale=16),
-    "adm": DhariwalUNetParams(**SMALL, channels_per_head=8),
-    "adm_added": DhariwalUNetParams(**SMALL, channels_per_head=8, scale_shift=False),
-}
+NETWORKS = small_networks(channels_per_head=8, fourier_scale=16)
 
 
 def build(params):
@@ -64,7 +59,7 @@ def pass_through(net, batch=6):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_fused_form_of_the_layers_computes_the_same(monkeypatch, name):
-    """The formulas that the kernels compute, by PyTorch on the CPU; the benchmark compares the kernels themselves."""
+    """The formulas that the kernels compute, by PyTorch on the CPU; test_kernels.py compares the kernels themselves."""
     net = build(NETWORKS[name])
     expected = pass_through(net)
     monkeypatch.setitem(sys.modules, "cm_core.networks.kernels", fused_formulas)
