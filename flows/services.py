@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +38,25 @@ LOOK_EVERY = 0.5  # seconds between two looks whether all is well
 LOG_LINES = 15  # of a service that ended, shown to the user
 MLFLOW_SCHEMA = "mlflow"  # of PostgreSQL: both servers call a table alembic_version
 CPU_RUNS = 4  # flow runs at once in the pool `cpu`
+
+
+class _StopFlag:
+    """Whether SIGINT or SIGTERM came; no threading.Event, whose lock the interrupted thread may hold itself."""
+
+    def __init__(self) -> None:
+        self._set = False
+
+    def set(self, *_: object) -> None:
+        self._set = True
+
+    def is_set(self) -> bool:
+        return self._set
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep for so many seconds, unless the flag is set already; return whether it is set by then."""
+        if not self._set:
+            time.sleep(seconds)
+        return self._set
 
 
 class ServiceEnded(RuntimeError):
@@ -218,7 +236,7 @@ class _Children:
         self._servers: list[Child] = []
         self._workers: list[Child] = []
 
-    def start_servers(self, database: str | None, stop: threading.Event) -> None:
+    def start_servers(self, database: str | None, stop: _StopFlag) -> None:
         """Start the servers and wait until they answer. Raises ServiceEnded where one does not."""
         env = {**self._env, **server_variables(self._root, self._services, database)}
         for name, command in _server_commands(self._root, self._services).items():
@@ -311,10 +329,10 @@ def _answers(url: str) -> bool:
 
 
 @contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-    """Yield an event that SIGINT and SIGTERM set."""
-    stop = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+def _stop_signal() -> Iterator[_StopFlag]:
+    """Yield a flag that SIGINT and SIGTERM set."""
+    stop = _StopFlag()
+    before = {number: signal.signal(number, stop.set) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:

@@ -20,6 +20,7 @@ class StageMonitor(Monitor):
 
     def __init__(self, stage: str, run: StageRun, stop_requested: Callable[[], bool]) -> None:
         self._stage, self._run, self._stop_requested = stage, run, stop_requested
+        self._stop_announced = False
         self._display = _Bar(stage) if sys.stderr.isatty() else _Lines(stage)
         self._file = _ProgressFile.from_environment()
         self.on_state_saved: Callable[[], None] = lambda: None  # set once the state's place is held
@@ -42,7 +43,11 @@ class StageMonitor(Monitor):
         self.on_state_saved()
 
     def stop_requested(self) -> bool:
-        return self._stop_requested()
+        requested = self._stop_requested()
+        if requested and not self._stop_announced:  # said here, because a signal handler must not print
+            self._stop_announced = True
+            self.remark("stopping after this step, the training state is saved; a second signal stops immediately")
+        return requested
 
 
 class _Lines:

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 
 class StageSignals:
@@ -37,11 +37,13 @@ class StageSignals:
             raise SystemExit(128 + self._number) from error
 
     def _handle(self, number: int, _: object) -> None:
-        if not self._deferred or self._number:  # the second signal is for the impatient
+        """Note the signal, and nothing else: it may have interrupted this thread in a print, or while it held a lock.
+
+        A second signal, or the first where nothing has to be saved, ends the process.
+        """
+        if not self._deferred or self._number:
             raise SystemExit(128 + number)
         self._number = number
-        with suppress(BrokenPipeError):  # nobody listens any more
-            print("stopping: the training state is being saved; a second signal stops at once", flush=True)
 
 
 def end_with_caller() -> None:

@@ -298,3 +298,14 @@ def test_up_status_down_and_up_again(root, begin_up):
     assert said.startswith("cm: worker-gpu ended with code -9; the end of ") and "worker-gpu.log:" in said
     time.sleep(0.2)
     assert not [child for child in again.children if services.still_runs(child)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_noted_whatever_it_interrupts(monkeypatch, number):
+    """Here it comes while the flag waits, where a threading.Event would hold a lock."""
+    monkeypatch.setattr(services.time, "sleep", lambda _: os.kill(os.getpid(), number))
+    before = signal.getsignal(number)
+    with services._stop_signal() as stop:
+        assert not stop.is_set()
+        assert stop.wait(60) and stop.is_set()
+    assert signal.getsignal(number) is before

@@ -327,3 +327,42 @@ def test_a_stage_whose_flow_is_gone_saves_and_ends(tmp_path):
     stage.stdout.close()
     stage.stdin.close()
     assert stage.wait(timeout=20) == 0 and (tmp_path / "state").read_text() == "saved"
+
+
+COLLIDER = """
+import io, os, signal, sys
+from pathlib import Path
+from flows.stage_monitor import StageMonitor
+from flows.stage_signals import StageSignals
+
+class SignallingStream(io.RawIOBase):
+    sent = False
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        if not self.sent:
+            self.sent = True
+            os.kill(os.getpid(), signal.SIGTERM)  # its handler runs here, where the buffer above is in use
+        return os.write(1, data)
+
+sys.stdout = io.TextIOWrapper(io.BufferedWriter(SignallingStream()))
+with StageSignals(deferred=True) as signals:
+    monitor = StageMonitor("teacher", None, signals.received)
+    monitor.progress(1, 1, "steps")
+    assert monitor.stop_requested()
+    assert monitor.stop_requested()
+    Path(sys.argv[1]).write_text("saved")
+"""
+
+
+def test_a_signal_in_the_middle_of_a_print_stops_the_stage_with_its_state_saved(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", COLLIDER, str(tmp_path / "state")]
+    stage = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert stage.returncode == 0, stage.stderr
+    assert (tmp_path / "state").read_text() == "saved"
+    progress, announcement = stage.stdout.splitlines()
+    assert progress == "teacher: 1 of 1 steps"
+    assert announcement.startswith("teacher: stopping") and "training state" in announcement
