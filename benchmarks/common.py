@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from cm_core.cost import matmul_rate
 from cm_core.networks import SongUNetParams
 from cm_core.noise import Noise
+from cm_core.training.cost import matmul_rate
 from flows.stages.models import pick_device
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import hardware, report, synchronise
-from cm_core.evaluation import (
+from cm_core.metrics.evaluation import (
     MetricParams,
     Reference,
     _inception_score,
@@ -23,7 +23,7 @@ from cm_core.evaluation import (
     _precision_recall,
     frechet_distance,
 )
-from cm_core.features import Classifier, build_extractor, extract_features, save_classifier
+from cm_core.metrics.features import Classifier, build_extractor, extract_features, save_classifier
 from flows.stages.models import pick_device
 
 PARTS = {

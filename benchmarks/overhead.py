@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import hardware, parser, report
-from flows.services import running
+from flows.operations.services import running
 
 ROOT = Path(__file__).parents[1]
 CM = [sys.executable, "-m", "flows.cli"]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import NOISE, hardware, network, parser, report, seconds, told
-from cm_core.graphs import replay_passes
 from cm_core.model import ModelSpec, build_seeded
 from cm_core.networks.layers import plain_layers
+from cm_core.parallel.graphs import replay_passes
 from cm_core.sampling import ImageNoise, TeacherSampler, multistep
 from flows.stages.models import pick_device, to_device
 from flows.stages.sample import write_images

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from benchmarks.common import NOISE, hardware, network, parser, report, seconds, told
 from benchmarks.train_step import METHODS, Step
-from cm_core import ranks
-from cm_core.graphs import replay_passes
 from cm_core.model import ModelSpec, build_seeded
+from cm_core.parallel import ranks
+from cm_core.parallel.graphs import replay_passes
 from cm_core.sampling import ImageNoise, multistep
 from flows.stages.models import pick_device, to_device
 from flows.stages.sample import write_images

@@ -21,19 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import NOISE, hardware, network, parser, report, seconds, synchronise, told
-from cm_core.batches import Batches
-from cm_core.cost import step_cost
-from cm_core.graphs import replay_passes
-from cm_core.loop import Train, TrainState, train_step
 from cm_core.methods.base import Method, Models, StepContext
 from cm_core.methods.cd import CD
 from cm_core.methods.edm import EDM
 from cm_core.methods.ict import ICT
 from cm_core.model import ModelSpec, build_seeded
 from cm_core.networks.layers import compile_blocks, plain_layers
-from cm_core.optimizers import Adam, RAdam
+from cm_core.parallel.graphs import replay_passes
 from cm_core.precond import Precond
 from cm_core.randomness import make_generator
+from cm_core.training.batches import Batches
+from cm_core.training.cost import step_cost
+from cm_core.training.loop import Train, TrainState, train_step
+from cm_core.training.optimizers import Adam, RAdam
 from flows.stages.models import pick_device, to_device
 
 METHODS: dict[str, Method] = {"ict": ICT(), "edm": EDM(), "cd": CD()}  # ict: four forward passes, as CT and ECT

@@ -126,7 +126,7 @@ class LpipsDistance(nn.Module):
 
 
 def _load_lpips(vgg16: Path | None) -> nn.Module:
-    from cm_core.torchvision_shim import ensure_torchvision
+    from cm_core.metrics.torchvision_shim import ensure_torchvision
 
     ensure_torchvision()
     import lpips

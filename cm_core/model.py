@@ -6,11 +6,11 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from cm_core.checkpoint import load_tensors, save_tensors
 from cm_core.networks import Network
 from cm_core.noise import Noise
 from cm_core.params import Params
 from cm_core.precond import Precond
+from cm_core.tensor_files import load_tensors, save_tensors
 
 SPEC_FILE, WEIGHTS_FILE = "model.json", "ema.safetensors"
 

@@ -19,18 +19,18 @@ from flows.commands import (
     models,
     plan,
     recipes,
-    registry,
     run,
     runs,
+    sample,
     search,
     services,
     sweep,
     why,
 )
 from flows.errors import UserError
-from flows.workspace import StageFailed, home
+from flows.workspace.clone import StageFailed, home
 
-GROUPS = (run, sweep, recipes, data, plan, models, edit, search, registry, runs, why, services, doctor, gc)
+GROUPS = (run, sweep, recipes, data, plan, sample, edit, search, models, runs, why, services, doctor, gc)
 FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 GARBAGE_EVERY = 20_000  # new objects between two searches for garbage; with Python's 700 imports take a seventh longer
 

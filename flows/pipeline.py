@@ -18,8 +18,17 @@ from prefect.context import TaskRunContext
 from prefect.futures import PrefectFuture
 from prefect.states import Completed
 
-from flows.devices import SHARED
-from flows.dvcfiles import (
+from flows.distributed.devices import SHARED
+from flows.distributed.launch import processes_for
+from flows.orchestration.artifacts import ProgressArtifact, show_metrics, show_pictures, show_tracking
+from flows.orchestration.embedded import embedded_prefect
+from flows.orchestration.gpu_slots import gpu_turn
+from flows.orchestration.recovery import end_earlier_starts
+from flows.recipes.recipe import Recipe, flatten, write_active
+from flows.tracking.registry import Rule, register_student
+from flows.tracking.tracker import MODEL_NAME, PipelineRun, Tracker, recipe_name, shown_files
+from flows.workspace.clone import StageFailed, Workspace, cache_of, clone, describe_code, home, take_over
+from flows.workspace.dvc_files import (
     Cache,
     Stage,
     ancestors,
@@ -30,15 +39,6 @@ from flows.dvcfiles import (
     upstream,
     version,
 )
-from flows.earlier_starts import end_earlier_starts
-from flows.embedded import embedded_prefect
-from flows.gpu_turn import gpu_turn
-from flows.launch import processes_for
-from flows.pipeline_artifacts import ProgressArtifact, show_metrics, show_pictures, show_tracking
-from flows.recipe import Recipe, flatten, write_active
-from flows.registry import Rule, register_student
-from flows.tracking import MODEL_NAME, PipelineRun, Tracker, recipe_name, shown_files
-from flows.workspace import StageFailed, Workspace, cache_of, clone, describe_code, home, take_over
 
 RETRY_DELAYS = [2, 20]  # seconds; a training goes on from its last state
 FIGURES_OF = ("prepare/", "sample/", "edit/", "evaluate/")  # what these stages show belongs on the parent run

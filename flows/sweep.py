@@ -8,15 +8,15 @@ from typing import Any
 
 from prefect import flow
 
-from flows.embedded import embedded_prefect
+from flows.orchestration.artifacts import show_metrics, show_pictures, show_tracking
+from flows.orchestration.embedded import embedded_prefect
 from flows.pipeline import consistency
-from flows.pipeline_artifacts import show_metrics, show_pictures, show_tracking
-from flows.recipe import with_absolute_paths
-from flows.rows import Rows
-from flows.sweep_page import Point, Sweep, load_sweep
-from flows.sweep_report import Outcome, network_of, table, write_report
-from flows.tracking import PipelineRun, Tracker
-from flows.workspace import StageFailed, describe_code, home, origin
+from flows.recipes.recipe import with_absolute_paths
+from flows.reports.metrics_table import Rows
+from flows.sweeps.page import Point, Sweep, load_sweep
+from flows.sweeps.report import Outcome, network_of, table, write_report
+from flows.tracking.tracker import PipelineRun, Tracker
+from flows.workspace.clone import StageFailed, describe_code, home, origin
 
 RESULTS = Path("out/sweeps")  # in the workspace: table and plots of each sweep, by name
 

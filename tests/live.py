@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from flows import services
+from flows.operations import services
 from miniature import REPOSITORY, commit, git
 from servers import free_port
 
@@ -75,7 +75,7 @@ class Api:
 
     def submit(self, *overrides: str) -> str:
         """Start a run of the deployment `tiny` with values changed, `key=value`; return its id."""
-        from flows.recipe import merge, parse_override
+        from flows.recipes.recipe import merge, parse_override
 
         deployment = self.get("/deployments/name/consistency/tiny")
         recipe = functools.reduce(merge, map(parse_override, overrides), deployment["parameters"]["recipe"])

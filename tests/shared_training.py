@@ -8,14 +8,14 @@ import signal
 import sys
 from pathlib import Path
 
-from flows import run_stage
-from flows.dvcfiles import read_stages
+from flows.distributed.launch import several_processes
 from flows.errors import UserError
-from flows.launch import several_processes
 from flows.monitor import Monitor
-from flows.recipe import load_active
+from flows.recipes.recipe import load_active
+from flows.stage_runner import run
 from flows.stages.training import StageStopped
-from flows.workspace import StageFailed
+from flows.workspace.clone import StageFailed
+from flows.workspace.dvc_files import read_stages
 from small_stages import run_small
 
 
@@ -41,7 +41,7 @@ class Printing(Monitor):
 def main(root, stage):
     recipe, states = load_active(root), root / "states"
     states.mkdir(exist_ok=True)
-    monitor, facts = Printing(states), lambda: run_stage.facts(read_stages(root)[stage], root, {})
+    monitor, facts = Printing(states), lambda: run.facts(read_stages(root)[stage], root, {})
     try:
         with several_processes(stage, getattr(recipe, stage), root, states, facts=facts, monitor=monitor):
             run_small(stage, recipe, root / "out", monitor, state_dir=states)

@@ -5,7 +5,7 @@ from importlib import import_module
 from pathlib import Path
 
 from flows.monitor import Monitor
-from flows.recipe import load_recipe
+from flows.recipes.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 SMALL = [

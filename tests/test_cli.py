@@ -8,7 +8,7 @@ import pytest
 
 from flows import cli
 from flows.commands import doctor, why
-from flows.workspace import StageFailed
+from flows.workspace.clone import StageFailed
 from miniature import REPOSITORY, make_workspace
 
 RECIPE = """# A page for tests: eight by eight, seconds.
@@ -62,7 +62,8 @@ def test_light_commands_import_nothing_heavy(argv, root):
 def test_no_recipe_needs_the_compiler_to_be_checked():
     """PyTorch imports it, a second's work, for arithmetic on the device on which networks are built for a check."""
     code = (
-        "import sys\nfrom pathlib import Path\nfrom flows.recipe import load_recipe, recipe_names\nroot = Path.cwd()\n"
+        "import sys\nfrom pathlib import Path\n"
+        "from flows.recipes.recipe import load_recipe, recipe_names\nroot = Path.cwd()\n"
         "print(len([load_recipe(name, root=root) for name in recipe_names(root)]), 'torch._dynamo' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)

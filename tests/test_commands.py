@@ -20,14 +20,14 @@ from cm_core.noise import Noise
 from cm_core.sampling import ImageNoise, TeacherSampler, multistep
 from cm_core.tensors import to_pixels
 from flows.commands.run import demo_rows
-from flows.dataset import load_dataset
+from flows.data.dataset import load_dataset
 from flows.monitor import Monitor
-from flows.recipe import load_recipe, write_active
-from flows.registry import Registry
-from flows.rows import by_row
+from flows.recipes.recipe import load_recipe, write_active
+from flows.reports.metrics_table import by_row
 from flows.stages.features import features
 from flows.stages.prepare import prepare
-from flows.tracking import MODEL_FILES, PipelineRun, Tracker
+from flows.tracking.registry import Registry
+from flows.tracking.tracker import MODEL_FILES, PipelineRun, Tracker
 from miniature import REPOSITORY, make_workspace
 from test_cli import run
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flows import workspace
 from flows.errors import UserError
-from flows.recipe import load_recipe, with_absolute_paths
-from flows.versioned import fetch_versioned
+from flows.recipes.recipe import load_recipe, with_absolute_paths
+from flows.workspace import clone
+from flows.workspace.data_versions import fetch_versioned
 from miniature import REPOSITORY, commit, git, make_workspace
 from test_cli import run
 
@@ -71,7 +71,7 @@ def test_a_folder_becomes_one_versioned_archive_that_every_clone_finds(root, pic
     assert listed["version"] == version and listed["description"] == "pets of the house" and len(listed["commits"]) == 1
 
     said = []
-    with workspace.clone(root, "run") as copy:
+    with clone.clone(root, "run") as copy:
         assert not (copy.root / "data" / "pictures.zip").exists()
         assert fetch_versioned(copy.root, "data/pictures.zip", version, said.append) == {"data/pictures.zip": version}
         assert (copy.root / "data/pictures.zip").read_bytes() == (root / "data/pictures.zip").read_bytes()
@@ -110,7 +110,7 @@ def test_an_array_is_versioned_and_prepared_through_dvc(root, tmp_path, capsys):
     (root / "data" / "grey.npz").unlink()
     code = f"""
 from pathlib import Path
-from flows.versioned import fetch_versioned
+from flows.workspace.data_versions import fetch_versioned
 fetch_versioned(Path.cwd(), "data/grey.npz", {version!r}, print)
 Path("out/prepare").mkdir(parents=True)
 Path("out/prepare/copy").write_bytes(Path("data/grey.npz").read_bytes())

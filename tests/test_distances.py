@@ -46,7 +46,7 @@ def test_distance_of_equal_images_is_zero(distance, pair):
 @pytest.fixture(scope="session")
 def vgg16(tmp_path_factory):
     """A VGG16 state dict of the right shapes with random values."""
-    from cm_core.torchvision_shim import ensure_torchvision
+    from cm_core.metrics.torchvision_shim import ensure_torchvision
 
     ensure_torchvision()
     from torchvision.models import vgg16 as build

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from flows import declare, imports
-from flows.dvcfiles import PARAMS_FILE, load_yaml, read_stages
-from flows.recipe import Recipe
+from flows.recipes.recipe import Recipe
+from flows.workspace import declare, import_closure
+from flows.workspace.dvc_files import PARAMS_FILE, load_yaml, read_stages
 
 ROOT = Path(__file__).parents[1]
 STAGES = ["prepare", "features", "teacher", "student", "sample", "edit", "evaluate"]
@@ -27,7 +27,7 @@ def test_the_stages_are_those_of_the_pipeline(declared):
 @pytest.mark.parametrize("stage", STAGES)
 def test_dvc_yaml_declares_what_the_source_says(stage, declared):
     said = {key: declared[stage].get(key) for key in ("cmd", "deps", "params")}
-    assert said == declare.declare(ROOT, stage), "bring dvc.yaml up to date: python -m flows.declare"
+    assert said == declare.declare(ROOT, stage), "bring dvc.yaml up to date: python -m flows.workspace.declare"
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -56,12 +56,12 @@ def test_the_closure_holds_all_that_importing_the_stage_runs(stage):
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     ran = {
         Path(file).relative_to(ROOT).as_posix()
-        for package in imports.PACKAGES
+        for package in import_closure.PACKAGES
         for file in run.stdout.split()
         if Path(file).is_relative_to(ROOT / package)
     }
     assert f"flows/stages/{stage}.py" in ran
-    assert ran <= set(imports.import_closure(ROOT, f"flows.stages.{stage}"))
+    assert ran <= set(import_closure.import_closure(ROOT, f"flows.stages.{stage}"))
 
 
 def write_tree(root, files):
@@ -99,7 +99,7 @@ def x(seed, data, a_dir, *, out_dir, state_dir, monitor):
 def test_closure_follows_every_import_that_may_run(tmp_path):
     write_tree(tmp_path, TREE)
     expected = set(TREE) - {"cm_core/only_for_types.py", "cm_core/nobody_imports_it.py"}
-    assert imports.import_closure(tmp_path, "flows.stages.x") == sorted(expected)
+    assert import_closure.import_closure(tmp_path, "flows.stages.x") == sorted(expected)
 
 
 def test_declarations_are_rewritten_and_all_else_is_kept(tmp_path):
@@ -110,5 +110,5 @@ def test_declarations_are_rewritten_and_all_else_is_kept(tmp_path):
     entry = load_yaml(tmp_path / "dvc.yaml")["stages"]["x"]
     assert text.startswith("# a remark") and entry["outs"] == ["out/x"] and entry["cmd"] == "cm stage x"
     assert entry["params"] == [{PARAMS_FILE: ["seed", "data"]}]
-    assert entry["deps"] == ["out/a", *imports.import_closure(tmp_path, "flows.stages.x")]
+    assert entry["deps"] == ["out/a", *import_closure.import_closure(tmp_path, "flows.stages.x")]
     assert not declare.write_declarations(tmp_path), "a second time there is nothing to change"

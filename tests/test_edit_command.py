@@ -7,8 +7,8 @@ from PIL import Image
 from cm_core.editing import LUMINANCE
 from flows.commands.edit import RESIZES
 from flows.commands.editor import TRAITS as SAID
-from flows.images import RESIZE, TRAITS
-from flows.recipe import Recipe, write_active
+from flows.data.images import RESIZE, TRAITS
+from flows.recipes.recipe import Recipe, write_active
 from miniature import save_untrained
 from test_cli import run
 

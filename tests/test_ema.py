@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from cm_core.ema import ConstantEma, Ema, HalfLifeEma, PowerEma, update_target
+from cm_core.training.ema import ConstantEma, Ema, HalfLifeEma, PowerEma, update_target
 
 
 def run(rule, values, batch_size=1):

@@ -9,8 +9,8 @@ import pytest
 import scipy.linalg
 import torch
 
-from cm_core.evaluation import MetricParams, Reference, compare, evaluate_images, frechet_distance, spread
-from cm_core.features import (
+from cm_core.metrics.evaluation import MetricParams, Reference, compare, evaluate_images, frechet_distance, spread
+from cm_core.metrics.features import (
     ClassifierFeatures,
     ImageFeatures,
     build_extractor,
@@ -19,10 +19,10 @@ from cm_core.features import (
     train_classifier,
 )
 from flows.errors import UserError
-from flows.evaluation_report import _position
-from flows.figures import save_grid, save_rows
-from flows.html_report import Report, TableRow, write_report
 from flows.monitor import Monitor
+from flows.reports.evaluation import _position
+from flows.reports.figures import save_grid, save_rows
+from flows.reports.html import Report, TableRow, write_report
 from flows.stages.evaluate import Evaluate, evaluate
 from flows.stages.features import features
 from flows.stages.prepare import Data, prepare

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from cm_core.dinov2 import PRETRAINED_GRID, DinoV2, Size
-from cm_core.features import (
+from cm_core.metrics.dinov2 import PRETRAINED_GRID, DinoV2, Size
+from cm_core.metrics.features import (
     Classifier,
     ClassifierFeatures,
     accuracy,
@@ -24,8 +24,8 @@ from cm_core.features import (
     train_classifier,
 )
 from cm_core.tensors import from_pixels
+from flows.data.feature_files import load_feature_files
 from flows.errors import UserError
-from flows.feature_files import load_feature_files
 from flows.monitor import Monitor
 from flows.stages import features as stage
 from flows.stages.features import DinoFeatures, InceptionFeatures, features
@@ -236,7 +236,7 @@ def test_torchvision_comes_without_the_compiler_which_is_there_when_asked():
     program = """
 import sys
 import torch
-from cm_core.torchvision_shim import ensure_torchvision
+from cm_core.metrics.torchvision_shim import ensure_torchvision
 ensure_torchvision()
 import torch_fidelity
 assert not [name for name in sys.modules if name.startswith("torch._dynamo")]

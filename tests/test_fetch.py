@@ -5,8 +5,8 @@ import hashlib
 import pytest
 
 from flows.errors import UserError
-from flows.fetch import fetch, fetch_first, fetch_prefix, public_uri
 from flows.monitor import Monitor
+from flows.storage.fetch import fetch, fetch_first, fetch_prefix, public_uri
 from servers import free_port, http_server, point_aws_at, s3_server
 
 BODY = bytes(range(256)) * 10_000  # 2.4 MiB: several chunks

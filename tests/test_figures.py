@@ -4,7 +4,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flows.figures import CAPTION, GAP, MARGIN, enlarge, save_bars, save_grid, save_lines, save_montage, save_rows, tile
+from flows.reports.figures import (
+    CAPTION,
+    GAP,
+    MARGIN,
+    enlarge,
+    save_bars,
+    save_grid,
+    save_lines,
+    save_montage,
+    save_rows,
+    tile,
+)
 
 
 @pytest.fixture

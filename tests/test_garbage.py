@@ -9,12 +9,14 @@ from datetime import timedelta
 import pytest
 import yaml
 
-from flows import garbage, s3_state, state, workspace
-from flows.bucket import Bucket
-from flows.dvcfiles import version
+from flows.checkpoints import s3_store, store
 from flows.errors import UserError
-from flows.garbage import find_garbage, object_key
-from flows.tracking import Tracker
+from flows.operations import garbage
+from flows.operations.garbage import find_garbage, object_key
+from flows.storage.bucket import Bucket
+from flows.tracking.tracker import Tracker
+from flows.workspace import clone
+from flows.workspace.dvc_files import version
 from miniature import commit, git, make_workspace
 from servers import s3_server
 from test_cli import run
@@ -100,7 +102,7 @@ def test_what_git_and_running_flows_refer_to_survives(root, seed):
     (root / "data" / "photos.zip.dvc").write_text(yaml.safe_dump({"outs": [{"path": "photos.zip", "md5": md5}]}))
     needed |= objects
     garbage_objects = set.union(*(maker.result()[1] for _ in range(5))) - needed
-    with workspace.clone(root, "going on") as running:
+    with clone.clone(root, "going on") as running:
         md5, objects = maker.result()
         write_lock(running.root, md5)
         needed |= objects
@@ -145,17 +147,17 @@ def test_a_listing_that_only_the_remote_has_still_protects_its_files(root):
 
 def test_states_and_clones_go_when_nobody_will_go_on_with_them(root, monkeypatch):
     monkeypatch.setattr(garbage, "ORPHANED", ALL_AGES)
-    with pytest.raises(ZeroDivisionError), workspace.clone(root, "failed") as failed:
+    with pytest.raises(ZeroDivisionError), clone.clone(root, "failed") as failed:
         raise ZeroDivisionError
-    with workspace.clone(root, "live") as live, state.hold_state(root, "student", "k" * 16, print, print) as held:
+    with clone.clone(root, "live") as live, store.hold_state(root, "student", "k" * 16, print, print) as held:
         (held.folder / "step-000000001").mkdir()
-        (state.states_folder(root) / "old").mkdir()
+        (store.states_folder(root) / "old").mkdir()
         found = list(find_garbage(root, older_than=ALL_AGES, with_remote=False))
         assert [one.what for one in found if one.kind == "clone"] == [str(failed.folder)]
         for one in found:
             one.remove()
         assert live.folder.exists() and held.folder.exists()
-        assert not failed.folder.exists() and not (state.states_folder(root) / "old").exists()
+        assert not failed.folder.exists() and not (store.states_folder(root) / "old").exists()
 
 
 def test_the_command_lists_and_removes_only_when_told(root, capsys, monkeypatch):
@@ -205,11 +207,11 @@ def test_a_bucket_loses_orphans_and_torn_uploads_alone(root, monkeypatch):
         monkeypatch.setattr(garbage, "ORPHANED", ALL_AGES)
         upload = client.create_multipart_upload(Bucket="states", Key="x/a/objects/1")["UploadId"]
         client.upload_part(Bucket="states", Key="x/a/objects/1", UploadId=upload, PartNumber=1, Body=b"part")
-        with state.hold_state(root, "student", "k" * 16, print, print) as held:
+        with store.hold_state(root, "student", "k" * 16, print, print) as held:
             (held.folder / "step-000000001").mkdir()
             (held.folder / "step-000000001" / "state.json").write_text("{}")
-        monkeypatch.setattr(s3_state, "is_orphan", lambda place, seconds: True)  # its lease would run for a minute
-        with state.hold_state(root, "teacher", "k" * 16, print, print):
+        monkeypatch.setattr(s3_store, "is_orphan", lambda place, seconds: True)  # its lease would run for a minute
+        with store.hold_state(root, "teacher", "k" * 16, print, print):
             found = list(find_garbage(root, older_than=ALL_AGES, with_remote=False))
             assert {one.kind for one in found} == {"state", "torn upload"}
             for one in found:

@@ -7,10 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from cm_core import ranks
-from cm_core.batches import Batches
-from cm_core.graphs import replay_passes
-from cm_core.loop import Train, TrainState, fit
 from cm_core.methods.base import Batch, Models, StepContext
 from cm_core.methods.cd import CD
 from cm_core.methods.cm_inf import CMInf
@@ -23,9 +19,13 @@ from cm_core.methods.scm import SCM
 from cm_core.model import ModelSpec
 from cm_core.networks.layers import plain_layers
 from cm_core.noise import Noise
+from cm_core.parallel import ranks
+from cm_core.parallel.graphs import replay_passes
 from cm_core.philox import normals
 from cm_core.randomness import derive_seed, dropout_seed
 from cm_core.sampling import ImageNoise
+from cm_core.training.batches import Batches
+from cm_core.training.loop import Train, TrainState, fit
 from flows.stages.models import to_device
 from flows.stages.student import build_weighting
 from small_networks import relative, small_networks

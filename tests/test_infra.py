@@ -12,8 +12,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from flows.deploy import POOLS, POOLS_DIR, automations, from_repository, in_folder, read_template
 from flows.errors import UserError
+from flows.operations.deploy import POOLS, POOLS_DIR, automations, from_repository, in_folder, read_template
 
 ROOT = Path(__file__).parents[1]
 INFRA = ROOT / "infra"

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flows.state import KERNELS_VARIABLE, share_kernels
+from flows.checkpoints.store import KERNELS_VARIABLE, share_kernels
 from servers import free_port, point_aws_at, shared_s3
 
 s3 = shared_s3("states")
@@ -34,7 +34,7 @@ def shared(s3, monkeypatch, tmp_path):
 def backend(shared, monkeypatch):
     """The class that Triton is told of; only its base comes from Triton, which machines without a GPU lack."""
     monkeypatch.setitem(sys.modules, "triton.runtime.cache", SimpleNamespace(RemoteCacheBackend=object))
-    monkeypatch.delitem(sys.modules, "flows.kernel_bucket", raising=False)
+    monkeypatch.delitem(sys.modules, "flows.checkpoints.kernel_cache", raising=False)
     module, _, name = os.environ["TRITON_REMOTE_CACHE_BACKEND"].partition(":")
     yield getattr(importlib.import_module(module), name)
     sys.modules.pop(module)

@@ -9,8 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from flows.devices import visible_devices
-from flows.services import still_runs
+from flows.distributed.devices import visible_devices
+from flows.operations.services import still_runs
 from live import CHROMIUM, Up, make_live_workspace, trainings, wait_until, worker
 from servers import needs_postgres, postgres
 

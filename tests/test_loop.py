@@ -7,10 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from cm_core.batches import Batches
-from cm_core.checkpoint import list_states
-from cm_core.ema import ConstantEma, HalfLifeEma, PowerEma
-from cm_core.loop import NonFiniteLossError, Train, TrainState, fit
 from cm_core.methods.base import Loss, Models
 from cm_core.methods.cd import CD
 from cm_core.methods.cm_inf import CMInf
@@ -23,7 +19,11 @@ from cm_core.methods.scm import SCM
 from cm_core.model import ModelSpec, build_seeded, load_model, save_model
 from cm_core.networks import SongUNetParams
 from cm_core.noise import Noise
-from cm_core.optimizers import Adam, FusedRAdam, RAdam
+from cm_core.training.batches import Batches
+from cm_core.training.checkpoint import list_states
+from cm_core.training.ema import ConstantEma, HalfLifeEma, PowerEma
+from cm_core.training.loop import NonFiniteLossError, Train, TrainState, fit
+from cm_core.training.optimizers import Adam, FusedRAdam, RAdam
 from flows.stages.student import build_weighting
 
 CPU, SHAPE = torch.device("cpu"), (1, 8, 8)
@@ -271,7 +271,7 @@ def test_streamed_batches_equal_resident_ones(monkeypatch):
     rng = np.random.default_rng(0)
     pixels, labels = rng.integers(0, 256, (10, 4, 4, 3), dtype=np.uint8), np.arange(10)
     resident = Batches(pixels, labels, batch_size=4, seed=0, device=CPU, flip=True)
-    monkeypatch.setattr("cm_core.batches.ON_DEVICE_BYTES", 0)
+    monkeypatch.setattr("cm_core.training.batches.ON_DEVICE_BYTES", 0)
     streamed = Batches(pixels, labels, batch_size=4, seed=0, device=CPU, flip=True)
     assert streamed.resident is None
     for step in (0, 1, 2, 7, 3):

@@ -11,9 +11,7 @@ from pydantic import ValidationError
 
 from cm_core.curricula import ct_num_scales
 from cm_core.distances import L1, L2, PseudoHuber
-from cm_core.ema import ConstantEma
 from cm_core.log_weight import LogWeight
-from cm_core.loop import Train, TrainState, fit
 from cm_core.methods.base import Batch, Models, StepContext, draw_eps
 from cm_core.methods.cd import CD
 from cm_core.methods.cm_inf import CMInf, hessian_product, warp
@@ -26,11 +24,13 @@ from cm_core.methods.scm import SCM
 from cm_core.model import ModelSpec, build_seeded
 from cm_core.networks import MLPParams
 from cm_core.noise import Noise, add_noise, draw_lognormal
-from cm_core.optimizers import Adam
 from cm_core.precond import Precond
 from cm_core.sampling import ImageNoise, euler_steps
 from cm_core.solvers import euler_step
 from cm_core.tensors import expand_like
+from cm_core.training.ema import ConstantEma
+from cm_core.training.loop import Train, TrainState, fit
+from cm_core.training.optimizers import Adam
 from flows.stages.student import build_weighting
 from oracles import DropoutNet, GaussianConsistency, GaussianDenoiser, HalfAngleNet
 

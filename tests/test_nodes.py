@@ -8,12 +8,12 @@ from contextlib import suppress
 
 import pytest
 
-from flows import nodes
-from flows.devices import devices_for, nodes_for
+from flows.distributed import rendezvous
+from flows.distributed.devices import devices_for, nodes_for
+from flows.distributed.launch import several_processes
 from flows.errors import UserError
-from flows.launch import several_processes
 from flows.monitor import Monitor
-from flows.workspace import StageFailed
+from flows.workspace.clone import StageFailed
 from servers import free_port
 
 FACTS = {"out/prepare": "abc.dir", "student.train.batch_size": 8}
@@ -30,10 +30,10 @@ class Told(Monitor):
 @pytest.fixture(autouse=True)
 def place(monkeypatch):
     """An address to meet at, and impatient nodes."""
-    for variable in nodes.INTERFACES:
+    for variable in rendezvous.INTERFACES:
         monkeypatch.setenv(variable, "lo")
     for name, seconds in (("WAIT", 5.0), ("BEAT", 0.05), ("SILENCE", 0.5)):
-        monkeypatch.setattr(nodes, name, seconds)
+        monkeypatch.setattr(rendezvous, name, seconds)
     address = ("127.0.0.1", free_port())
     monkeypatch.setenv("CM_MEET", "{}:{}".format(*address))
     return address
@@ -42,18 +42,18 @@ def place(monkeypatch):
 def result_of(function, *arguments):
     try:
         return function(*arguments)
-    except (UserError, nodes.NodeMissing) as error:
+    except (UserError, rendezvous.NodeMissing) as error:
         return error
 
 
 def meet(count, *facts, stage="student"):
     """Let a main node and others with these facts meet; return what came of it at each."""
     with ThreadPoolExecutor() as pool:
-        main = pool.submit(result_of, nodes.meet, stage, count, FACTS, Told())
-        others = [pool.submit(result_of, nodes.enter, stage, theirs, str) for theirs in facts]
+        main = pool.submit(result_of, rendezvous.meet, stage, count, FACTS, Told())
+        others = [pool.submit(result_of, rendezvous.enter, stage, theirs, str) for theirs in facts]
         links = main.result()
         if isinstance(links, list):
-            nodes.welcome(links, 1234)
+            rendezvous.welcome(links, 1234)
         return links, [other.result() for other in others]
 
 
@@ -66,7 +66,7 @@ def wait_until(condition):
 
 def test_all_get_a_place_of_their_own():
     links, entered = meet(3, FACTS, FACTS)
-    assert {welcome for _, welcome in entered} == {nodes.Welcome(1, 3, 1234), nodes.Welcome(2, 3, 1234)}
+    assert {welcome for _, welcome in entered} == {rendezvous.Welcome(1, 3, 1234), rendezvous.Welcome(2, 3, 1234)}
     assert len(links) == 2
 
 
@@ -91,15 +91,15 @@ def test_a_node_that_lacks_an_input_is_refused_and_all_others_hear_of_it():
 
 
 def test_a_node_that_never_comes_is_missed_after_the_wait_that_was_announced(monkeypatch, place):
-    monkeypatch.setattr(nodes, "WAIT", 0.3)
+    monkeypatch.setattr(rendezvous, "WAIT", 0.3)
     told = Told()
-    missed = result_of(nodes.meet, "student", 3, FACTS, told)
+    missed = result_of(rendezvous.meet, "student", 3, FACTS, told)
     assert told.remarks == ["waits at {}:{} for the 2 other nodes, at most 0 s".format(*place)]
     assert str(missed) == "student: 1 of CM_NODES=3 nodes were there after 0 s; start the others"
 
 
 def test_the_stage_fails_in_that_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(nodes, "WAIT", 0.2)
+    monkeypatch.setattr(rendezvous, "WAIT", 0.2)
     monkeypatch.setenv("CM_NODES", "2")
     with pytest.raises(StageFailed, match="^sample: 1 of CM_NODES=2 nodes were there"):
         with several_processes("sample", object(), tmp_path):
@@ -107,14 +107,14 @@ def test_the_stage_fails_in_that_line(monkeypatch, tmp_path):
 
 
 def test_whoever_waits_with_it_hears_that_another_never_came(monkeypatch):
-    monkeypatch.setattr(nodes, "WAIT", 0.5)
+    monkeypatch.setattr(rendezvous, "WAIT", 0.5)
     missed, (said,) = meet(3, FACTS)
     assert str(missed) == str(said) == "student: 2 of CM_NODES=3 nodes were there after 0 s; start the others"
 
 
 def test_a_main_node_that_never_comes_is_missed(monkeypatch, place):
-    monkeypatch.setattr(nodes, "WAIT", 0.2)
-    missed = result_of(nodes.enter, "student", FACTS, str)
+    monkeypatch.setattr(rendezvous, "WAIT", 0.2)
+    missed = result_of(rendezvous.enter, "student", FACTS, str)
     assert str(missed) == "student: no main node waited for one at {}:{} within 0 s".format(*place)
 
 
@@ -123,20 +123,20 @@ def test_a_stop_ends_the_wait():
         def stop_requested(self):
             return True
 
-    assert "stopped" in str(result_of(nodes.meet, "student", 2, FACTS, Stopping()))
+    assert "stopped" in str(result_of(rendezvous.meet, "student", 2, FACTS, Stopping()))
 
 
 def test_a_node_for_a_later_stage_asks_again_and_strangers_do_not_disturb(place):
     with ThreadPoolExecutor() as pool:
-        early = pool.submit(result_of, nodes.enter, "student", FACTS, str)
-        main = pool.submit(result_of, nodes.meet, "teacher", 2, FACTS, Told())
+        early = pool.submit(result_of, rendezvous.enter, "student", FACTS, str)
+        main = pool.submit(result_of, rendezvous.meet, "teacher", 2, FACTS, Told())
         for words in (b"GET / HTTP/1.1\r\n\r\n", b"7\n", b'{"stage": "teacher"}\n', b""):
             wait_until(lambda words=words: _says(place, words))
-        right = pool.submit(result_of, nodes.enter, "teacher", FACTS, str)
-        nodes.welcome(main.result(), 1)
-        assert right.result()[1] == nodes.Welcome(1, 2, 1) and not early.done()
-        nodes.welcome(nodes.meet("student", 2, FACTS, Told()), 2)
-        assert early.result()[1] == nodes.Welcome(1, 2, 2)
+        right = pool.submit(result_of, rendezvous.enter, "teacher", FACTS, str)
+        rendezvous.welcome(main.result(), 1)
+        assert right.result()[1] == rendezvous.Welcome(1, 2, 1) and not early.done()
+        rendezvous.welcome(rendezvous.meet("student", 2, FACTS, Told()), 2)
+        assert early.result()[1] == rendezvous.Welcome(1, 2, 2)
 
 
 def _says(place, words):
@@ -180,7 +180,7 @@ def test_a_node_that_goes_without_a_word_is_lost(place):
 
 
 def test_a_silent_node_is_lost(monkeypatch):
-    monkeypatch.setattr(nodes.Link, "_beat", lambda self: threading.Event().wait(2))
+    monkeypatch.setattr(rendezvous.Link, "_beat", lambda self: threading.Event().wait(2))
     link, _ = linked()
     wait_until(lambda: link.lost)
     assert link.lost == f"node 1 ({socket.gethostname()}) gave no sign of life for 0 s"
@@ -190,13 +190,13 @@ def test_a_silent_node_is_lost(monkeypatch):
 def test_a_meeting_place_that_is_none_is_refused(monkeypatch, value):
     monkeypatch.setenv("CM_MEET", value)
     with pytest.raises(UserError, match=f"^CM_MEET={value}: must be host:port"):
-        nodes.meeting_place()
+        rendezvous.meeting_place()
 
 
 def test_a_meeting_place_of_another_machine_is_refused(monkeypatch):
     monkeypatch.setenv("CM_MEET", "192.0.2.1:29500")
     with pytest.raises(UserError, match=r"^CM_MEET=192\.0\.2\.1:29500: this machine cannot listen there"):
-        nodes.meet("student", 2, FACTS, Told())
+        rendezvous.meet("student", 2, FACTS, Told())
 
 
 def test_numbers_of_nodes(monkeypatch):

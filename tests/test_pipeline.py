@@ -14,20 +14,20 @@ import yaml
 from rich.console import Console
 
 from cm_core.methods.ct import CT
-from flows import declare
-from flows.dvcfiles import Cache, load_yaml, locked_outs, read_stages
 from flows.errors import UserError
-from flows.recipe import Recipe, load_recipe, recipe_names, write_active
+from flows.recipes.recipe import Recipe, load_recipe, recipe_names, write_active
 from flows.stages.student import Student
-from flows.tracking import Tracker
-from flows.workspace import StageFailed
+from flows.tracking.tracker import Tracker
+from flows.workspace import declare
+from flows.workspace.clone import StageFailed
+from flows.workspace.dvc_files import Cache, load_yaml, locked_outs, read_stages
 from miniature import REPOSITORY, git, make_workspace
 from test_workspace import runs, wait_for
 
 
 def test_every_recipe_is_a_deployment_with_its_values_in_the_form():
     text = (REPOSITORY / "prefect.yaml").read_text()
-    assert text == declare.deployments(REPOSITORY), "bring prefect.yaml up to date: python -m flows.declare"
+    assert text == declare.deployments(REPOSITORY), "bring prefect.yaml up to date: python -m flows.workspace.declare"
     for entry in yaml.safe_load(text)["deployments"]:
         given = Recipe.model_validate(entry["parameters"]["recipe"])
         assert given == load_recipe(entry["name"], root=REPOSITORY)
@@ -58,13 +58,13 @@ def test_stages_side_by_side_share_the_cores(pipeline, monkeypatch):
 
 
 def test_progress_that_cannot_be_shown_ends_nothing(pipeline, monkeypatch, capsys):
-    from flows import pipeline_artifacts
+    from flows.orchestration import artifacts
 
     def unreachable(*_, **__):
         raise httpx.ConnectError("refused")
 
-    monkeypatch.setattr(pipeline_artifacts, "create_progress_artifact", unreachable)
-    pipeline_artifacts.ProgressArtifact("teacher").show({"done": 1, "total": 2, "unit": "steps"})
+    monkeypatch.setattr(artifacts, "create_progress_artifact", unreachable)
+    artifacts.ProgressArtifact("teacher").show({"done": 1, "total": 2, "unit": "steps"})
     assert capsys.readouterr().out == "teacher: progress is not shown (refused)\n"
 
 

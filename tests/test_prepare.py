@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from flows.dataset import load_dataset
+from flows.data.dataset import load_dataset
 from flows.errors import UserError
 from flows.monitor import Monitor
 from flows.stages.prepare import Data, prepare

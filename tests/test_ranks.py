@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cm_core import graphs, ranks
-from cm_core.checkpoint import list_states, load_tensors
-from flows.recipe import write_active
+from cm_core.parallel import graphs, ranks
+from cm_core.tensor_files import load_tensors
+from cm_core.training.checkpoint import list_states
+from flows.recipes.recipe import write_active
 from miniature import REPOSITORY, python_path
 from servers import free_port
 from small_stages import files, run_small, small_recipe

@@ -9,7 +9,7 @@ import yaml
 
 from cm_core.params import Params
 from flows.errors import UserError
-from flows.recipe import (
+from flows.recipes.recipe import (
     Recipe,
     dump_recipe,
     explain,

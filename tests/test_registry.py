@@ -7,8 +7,8 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from flows.errors import UserError
-from flows.registry import Registered, Registry, Rule, Version, model_name, protocol_digest
-from flows.tracking import Tracker
+from flows.tracking.registry import Registered, Registry, Rule, Version, model_name, protocol_digest
+from flows.tracking.tracker import Tracker
 from servers import mlflow_server
 from test_cli import run
 

@@ -15,10 +15,10 @@ from cm_core.noise import Noise
 from flows.commands.search import Scorer, find, make_grid, report, set_override
 from flows.errors import UserError
 from flows.monitor import Monitor
-from flows.recipe import load_active, load_recipe, write_active
+from flows.recipes.recipe import load_active, load_recipe, write_active
 from flows.stages.features import features
 from flows.stages.prepare import prepare
-from flows.tracking import Tracker
+from flows.tracking.tracker import Tracker
 from miniature import REPOSITORY, save_untrained
 from test_cli import run
 

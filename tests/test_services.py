@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from flows import services
-from flows.devices import devices_for, hold_devices, visible_devices
-from flows.dvcfiles import load_yaml, read_stages
+from flows.distributed.devices import devices_for, hold_devices, visible_devices
 from flows.errors import UserError
+from flows.operations import services
+from flows.workspace.dvc_files import load_yaml, read_stages
 from live import Up, cm, environment, make_live_workspace, wait_until
 from miniature import REPOSITORY
 from servers import http_server
@@ -87,7 +87,7 @@ def test_a_number_of_devices_that_cannot_be_is_refused(monkeypatch, value, compl
 
 def test_a_device_comes_back_when_its_holder_is_killed(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from flows.devices import hold_devices\n"
+        "import sys, time; from pathlib import Path; from flows.distributed.devices import hold_devices\n"
         "with hold_devices(Path(sys.argv[1]), ['0'], 1, print, bool): print('held', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -106,9 +106,9 @@ def test_a_stage_waits_for_its_slot_while_the_server_or_its_database_is_away(mon
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-    from flows import gpu_turn
+    from flows.orchestration import gpu_slots
 
-    monkeypatch.setattr(gpu_turn, "LOOK_EVERY", 0.02)
+    monkeypatch.setattr(gpu_slots, "LOOK_EVERY", 0.02)
     path, lease, said = "/api/v2/concurrency_limits/increment-with-lease", uuid.uuid4(), []
     answers, run = {path: (500, {}, b"{}")}, SimpleNamespace(ending=False)
     stage = read_stages(REPOSITORY)["student"]
@@ -124,11 +124,11 @@ def test_a_stage_waits_for_its_slot_while_the_server_or_its_database_is_away(mon
         get_client(sync_client=True) as client,
     ):
         threading.Thread(target=come_back).start()
-        assert gpu_turn._take_slots(client, stage, 1, run, said.append) == lease
+        assert gpu_slots._take_slots(client, stage, 1, run, said.append) == lease
     assert said == ["student: waits for a slot of the limit `gpu`"]
     with temporary_settings({PREFECT_API_URL: f"{url}/api", PREFECT_CLIENT_MAX_RETRIES: 0}):
         with get_client(sync_client=True) as client:  # nobody listens there any more
-            assert gpu_turn._ask_for_slots(client, stage, 1) is None
+            assert gpu_slots._ask_for_slots(client, stage, 1) is None
 
 
 def test_a_port_is_free_or_refused_by_its_option():

@@ -19,7 +19,7 @@ from PIL import Image
 from cm_core.model import ModelSpec, save_model
 from cm_core.networks import SongUNetParams
 from cm_core.noise import Noise
-from flows.tracking import MODEL_FILES, Tracker
+from flows.tracking.tracker import MODEL_FILES, Tracker
 from servers import free_port, process, wait_for_page
 from test_cli import run
 

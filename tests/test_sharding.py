@@ -6,11 +6,11 @@ from functools import partial
 import pytest
 import torch
 
-from cm_core import ranks, sharding
-from cm_core.checkpoint import list_states, load_state
-from cm_core.optimizers import Adam
+from cm_core.parallel import ranks, sharding
+from cm_core.training.checkpoint import list_states, load_state
+from cm_core.training.optimizers import Adam
+from flows.distributed.launch import several_processes
 from flows.errors import UserError
-from flows.launch import several_processes
 from flows.stages.training import _prepare_passes, place
 from small_stages import small_recipe
 from test_loop import CPU, METHODS, Training

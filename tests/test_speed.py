@@ -12,9 +12,6 @@ import pytest
 import torch
 
 import fused_formulas
-from cm_core.cost import StepCost, advice, step_cost
-from cm_core.loop import Train
-from cm_core.memory import recompute_blocks, split_passes
 from cm_core.methods.base import grid_on
 from cm_core.methods.cd import CD
 from cm_core.methods.ct import CT
@@ -24,9 +21,12 @@ from cm_core.methods.scm import SCM
 from cm_core.model import ModelSpec
 from cm_core.networks import SongUNetParams, layers
 from cm_core.noise import Noise
+from cm_core.parallel.memory import recompute_blocks, split_passes
 from cm_core.philox import normals, philox
-from cm_core.profiling import RECORDED, SKIPPED
 from cm_core.randomness import dropout_seed
+from cm_core.training.cost import StepCost, advice, step_cost
+from cm_core.training.loop import Train
+from cm_core.training.profiling import RECORDED, SKIPPED
 from flows.cli import main
 from flows.monitor import PROFILE_VARIABLE
 from small_networks import small_networks

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from cm_core.loop import Train
 from cm_core.methods.pd import PD
 from cm_core.model import ModelSpec, load_model
 from cm_core.networks.mlp import MLPParams
 from cm_core.noise import Noise
+from cm_core.training.loop import Train
 from flows.errors import UserError
 from flows.monitor import Monitor
 from flows.stages.student import Student, draw_samples

@@ -19,10 +19,11 @@ from fault_proxy import (
     shift_clock,
     slow,
 )
-from flows import bucket, s3_state, state
-from flows.bucket import Bucket
+from flows.checkpoints import s3_store, store
+from flows.checkpoints.s3_store import HEAD, Head, LeaseLost, Training
 from flows.errors import UserError
-from flows.s3_state import HEAD, Head, LeaseLost, Training
+from flows.storage import bucket
+from flows.storage.bucket import Bucket
 from servers import point_aws_at, shared_s3
 
 URI = "s3://states/in flight"
@@ -39,8 +40,8 @@ def s3(server, monkeypatch):
     for entry in server.list_objects_v2(Bucket="states").get("Contents", ()):
         server.delete_object(Bucket="states", Key=entry["Key"])
     monkeypatch.setenv("CM_STATE", URI)
-    monkeypatch.setattr(s3_state, "PATIENCE", (0.05,))
-    monkeypatch.setattr(s3_state, "RETRY_EVERY", 0.1)
+    monkeypatch.setattr(s3_store, "PATIENCE", (0.05,))
+    monkeypatch.setattr(s3_store, "RETRY_EVERY", 0.1)
     return server
 
 
@@ -58,7 +59,7 @@ class Worker:
         self.folder, self.said, self.waited = folder, [], 0
 
     def hold(self):
-        return state.hold_state(self.folder, "student", KEY, self.on_wait, self.said.append)
+        return store.hold_state(self.folder, "student", KEY, self.on_wait, self.said.append)
 
     def on_wait(self):
         self.waited += 1
@@ -129,10 +130,10 @@ def test_a_folder_is_handed_on_and_dropped_when_its_outputs_are_stored(workers, 
         held.publish()
     with workers[0].hold() as held:
         assert steps(held.folder) == [1]
-        state.mark_finished(held.folder, {"out/student": "md5"})
-        assert state.drop_finished(workers[0].folder, lambda outs: True) == [], "somebody holds it"
-    assert state.drop_finished(workers[0].folder, lambda outs: False) == []
-    assert state.drop_finished(workers[0].folder, lambda outs: outs == {"out/student": "md5"}) == [str(held.folder)]
+        store.mark_finished(held.folder, {"out/student": "md5"})
+        assert store.drop_finished(workers[0].folder, lambda outs: True) == [], "somebody holds it"
+    assert store.drop_finished(workers[0].folder, lambda outs: False) == []
+    assert store.drop_finished(workers[0].folder, lambda outs: outs == {"out/student": "md5"}) == [str(held.folder)]
 
 
 def test_other_addresses_are_refused(workers, monkeypatch):
@@ -155,7 +156,7 @@ def test_a_state_travels_to_another_machine(s3, workers):
     with first.hold() as held:
         assert steps(held.folder) == [4]
         assert (held.folder / "log" / "metrics.jsonl").read_text() == "1\n2\n3\n4\n"
-    assert len(head(s3).states) == s3_state.KEPT
+    assert len(head(s3).states) == s3_store.KEPT
     assert objects(s3) == needed(s3), "nothing that no kept state needs is left"
     assert not first.said and not second.said and not second.waited
 
@@ -169,7 +170,7 @@ def test_a_state_is_in_the_bucket_before_the_training_ends(s3, workers):
 
 
 def test_the_second_worker_waits_for_the_first(s3, workers, monkeypatch):
-    monkeypatch.setattr(s3_state, "LEASE_SECONDS", 6.0)
+    monkeypatch.setattr(s3_store, "LEASE_SECONDS", 6.0)
     order = []
 
     def second():
@@ -271,14 +272,14 @@ def test_a_killed_workers_local_state_that_is_newer_is_kept(s3, workers):
 def test_finished_states_are_dropped_from_the_bucket_once_stored(s3, workers):
     with workers[0].hold() as held:
         save(held.folder, 1)
-        state.mark_finished(held.folder, {"out/student": "md5"})
+        store.mark_finished(held.folder, {"out/student": "md5"})
     assert head(s3).finished == {"out/student": "md5"} and head(s3).holder is None
-    assert state.drop_finished(workers[1].folder, lambda outs: False) == []
+    assert store.drop_finished(workers[1].folder, lambda outs: False) == []
     with workers[1].hold():
-        assert state.drop_finished(workers[1].folder, lambda outs: True) == [], "somebody holds it"
+        assert store.drop_finished(workers[1].folder, lambda outs: True) == [], "somebody holds it"
     with workers[0].hold() as held:
-        state.mark_finished(held.folder, {"out/student": "md5"})
-    assert state.drop_finished(workers[1].folder, lambda outs: outs == {"out/student": "md5"}) == [NAME]
+        store.mark_finished(held.folder, {"out/student": "md5"})
+    assert store.drop_finished(workers[1].folder, lambda outs: outs == {"out/student": "md5"}) == [NAME]
     assert s3.list_objects_v2(Bucket="states")["KeyCount"] == 0
 
 
@@ -451,7 +452,7 @@ def test_a_missing_object_counts_as_damage(s3, workers):
 @pytest.mark.parametrize("seconds", [-86_400, 86_400])
 def test_a_store_with_another_clock_keeps_leases_all_the_same(proxy, workers, monkeypatch, seconds):
     proxy.strike(shift_clock(seconds))
-    monkeypatch.setattr(s3_state, "LEASE_SECONDS", 2.0)
+    monkeypatch.setattr(s3_store, "LEASE_SECONDS", 2.0)
     with workers[0].hold() as held:
         save(held.folder, 1)
         other = Training(Bucket(URI).below(NAME), print)

@@ -10,11 +10,11 @@ import sys
 import pytest
 
 from flows.errors import UserError
-from flows.recipe import load_recipe
-from flows.rows import by_row
-from flows.sweep_page import Point, Sweep, load_sweep, sweep_names
-from flows.sweep_report import Outcome, table, write_report
-from flows.tracking import Tracker
+from flows.recipes.recipe import load_recipe
+from flows.reports.metrics_table import by_row
+from flows.sweeps.page import Point, Sweep, load_sweep, sweep_names
+from flows.sweeps.report import Outcome, table, write_report
+from flows.tracking.tracker import Tracker
 from miniature import REPOSITORY, commit, git
 from test_cli import run
 

@@ -7,10 +7,10 @@ import sys
 import pytest
 
 from fault_proxy import error, fault_proxy
-from flows import workspace
 from flows.commands import doctor
-from flows.dvcfiles import dvc_md5, load_yaml
-from flows.tracking import Tracker
+from flows.tracking.tracker import Tracker
+from flows.workspace import clone
+from flows.workspace.dvc_files import dvc_md5, load_yaml
 from miniature import REPOSITORY, commit, git, make_workspace, two_machines
 from servers import point_aws_at, shared_s3
 
@@ -39,7 +39,7 @@ def share(root, url):
 def bring_up(root, name, *stages):
     """Bring stages up in a run of its own; return {stage: result} and what was said."""
     said = []
-    with workspace.clone(root, name) as run:
+    with clone.clone(root, name) as run:
         results = {stage: run.bring_up(stage, on_line=said.append) for stage in stages}
         for result in results.values():
             assert result.outs == {path: dvc_md5(run.root / path) for path in result.outs}
@@ -59,11 +59,11 @@ def test_a_worker_that_has_nothing_takes_everything_from_the_remote(machines, s3
 
 def test_the_workspaces_own_remote_is_nobody_elses(machines):
     first, _ = machines
-    assert workspace.shared_remote(first) is None
+    assert clone.shared_remote(first) is None
     share(first, "s3://team/x")
-    assert workspace.shared_remote(first) == "s3://team/x"
-    with workspace.clone(first, "run") as run:
-        assert workspace.shared_remote(run.root) == "s3://team/x"
+    assert clone.shared_remote(first) == "s3://team/x"
+    with clone.clone(first, "run") as run:
+        assert clone.shared_remote(run.root) == "s3://team/x"
         text = (run.root / ".dvc" / "config.local").read_text()
         assert text.lower().count("verify = true") == text.count("url =") == 2
 
@@ -77,7 +77,7 @@ def test_a_remote_that_fails_loses_nothing_and_is_tried_again(machines, s3, monk
             share(root, url)
         proxy.strike(error(403, "AccessDenied"), method="PUT")
         said = []
-        with workspace.clone(first, "first") as run:
+        with clone.clone(first, "first") as run:
             assert not run.bring_up("prepare", on_line=said.append).cached
             (complaint,) = [line for line in said if "not pushed" in line]
             assert url in complaint and "AccessDenied" in complaint

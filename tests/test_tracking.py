@@ -13,14 +13,14 @@ import torch
 from cm_core.model import ModelSpec, build_seeded, save_model
 from cm_core.networks.mlp import MLPParams
 from cm_core.noise import Noise
-from flows import run_stage as running
-from flows import state
-from flows.dvcfiles import dvc_md5
+from flows.checkpoints import store
 from flows.errors import UserError
-from flows.figures import save_grid
-from flows.recipe import Recipe, write_active
-from flows.stage_monitor import StageMonitor
-from flows.tracking import Belonging, PipelineRun, StageRun, Tracker, flat_numbers, load_student
+from flows.recipes.recipe import Recipe, write_active
+from flows.reports.figures import save_grid
+from flows.stage_runner import run as running
+from flows.stage_runner.progress import StageMonitor
+from flows.tracking.tracker import Belonging, PipelineRun, StageRun, Tracker, flat_numbers, load_student
+from flows.workspace.dvc_files import dvc_md5
 from miniature import REPOSITORY, git, make_workspace
 
 STAGES = """
@@ -178,9 +178,9 @@ def test_a_stopped_training_goes_on_and_its_state_goes_when_dvc_has_the_result(r
     assert [m.step for m in machine] == [3], "it goes on where the training does"
 
     outs = {"out/teacher": dvc_md5(root / "out/teacher")}
-    assert state.drop_finished(root, lambda made: False) == []
+    assert store.drop_finished(root, lambda made: False) == []
     seen = []
-    (dropped,) = state.drop_finished(root, lambda made: seen.append(made) or True)
+    (dropped,) = store.drop_finished(root, lambda made: seen.append(made) or True)
     assert seen == [outs] and Path(dropped).name.startswith("teacher-") and not Path(dropped).exists()
 
 
@@ -188,28 +188,28 @@ def test_a_state_is_one_process_at_a_time_and_is_not_dropped_in_use(tmp_path):
     holder = f"""
 import sys
 from pathlib import Path
-from flows.state import hold_state
+from flows.checkpoints.store import hold_state
 with hold_state(Path({str(tmp_path)!r}), "teacher", "key", lambda: print("waits", flush=True), print) as held:
     print("has", held.folder.name, flush=True)
 """
-    with state.hold_state(tmp_path, "teacher", "key", lambda: pytest.fail("nobody to wait for"), pytest.fail) as held:
-        state.mark_finished(held.folder, {})
+    with store.hold_state(tmp_path, "teacher", "key", lambda: pytest.fail("nobody to wait for"), pytest.fail) as held:
+        store.mark_finished(held.folder, {})
         other = subprocess.Popen(
             [sys.executable, "-c", holder], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
         assert other.stdout.readline() == "waits\n"
-        assert state.drop_finished(tmp_path, lambda outs: True) == []
+        assert store.drop_finished(tmp_path, lambda outs: True) == []
     assert other.stdout.readline() == "has teacher-key\n"
     assert other.wait() == 0
 
 
 def test_another_place_for_states(tmp_path, monkeypatch):
     monkeypatch.setenv("CM_STATE", str(tmp_path / "elsewhere"))
-    with state.hold_state(tmp_path, "teacher", "key", lambda: None, pytest.fail) as held:
+    with store.hold_state(tmp_path, "teacher", "key", lambda: None, pytest.fail) as held:
         assert held.folder == tmp_path / "elsewhere" / "teacher-key" and held.folder.is_dir()
     monkeypatch.setenv("CM_STATE", "ftp://bucket/states")
     with pytest.raises(UserError, match="CM_STATE=ftp://bucket/states: must be a folder of this machine or s3://"):
-        state.states_bucket()
+        store.states_bucket()
 
 
 def test_a_pipeline_run_that_fails_ends_with_its_children(tracker):
@@ -275,7 +275,7 @@ def test_a_stage_hears_of_it_when_tracking_fails(root, monkeypatch):
     def refuse(self, origin):
         raise UserError("MLflow is out of reach")
 
-    monkeypatch.setattr("flows.tracking.Tracker.__init__", refuse)
+    monkeypatch.setattr("flows.tracking.tracker.Tracker.__init__", refuse)
     with pytest.raises(UserError, match="out of reach"):
         running.run_stage("prepare", root)
 

@@ -11,9 +11,9 @@ import torch
 from cm_core.model import ModelSpec, build_seeded, save_model
 from cm_core.networks import MLPParams
 from cm_core.noise import Noise
-from flows.figures import save_grid
-from flows.registry import Registry, register_student
-from flows.tracking import MODEL_FILES, PipelineRun, StageRun, Tracker, load_student
+from flows.reports.figures import save_grid
+from flows.tracking.registry import Registry, register_student
+from flows.tracking.tracker import MODEL_FILES, PipelineRun, StageRun, Tracker, load_student
 from servers import mlflow_server, needs_postgres, postgres, s3_server
 
 SPEC = ModelSpec(form="skip", network=MLPParams(), noise=Noise(), image_shape=(1, 4, 4))

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows import dvcfiles, process, workspace
 from flows.errors import UserError
+from flows.workspace import clone, dvc_files, process
 from miniature import REPOSITORY, commit, git, make_workspace
 
 
@@ -43,15 +43,15 @@ def runs(pid):
 def test_home_is_found_from_below_and_refused_elsewhere(root, tmp_path):
     below = root / "params" / "recipes"
     below.mkdir(exist_ok=True)
-    assert workspace.home(below) == root
+    assert clone.home(below) == root
     with pytest.raises(UserError, match="not inside a workspace"):
-        workspace.home(tmp_path)
+        clone.home(tmp_path)
 
 
 def test_origin_is_the_workspace_a_clone_came_from(root, monkeypatch, tmp_path):
-    assert workspace.origin(root) == root
+    assert clone.origin(root) == root
     monkeypatch.setenv("CM_HOME", str(tmp_path))
-    assert workspace.origin(root) == tmp_path
+    assert clone.origin(root) == tmp_path
 
 
 def test_clone_captures_uncommitted_edits_as_a_commit_and_a_patch(fresh):
@@ -67,9 +67,9 @@ def test_clone_captures_uncommitted_edits_as_a_commit_and_a_patch(fresh):
     (fresh / "out").mkdir()
     (fresh / "out" / "ignored.txt").write_text("ignored")
     before = git(fresh, "status", "--porcelain")
-    assert workspace.describe_code(fresh)["git.edits"] == "uncommitted"
+    assert clone.describe_code(fresh)["git.edits"] == "uncommitted"
 
-    with workspace.clone(fresh, "run one/ä") as copy:
+    with clone.clone(fresh, "run one/ä") as copy:
         assert git(fresh, "status", "--porcelain") == before
         assert not (copy.root / "gone.txt").exists() and not (copy.root / "out").exists()
         assert (copy.root / "stage.py").read_text() == "edited"
@@ -82,12 +82,12 @@ def test_clone_captures_uncommitted_edits_as_a_commit_and_a_patch(fresh):
 
 def test_clone_without_edits_of_the_code_is_at_the_origins_revision(fresh):
     (fresh / "params/active.yaml").write_text("seed: 2\n")
-    dvcfiles.update_lock(fresh, {"prepare": {"cmd": "x"}})
-    assert "git.edits" not in workspace.describe_code(fresh)
-    with workspace.clone(fresh, "clean") as copy:
+    dvc_files.update_lock(fresh, {"prepare": {"cmd": "x"}})
+    assert "git.edits" not in clone.describe_code(fresh)
+    with clone.clone(fresh, "clean") as copy:
         assert git(copy.root, "rev-parse", "HEAD").strip() == copy.revision
         assert not copy.edits()
-        assert dvcfiles.read_lock(copy.root) == {"prepare": {"cmd": "x"}}
+        assert dvc_files.read_lock(copy.root) == {"prepare": {"cmd": "x"}}
 
 
 @pytest.mark.parametrize(
@@ -101,67 +101,67 @@ def test_clone_without_edits_of_the_code_is_at_the_origins_revision(fresh):
 def test_code_is_described_by_a_page_where_its_remote_has_one(fresh, remote, page):
     git(fresh, "remote", "add", "origin", remote)
     revision = git(fresh, "rev-parse", "HEAD").strip()
-    assert workspace.describe_code(fresh).get("git.url") == (page and page + revision)
+    assert clone.describe_code(fresh).get("git.url") == (page and page + revision)
 
 
 def test_clone_refuses_large_new_files_and_names_one(fresh, monkeypatch):
-    monkeypatch.setattr(workspace, "MAX_UNTRACKED", 2**20)
+    monkeypatch.setattr(clone, "MAX_UNTRACKED", 2**20)
     (fresh / "large.bin").write_bytes(bytes(2**20 + 1))
     with pytest.raises(UserError, match=r"large\.bin.*\.gitignore"):
-        workspace.clone(fresh, "large")
+        clone.clone(fresh, "large")
 
 
 def test_clone_refuses_what_git_cannot_record(tmp_path):
     with pytest.raises(UserError, match="with a commit"):
-        workspace.clone(tmp_path, "run")
+        clone.clone(tmp_path, "run")
     root = make_workspace(tmp_path / "repository")
     with pytest.raises(UserError, match="top of its git repository"):
-        workspace.clone(root / "params", "run")
+        clone.clone(root / "params", "run")
 
 
 def test_old_runs_are_dropped_but_live_ones_never(fresh, monkeypatch):
-    monkeypatch.setattr(workspace, "KEPT_DONE", 1)
-    monkeypatch.setattr(workspace, "KEPT_FAILED", 0)
-    live = workspace.clone(fresh, "live")
-    done = [workspace.clone(fresh, f"done{index}") for index in range(3)]
+    monkeypatch.setattr(clone, "KEPT_DONE", 1)
+    monkeypatch.setattr(clone, "KEPT_FAILED", 0)
+    live = clone.clone(fresh, "live")
+    done = [clone.clone(fresh, f"done{index}") for index in range(3)]
     for copy in done:
         copy.__exit__(None)
         time.sleep(0.02)
-    with pytest.raises(ZeroDivisionError), workspace.clone(fresh, "failed") as failed:
+    with pytest.raises(ZeroDivisionError), clone.clone(fresh, "failed") as failed:
         raise ZeroDivisionError
-    last = workspace.clone(fresh, "last")
+    last = clone.clone(fresh, "last")
     assert [copy.folder.exists() for copy in (live, *done, failed, last)] == [True, False, False, True, False, True]
 
 
 def test_what_one_door_computed_the_other_finds(root):
     """A run computes, another run and `dvc repro` find it; inputs known by their lock entry alone are fetched."""
     said, entries = [], {}
-    with workspace.clone(root, "first") as first:
-        for stage in dvcfiles.read_stages(first.root):
+    with clone.clone(root, "first") as first:
+        for stage in dvc_files.read_stages(first.root):
             result = first.bring_up(stage, on_line=said.append)
             entries[stage] = result.entry
             assert not result.cached
-            assert result.outs == {path: dvcfiles.dvc_md5(first.root / path) for path in result.outs}
+            assert result.outs == {path: dvc_files.dvc_md5(first.root / path) for path in result.outs}
         assert "hello from teacher" in said and not any("git add" in line for line in said)
-        workspace.take_over(root, entries)
+        clone.take_over(root, entries)
     repro = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=root, capture_output=True, text=True, check=True)
     assert repro.stdout.count("didn't change, skipping") == 4
-    assert dvcfiles.dvc_md5(root / "out/teacher") == dvcfiles.locked_outs(entries["teacher"])["out/teacher"]
+    assert dvc_files.dvc_md5(root / "out/teacher") == dvc_files.locked_outs(entries["teacher"])["out/teacher"]
 
     git(root, "checkout", "--quiet", "params/active.yaml")
     (root / "dvc.lock").unlink()
-    with workspace.clone(root, "second") as second:
-        dvcfiles.update_lock(second.root, {"prepare": entries["prepare"]})
+    with clone.clone(root, "second") as second:
+        dvc_files.update_lock(second.root, {"prepare": entries["prepare"]})
         result = second.bring_up("teacher")  # out/prepare is not in this clone, only in the cache
         assert result.cached and result.entry == entries["teacher"]
 
 
 def test_key_follows_code_params_and_inputs_alone(fresh):
-    stages = dvcfiles.read_stages(fresh)
+    stages = dvc_files.read_stages(fresh)
     known = {"out/prepare": "0" * 32}
 
     def key(**changed):
-        return dvcfiles.stage_key(fresh, stages["features"], {**known, **changed})
+        return dvc_files.stage_key(fresh, stages["features"], {**known, **changed})
 
     first = key()
     active = (fresh / "params/active.yaml").read_text()
@@ -182,21 +182,21 @@ def test_stages_come_after_what_they_read(tmp_path):
         "  middle: {cmd: x, deps: [a], outs: [b, {c: {cache: true}}]}\n"
         "  first: {cmd: x, outs: [a]}\n"
     )
-    assert list(dvcfiles.read_stages(tmp_path)) == ["first", "middle", "last"]
+    assert list(dvc_files.read_stages(tmp_path)) == ["first", "middle", "last"]
 
 
 def test_rewriting_the_lock_keeps_small_numbers_numbers(tmp_path):
     (tmp_path / "dvc.lock").write_text("schema: '2.0'\nstages:\n  a:\n    params: {x: 1e-05, y: null}\n")
-    before = dvcfiles.read_lock(tmp_path)
-    dvcfiles.update_lock(tmp_path, {"b": {"cmd": "x"}})
-    assert dvcfiles.read_lock(tmp_path) == {**before, "b": {"cmd": "x"}}
+    before = dvc_files.read_lock(tmp_path)
+    dvc_files.update_lock(tmp_path, {"b": {"cmd": "x"}})
+    assert dvc_files.read_lock(tmp_path) == {**before, "b": {"cmd": "x"}}
     assert before["a"]["params"]["x"] == 1e-05
 
 
 def test_cache_holds_an_output_only_with_all_its_files(fresh):
-    with workspace.clone(fresh, "run") as copy:
+    with clone.clone(fresh, "run") as copy:
         outs = copy.bring_up("prepare").outs
-    cache = workspace.cache_of(fresh)
+    cache = clone.cache_of(fresh)
     assert cache.folder == fresh / ".dvc" / "cache" and cache.holds(outs)
     files = cache.files(outs["out/prepare"])
     assert files["result.txt"].read_text().startswith("prepare")
@@ -208,7 +208,7 @@ def test_cache_holds_an_output_only_with_all_its_files(fresh):
 def test_independent_stages_run_side_by_side(fresh, monkeypatch, tmp_path):
     trace = tmp_path / "trace"
     monkeypatch.setenv("MINI_TRACE", str(trace))
-    with workspace.clone(fresh, "run") as copy:
+    with clone.clone(fresh, "run") as copy:
         copy.bring_up("prepare")
         monkeypatch.setenv("MINI_SECONDS", "3")
         threads = [threading.Thread(target=copy.bring_up, args=[stage]) for stage in ("features", "teacher")]
@@ -216,20 +216,20 @@ def test_independent_stages_run_side_by_side(fresh, monkeypatch, tmp_path):
             thread.start()
         for thread in threads:
             thread.join()
-        assert {"features", "teacher"} <= set(dvcfiles.read_lock(copy.root))
+        assert {"features", "teacher"} <= set(dvc_files.read_lock(copy.root))
     begun = {name: float(at) for name, at, _ in map(str.split, trace.read_text().splitlines())}
     assert abs(begun["features"] - begun["teacher"]) < 3, "one waited for the other"
 
 
 def test_errors_of_the_user_and_crashes_are_told_apart(fresh, monkeypatch):
-    with workspace.clone(fresh, "run") as copy:
+    with clone.clone(fresh, "run") as copy:
         monkeypatch.setenv("MINI_REFUSES", "prepare")
         with pytest.raises(UserError) as refused:
             copy.bring_up("prepare")
         assert str(refused.value) == "params/active.yaml: seed=1: must be larger"
         monkeypatch.setenv("MINI_REFUSES", "")
         monkeypatch.setenv("MINI_CRASHES", "prepare")
-        with pytest.raises(workspace.StageFailed, match="ZeroDivisionError"):
+        with pytest.raises(clone.StageFailed, match="ZeroDivisionError"):
             copy.bring_up("prepare")
 
 
@@ -240,18 +240,18 @@ def test_leaving_the_workspace_ends_what_runs_in_it(fresh, monkeypatch, tmp_path
     failures = []
 
     def bring_up():
-        with pytest.raises(workspace.RunEnding) as failure:
+        with pytest.raises(clone.RunEnding) as failure:
             copy.bring_up("prepare")
         failures.append(failure)
 
-    with workspace.clone(fresh, "run") as copy:
+    with clone.clone(fresh, "run") as copy:
         thread = threading.Thread(target=bring_up)
         thread.start()
         wait_for(trace.exists)
     thread.join(5)
     assert failures and not thread.is_alive()
     assert not runs(int(trace.read_text().split()[2]))
-    with pytest.raises(workspace.RunEnding):
+    with pytest.raises(clone.RunEnding):
         copy.bring_up("prepare")
 
 
@@ -291,7 +291,7 @@ def test_ticks_come_while_the_command_is_silent(monkeypatch, tmp_path):
 
 def test_progress_is_passed_on_when_it_changes(tmp_path):
     seen = []
-    progress = workspace._Progress(Path(tmp_path / "progress.json"), seen.append)
+    progress = clone._Progress(Path(tmp_path / "progress.json"), seen.append)
     progress.look()
     progress.path.write_text('{"done": 1}')
     progress.look()
@@ -300,14 +300,14 @@ def test_progress_is_passed_on_when_it_changes(tmp_path):
 
 
 def test_a_run_of_many_overrides_has_a_folder_all_the_same(tmp_path):
-    folder = workspace._make_folder(tmp_path, "cifar10-cd " + "data.source.path=/a/b/c " * 40)
+    folder = clone._make_folder(tmp_path, "cifar10-cd " + "data.source.path=/a/b/c " * 40)
     assert folder.is_dir() and len(folder.name) < 80
 
 
 LISTENER = """
 import sys, time
 from pathlib import Path
-from flows.stage_signals import StageSignals, end_with_caller
+from flows.stage_runner.signals import StageSignals, end_with_caller
 
 with StageSignals(deferred=True) as signals:
     end_with_caller()
@@ -332,8 +332,8 @@ def test_a_stage_whose_flow_is_gone_saves_and_ends(tmp_path):
 COLLIDER = """
 import io, os, signal, sys
 from pathlib import Path
-from flows.stage_monitor import StageMonitor
-from flows.stage_signals import StageSignals
+from flows.stage_runner.progress import StageMonitor
+from flows.stage_runner.signals import StageSignals
 
 class SignallingStream(io.RawIOBase):
     sent = False

@@ -66,7 +66,7 @@ class Method(Params):
     """Whether the loss takes forward-mode derivatives of the network."""
 
     def loss(self, models: Models, batch: Batch, context: StepContext) -> Loss:
-        """Return the losses of one batch, each from its own row of what the networks return (see cm_core/ranks.py).
+        """Return the losses of one batch, each from its own row of what the networks return (parallel/ranks.py).
 
         Where a network is given several rows for each image, those of an image lie side by side.
         """

@@ -10,7 +10,7 @@ from typing import Any
 
 from flows.commands.output import Bar, add_json_option, print_json, print_table
 from flows.errors import UserError
-from flows.workspace import home, shared_remote
+from flows.workspace.clone import home, shared_remote
 
 ARRAYS = (".npz", ".npy")
 EPOCH = (1980, 1, 1, 0, 0, 0)  # in every entry of an archive: equal images make equal bytes
@@ -39,7 +39,7 @@ def data(args: Namespace) -> None:
 
 def add(root: Path, path: Path, name: str | None, description: str) -> None:
     """Copy or pack images into data/, version them, and say how a recipe names them."""
-    from flows.versioned import FOLDER, add_versioned, push_versioned
+    from flows.workspace.data_versions import FOLDER, add_versioned, push_versioned
 
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
@@ -65,8 +65,8 @@ def describe(path: Path) -> tuple[str, dict[str, int]]:
     """Return the kind of source and what it holds, as the stage `prepare` will read it. Raises UserError as that."""
     import tempfile
 
-    from flows.sources.array import ArrayFile
-    from flows.sources.image_files import Images
+    from flows.data.sources.array import ArrayFile
+    from flows.data.sources.image_files import Images
 
     source = (ArrayFile if path.suffix in ARRAYS else Images)(path=str(path))
     with tempfile.TemporaryDirectory(prefix="cm-data-") as scratch, Bar(f"reading {path}") as bar:
@@ -98,7 +98,7 @@ def _pack(folder: Path, archive: Path) -> None:
 
 def show(root: Path, *, as_json: bool) -> None:
     """Print the versioned data, and the commits that brought each version."""
-    from flows.versioned import version_of, versions
+    from flows.workspace.data_versions import version_of, versions
 
     found = [
         {

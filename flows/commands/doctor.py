@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.commands.output import add_json_option, print_json, print_table
-from flows.workspace import home, origin
+from flows.workspace.clone import home, origin
 
 if TYPE_CHECKING:
-    from flows.bucket import Bucket
+    from flows.storage.bucket import Bucket
 
 PROJECT, SHOWN = "consistency-pipeline", ("prefect", "mlflow", "dvc")
 FREE_GB = 2  # for a demo, its clones and its cache
@@ -97,7 +97,7 @@ def _torch() -> str:
 
 
 def _torchvision() -> str:
-    from cm_core.torchvision_shim import ensure_torchvision
+    from cm_core.metrics.torchvision_shim import ensure_torchvision
 
     declared = ensure_torchvision()
     version = metadata.version("torchvision")
@@ -134,7 +134,7 @@ def _disk() -> str:
 
 
 def _mlflow() -> str:
-    from flows.tracking import Tracker
+    from flows.tracking.tracker import Tracker
 
     place = origin(home()) / "mlflow.db"
     if not os.environ.get("MLFLOW_TRACKING_URI") and not place.exists():
@@ -190,7 +190,7 @@ def _write_read_remove(store: Any) -> str:
 
 
 def _states() -> str:
-    from flows.state import states_bucket, states_folder
+    from flows.checkpoints.store import states_bucket, states_folder
 
     bucket = states_bucket()
     if bucket is None:
@@ -220,7 +220,7 @@ def _prove_leases(bucket: "Bucket") -> str:
 
 def _artifacts() -> str:
     """Try the place where MLflow keeps files, as MLflow reaches it."""
-    from flows.tracking import Tracker
+    from flows.tracking.tracker import Tracker
 
     if not os.environ.get("MLFLOW_TRACKING_URI") and not (origin(home()) / "mlflow.db").exists():
         return f"{origin(home()) / 'mlruns'}, made by the first run"

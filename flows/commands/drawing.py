@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from flows.commands.output import Bar, positive
 from flows.errors import UserError
-from flows.workspace import home, origin
+from flows.workspace.clone import home, origin
 
 if TYPE_CHECKING:
     import numpy as np
 
     from cm_core.model import ModelSpec
     from cm_core.precond import Precond
-    from flows.generate import Sampler
+    from flows.inference.generate import Sampler
 
 MODEL = "a folder with model.json, or models:/... of MLflow"
 LOGGED = ("models:/", "runs:/")  # how MLflow's names of models begin
@@ -55,7 +55,7 @@ def is_model(where: str) -> bool:
 
 def draw(model: str, args: Namespace) -> "tuple[np.ndarray, str]":
     """Return images of a model, uint8 [N, H, W, C], and how they were sampled; on the GPU when there is one."""
-    from flows.generate import draw_images
+    from flows.inference.generate import draw_images
     from flows.stages.models import pick_device
 
     spec, net = load(model)
@@ -82,7 +82,7 @@ def _locate(model: str) -> Path:
         return Path(model)
     from mlflow.exceptions import MlflowException
 
-    from flows.tracking import fetch_student
+    from flows.tracking.tracker import fetch_student
 
     try:
         return fetch_student(model, origin(home()))
@@ -123,14 +123,14 @@ def _mid_sigmas(spec: "ModelSpec", args: Namespace, model: str) -> list[float]:
 
 def usual_mid_sigmas(spec: "ModelSpec", count: int, model: str) -> list[float]:
     """Return the levels that a logged model's recipe samples at, or the recipe in force; else a Karras grid's."""
-    from flows import generate
+    from flows.inference import generate
 
     return generate.usual_mid_sigmas(spec, count, generate.read_levels(_locate(model)) or _levels_in_force())
 
 
 def _levels_in_force() -> "Sequence[Sequence[float]]":
     """Return the levels that the recipe in force samples at, so that the report's images come out."""
-    from flows.recipe import load_active
+    from flows.recipes.recipe import load_active
 
     try:
         root = home()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from flows.commands.drawing import load, save_images
 from flows.commands.output import Bar
 from flows.errors import UserError
-from flows.workspace import home
+from flows.workspace.clone import home
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 BACKGROUND = "white"  # behind transparent pixels
 COLUMNS, SHOWN = 8, 64  # results in a row of the grid, and in all
-TRAITS = {  # of flows.images, that a person should know of
+TRAITS = {  # of flows.data.images, that a person should know of
     "exif_rotated": "turned upright as its EXIF says",
     "alpha": f"transparent pixels shown on {BACKGROUND}",
     "several_frames": "its first frame alone",
@@ -68,7 +68,7 @@ class Editor:
 
     def size_of(self, path: Path) -> tuple[int, int]:
         """Return width and height of a picture, as seen."""
-        from flows.images import open_image, upright_size
+        from flows.data.images import open_image, upright_size
 
         with open_image(lambda: path, str(path)) as image:
             return upright_size(image)
@@ -105,7 +105,7 @@ class Editor:
         return mask
 
     def _convert(self, path: Path, *, resize: str, channels: int | None = None) -> "tuple[np.ndarray, set[str]]":
-        from flows.images import convert, open_image
+        from flows.data.images import convert, open_image
 
         channels = channels or self.spec.image_shape[0]
         with open_image(lambda: path, str(path)) as image:
@@ -138,7 +138,7 @@ class Editor:
         import numpy as np
         import torch
 
-        from flows.generate import BATCH
+        from flows.inference.generate import BATCH
 
         batches, batch_size = [], self.args.n if at_once else BATCH
         with torch.no_grad(), Bar("editing") as bar:
@@ -154,7 +154,7 @@ class Editor:
 
     def write(self, results: "np.ndarray", sigmas: Sequence[float], shown: "Mapping[str, np.ndarray]") -> None:
         """Write the results, and beside them a grid with the pictures that they came from; say where."""
-        from flows.figures import save_rows
+        from flows.reports.figures import save_rows
 
         rows = {name: pixels[None] for name, pixels in shown.items()}
         for start in range(0, min(len(results), SHOWN), COLUMNS):

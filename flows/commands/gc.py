@@ -5,7 +5,7 @@ from datetime import timedelta
 from typing import Any
 
 from flows.commands.output import add_json_option, print_json, print_table
-from flows.workspace import home
+from flows.workspace.clone import home
 
 SHOWN = 20  # lines of a kind
 
@@ -26,7 +26,7 @@ def add_parsers(commands: Any) -> None:
 
 def gc(args: Namespace) -> None:
     """Print the garbage, and remove it if told so."""
-    from flows.garbage import find_garbage
+    from flows.operations.garbage import find_garbage
 
     found = list(find_garbage(home(), older_than=timedelta(days=args.older_than), with_remote=args.remote))
     for one in found if args.apply else ():

@@ -1,132 +1,87 @@
-"""`cm sample` and `cm evaluate`: images from a trained model, and metrics of any images."""
+"""`cm models`: the registered students, their metrics and aliases; promote one to champion."""
 
-import tempfile
 from argparse import Namespace
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.drawing import MODEL, add_sampling_options, draw, is_model, save_images
-from flows.commands.output import Bar, add_json_option, print_json, print_metrics
-from flows.errors import UserError
-from flows.workspace import home
+from flows.commands.output import add_json_option, positive, print_json, print_table
+from flows.commands.runs import SHORT, tracker_of
+from flows.workspace.clone import home
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from flows.dataset import Dataset
-
-GRID_IMAGES = 100
+    from flows.tracking.registry import Registered, Registry, Version
 
 
 def add_parsers(commands: Any) -> None:
     """Declare the subcommands."""
-    parser = commands.add_parser("sample", help="draw images from a trained model")
-    parser.add_argument("--model", metavar="MODEL", help=f"{MODEL}; default: out/student of the workspace")
-    parser.add_argument(
-        "--out",
-        metavar="PATH",
-        type=Path,
-        default=Path("out/drawn"),
-        help="a folder of PNGs, or a file .npy; default out/drawn",
-    )
-    add_sampling_options(parser, count=64)
-    parser.set_defaults(command=sample)
-
-    parser = commands.add_parser("evaluate", help="measure images, or a model, against the prepared data")
-    parser.add_argument(
-        "images", metavar="IMAGES", nargs="+", help=f"a folder, zip, tar, .npy or .npz of images; or a model: {MODEL}"
-    )
-    add_sampling_options(parser, count=1000)
+    parser = commands.add_parser("models", help="list the registered students, newest first; promote one")
     add_json_option(parser)
-    parser.set_defaults(command=evaluate)
+    parser.set_defaults(command=models)
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", parser_class=type(parser))
+
+    parser = actions.add_parser("promote", help="make a version the champion")
+    parser.add_argument("name", metavar="NAME", help="a registered model, such as cm-digits")
+    parser.add_argument("version", metavar="VERSION", type=positive, help="the number of one of its versions")
+    parser.add_argument(
+        "--force", action="store_true", help="even if it is worse than the champion, or cannot be compared with it"
+    )
+    parser.set_defaults(command=promote)
 
 
-def sample(args: Namespace) -> None:
-    """Write images, and beside them a grid of the first ones."""
-    images, how = draw(args.model or str(home() / "out" / "student"), args)
-    grid = write_images(images, args.out)
-    print(f"{args.out}: {len(images)} images, {how}; {grid} shows the first {min(len(images), GRID_IMAGES)}")
-
-
-def write_images(images: "np.ndarray", out: Path) -> Path:
-    """Write one array, or one PNG an image; return the path of the grid, which lies beside them."""
-    import numpy as np
-
-    from flows.figures import save_grid
-
-    if out.suffix == ".npy":
-        out.parent.mkdir(parents=True, exist_ok=True)
-        np.save(out, images)
-    else:
-        save_images(images, out)
-    grid = out.with_suffix(".png")
-    save_grid(images[:GRID_IMAGES], grid)
-    return grid
-
-
-def evaluate(args: Namespace) -> None:
-    """Print the metrics of every set of images against the training images, beside the held-out ones."""
-    from flows.dataset import load_dataset
-
-    root = home()
-    dataset = load_dataset(root / "out" / "prepare")
-    sets = {"real (held out)": dataset.heldout_images}
-    for where in args.images:
-        sets[where] = draw(where, args)[0] if is_model(where) else read_images(where, dataset)
-    rows, network = measure(sets, root)
+def models(args: Namespace) -> None:
+    """Print every version with its aliases and metrics."""
+    registry = _registry()
+    found = [registry.read(name) for name in registry.names()] if registry else []
+    rows = [describe(model, version) for model in found for version in reversed(model.versions.values())]
     if args.json:
-        print_json({"network": network, "images": {name: len(images) for name, images in sets.items()}, "rows": rows})
+        print_json(rows)
+    elif not rows:
+        print("No models yet; a run registers its student when it is measured")
     else:
-        counted = {f"{name} ({len(sets[name])})": row for name, row in rows.items()}
-        print_metrics(counted, title=f"Against the {len(dataset.train_images)} training images, measured by {network}")
+        _print_versions(rows)
 
 
-def read_images(where: str, dataset: "Dataset") -> "np.ndarray":
-    """Read images through the stage `prepare`, in the data set's channels; [N, H, W, C] of its shape."""
-    import numpy as np
+def promote(args: Namespace) -> None:
+    """Move the alias `champion`."""
+    from flows.tracking.registry import Registry
 
-    from flows.sources.array import ArrayFile
-    from flows.sources.image_files import Images
-    from flows.stages.prepare import Data, prepare
-
-    is_array = where.endswith((".npy", ".npz"))
-    source = ArrayFile(path=where) if is_array else Images(path=where, labels="none")
-    channels = "grey" if dataset.image_shape[0] == 1 else "rgb"
-    with tempfile.TemporaryDirectory(prefix="cm-evaluate-") as scratch, Bar(f"reading {where}") as bar:
-        prepare(Data(source=source, channels=channels, heldout_fraction=0), Path(scratch), bar)
-        images = np.concatenate([np.load(Path(scratch) / f"{split}_images.npy") for split in ("train", "heldout")])
-    if images.shape[1:] != dataset.train_images.shape[1:]:
-        sizes = [f"{shape[1]}x{shape[0]}" for shape in (images.shape[1:], dataset.train_images.shape[1:])]
-        raise UserError(f"{where}: the images are {sizes[0]}, those of the data set {dataset.name} are {sizes[1]}")
-    return images
+    Registry(tracker_of(home(), must_exist=True)).promote(args.name, args.version, force=args.force)
+    print(f"{args.name}: the champion is version {args.version}; models:/{args.name}@champion names it")
 
 
-def measure(sets: "dict[str, np.ndarray]", root: Path) -> tuple[dict[str, dict[str, float]], str]:
-    """Return the metrics of every set of images, and the name of the network that measured."""
-    import numpy as np
-    import torch
+def _registry() -> "Registry | None":
+    from flows.tracking.registry import Registry
 
-    from cm_core.evaluation import Reference, evaluate_images
-    from cm_core.features import build_extractor
-    from flows.feature_files import load_feature_files
-    from flows.recipe import load_active
-    from flows.stages.models import pick_device
+    tracker = tracker_of(home())
+    return Registry(tracker) if tracker else None
 
-    files, params, device = load_feature_files(root / "out" / "features"), load_active(root).evaluate, pick_device()
-    extractor = build_extractor(files.extractor, files.weights, device)
-    reference, rows = Reference.of(torch.from_numpy(np.array(files.reference))), {}
-    for name, images in sets.items():
-        with Bar(name) as bar:
-            try:
-                rows[name] = evaluate_images(
-                    images,
-                    reference,
-                    extractor,
-                    params=params,
-                    batch_size=params.batch_size,
-                    device=device,
-                    on_batch=bar.progress,
-                )
-            except ValueError as error:
-                raise UserError(f"{name}: {error}") from error
-    return rows, files.short_name
+
+def describe(model: "Registered", version: "Version") -> dict[str, Any]:
+    """Return what there is to know of a version, as plain values."""
+    tags = version.tags or {}
+    return {
+        "name": model.name,
+        "version": version.number,
+        "aliases": sorted(alias for alias, number in model.aliases.items() if number == version.number),
+        "recipe": tags.get("recipe"),
+        "method": tags.get("method"),
+        "metrics": dict(version.numbers),
+        "data": version.data,
+        "protocol": version.protocol,
+        "run": tags.get("run_id"),
+        "model_id": version.model_id,
+    }
+
+
+def _print_versions(rows: Sequence[dict[str, Any]]) -> None:
+    scores = sorted({key for row in rows for key in row["metrics"] if key.startswith("fid_")})
+    table = [
+        [
+            *(row["name"], str(row["version"]), ", ".join(row["aliases"]), row["recipe"] or "", row["method"] or ""),
+            *((row["run"] or "")[:SHORT], row["data"][:SHORT], row["protocol"][:SHORT]),
+            *(f"{row['metrics'][key]:#.4g}" if key in row["metrics"] else "-" for key in scores),
+        ]
+        for row in rows
+    ]
+    columns = ("name", "version", "aliases", "recipe", "method", "run", "data", "protocol", *scores)
+    print_table(columns, table, numbers=len(scores))

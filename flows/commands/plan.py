@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from flows.commands.output import add_json_option, print_json, print_table
 from flows.commands.recipes import add_recipe_arguments
 from flows.errors import UserError
-from flows.workspace import home
+from flows.workspace.clone import home
 
 if TYPE_CHECKING:
-    from flows.recipe import Recipe
+    from flows.recipes.recipe import Recipe
 
 # bf16 matrix products, FLOP/s, and memory, bytes. H100 and H200 as measured (docs/performance.md), A100 by its sheet.
 GPUS = {"a100": (312e12, 80 << 30), "h100": (798e12, 80 << 30), "h200": (787e12, 140 << 30)}
@@ -31,8 +31,8 @@ def add_parsers(commands: Any) -> None:
 
 def plan(args: Namespace) -> None:
     """Print one row a training."""
-    from flows.launch import processes_for
-    from flows.recipe import load_recipe
+    from flows.distributed.launch import processes_for
+    from flows.recipes.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides, root=home())
     sections = {role: getattr(recipe, role) for role in TRAININGS if getattr(recipe, role) is not None}
@@ -62,7 +62,7 @@ def plan(args: Namespace) -> None:
 def _gpu(name: str | None) -> tuple[float, int, str]:
     import torch
 
-    from cm_core.cost import matmul_rate
+    from cm_core.training.cost import matmul_rate
 
     if name is None and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
@@ -71,9 +71,9 @@ def _gpu(name: str | None) -> tuple[float, int, str]:
 
 
 def _row(role: str, recipe: "Recipe", rate: float, memory: int, count: int) -> dict[str, Any]:
-    from cm_core import sharding
-    from cm_core.cost import FP32, advice, step_cost
     from cm_core.model import ModelSpec
+    from cm_core.parallel import sharding
+    from cm_core.training.cost import FP32, advice, step_cost
 
     section, shape = getattr(recipe, role), recipe.data.image_shape()
     if shape is None:

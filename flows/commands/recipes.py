@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.output import add_json_option, print_json, print_table
-from flows.workspace import home
+from flows.workspace.clone import home
 
-RECIPES_DIR = Path("params/recipes")  # as in flows.recipe, whose import would cost this command two seconds
+RECIPES_DIR = Path("params/recipes")  # as in flows.recipes.recipe, whose import would cost this command two seconds
 
 
 def add_parsers(commands: Any) -> None:
@@ -64,7 +64,7 @@ def first_comment(path: Path) -> str:
 
 def show(args: Namespace) -> None:
     """Show key, value and source of every value."""
-    from flows.recipe import explain
+    from flows.recipes.recipe import explain
 
     values = explain(args.recipe, args.overrides, root=home())
     if args.json:
@@ -75,7 +75,7 @@ def show(args: Namespace) -> None:
 
 def use(args: Namespace) -> None:
     """Write the resolved recipe to params/active.yaml."""
-    from flows.recipe import load_recipe, with_absolute_paths, write_active
+    from flows.recipes.recipe import load_recipe, with_absolute_paths, write_active
 
     recipe = load_recipe(args.recipe, args.overrides, root=home())
     path = write_active(with_absolute_paths(recipe, Path.cwd()), home())

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from flows.commands.output import CHARTS, add_json_option, prepare_for_cancelling, print_json, print_metrics
 from flows.commands.recipes import add_recipe_arguments
 from flows.monitor import PROFILE_VARIABLE
-from flows.rows import Metrics, Rows, by_row
-from flows.services import use_running
-from flows.workspace import home
+from flows.operations.services import use_running
+from flows.reports.metrics_table import Metrics, Rows, by_row
+from flows.workspace.clone import home
 
 if TYPE_CHECKING:
-    from flows.recipe import Recipe
+    from flows.recipes.recipe import Recipe
 
 MAX_NAME = 120  # characters of a run's name, however many overrides it has
 DISTILLED, ISOLATED = "digits-cd", "digits-ct"  # the recipes of the demo
@@ -62,14 +62,14 @@ def _ask_for_profile(args: Namespace) -> None:
 def stage(args: Namespace) -> None:
     """Run one stage in this workspace."""
     _ask_for_profile(args)
-    from flows.run_stage import run_stage
+    from flows.stage_runner.run import run_stage
 
     run_stage(args.stage, home())
 
 
 def join(args: Namespace) -> None:
     """Share a stage with the main node until it ends there."""
-    from flows.run_stage import join as join_stage
+    from flows.stage_runner.run import join as join_stage
 
     join_stage(args.stage, home(), partial(print, flush=True))
 
@@ -77,7 +77,7 @@ def join(args: Namespace) -> None:
 def run(args: Namespace) -> None:
     """Run the pipeline and print what came of it."""
     _ask_for_profile(args)
-    from flows.recipe import load_recipe, with_absolute_paths
+    from flows.recipes.recipe import load_recipe, with_absolute_paths
 
     recipe = with_absolute_paths(load_recipe(args.recipe, args.overrides, root=home()), Path.cwd())
     name = textwrap.shorten(" ".join([Path(args.recipe).stem, *args.overrides]), MAX_NAME, placeholder=" ...")
@@ -101,7 +101,7 @@ def run_pipeline(recipe: "Recipe", root: Path, *, name: str, keep: bool) -> dict
 
 def demo(args: Namespace) -> None:
     """Run both recipes, then print one table and where to look next."""
-    from flows.recipe import load_recipe
+    from flows.recipes.recipe import load_recipe
 
     root, started = home(), time.monotonic()
     recipes = [load_recipe(name, root=root) for name in (DISTILLED, ISOLATED)]

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from flows.commands.output import add_json_option, positive, print_json, print_table
 from flows.errors import UserError
-from flows.workspace import home, origin
+from flows.workspace.clone import home, origin
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-    from flows.tracking import Tracker
+    from flows.tracking.tracker import Tracker
 
 SHORT = 8  # characters of an id that are shown
 SEARCHED = 1000  # newest runs among which one is looked for
@@ -67,7 +67,7 @@ def tracker_of(root: Path, *, must_exist: bool = False) -> "Tracker | None":
     """Return the connection to MLflow; where nothing was tracked yet None, or UserError if something must exist."""
     database = origin(root) / "mlflow.db"
     if os.environ.get("MLFLOW_TRACKING_URI") or database.exists():
-        from flows.tracking import Tracker
+        from flows.tracking.tracker import Tracker
 
         return Tracker(origin(root))
     if must_exist:
@@ -82,7 +82,7 @@ def find_pipelines(tracker: "Tracker", limit: int) -> "list[Run]":
 
 def resolve(given: str, newest: "Sequence[Run]", tracker: "Tracker") -> "Run":
     """Return the run that `given` names. Raises UserError where none does, or several ids begin so."""
-    from flows.registry import CANDIDATE, CHAMPION
+    from flows.tracking.registry import CANDIDATE, CHAMPION
 
     name, at, alias = given.rpartition("@")
     if at or given in (CANDIDATE, CHAMPION):
@@ -98,7 +98,7 @@ def resolve(given: str, newest: "Sequence[Run]", tracker: "Tracker") -> "Run":
 
 def _registered_run(name: str, alias: str, tracker: "Tracker") -> str:
     """Return the id of the run that measured the version which an alias of the registry names."""
-    from flows.registry import RUN_TAG, Registry
+    from flows.tracking.registry import RUN_TAG, Registry
 
     registry = Registry(tracker)
     names = [name] if name else registry.names()

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from flows.commands.output import Bar, add_json_option, positive, print_json, print_table
 from flows.commands.recipes import add_recipe_arguments
-from flows.dvcfiles import ancestors, locked_outs, read_stages, version
 from flows.errors import UserError
-from flows.tracking import StageRun, Tracker, recipe_name
-from flows.workspace import Workspace, clone, describe_code, home, origin
+from flows.tracking.tracker import StageRun, Tracker, recipe_name
+from flows.workspace.clone import Workspace, clone, describe_code, home, origin
+from flows.workspace.dvc_files import ancestors, locked_outs, read_stages, version
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from flows.recipe import Recipe
+    from flows.recipes.recipe import Recipe
 
 NEEDED = ("student", "features")  # the artifacts that a search reads
 NUM_IMAGES = 10_000  # (CM, App. C)
@@ -47,7 +47,7 @@ def add_parsers(commands: Any) -> None:
 
 def search(args: Namespace) -> None:
     """Bring the student and the feature network up to date, search, and print what was found."""
-    from flows.recipe import load_recipe, with_absolute_paths, write_active
+    from flows.recipes.recipe import load_recipe, with_absolute_paths, write_active
 
     # As for `cm run`: the default end by SIGTERM would leave stages running.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
@@ -131,7 +131,7 @@ def find(
 
 
 def _log(tracker: Tracker, run_id: str, *, recipe: "Recipe", found: Mapping[str, Any]) -> None:
-    from flows.recipe import flatten
+    from flows.recipes.recipe import flatten
 
     settings = {f"search.{key}": found[key] for key in ("nfe", "num_images")} | {
         "search.num_scales": len(found["grid"])
@@ -153,10 +153,10 @@ class Scorer:
         import numpy as np
         import torch
 
-        from cm_core.evaluation import Reference
-        from cm_core.features import build_extractor
+        from cm_core.metrics.evaluation import Reference
+        from cm_core.metrics.features import build_extractor
         from cm_core.model import load_model
-        from flows.feature_files import load_feature_files
+        from flows.data.feature_files import load_feature_files
         from flows.stages.models import pick_device, to_device
 
         files, self.sample, self.device = load_feature_files(root / "out" / "features"), recipe.sample, pick_device()
@@ -171,8 +171,8 @@ class Scorer:
 
     def fid(self, sigmas: Sequence[float], title: str) -> float:
         """Return the FID of images drawn at these levels; the noise is the same each time."""
-        from cm_core.evaluation import frechet_distance
-        from cm_core.features import extract_features
+        from cm_core.metrics.evaluation import frechet_distance
+        from cm_core.metrics.features import extract_features
 
         with Bar(title) as bar:
             images = self._draw(sigmas, bar)
@@ -200,7 +200,7 @@ class Scorer:
 
 def report(recipe: "Recipe", found: Mapping[str, Any], args: Namespace) -> None:
     """Print the candidates and how to use the best; with --write, put it in force."""
-    from flows.recipe import load_recipe, with_absolute_paths, write_active
+    from flows.recipes.recipe import load_recipe, with_absolute_paths, write_active
 
     best, override = found["best"], set_override(found["best"]["sigmas"])
     rows = [

@@ -9,7 +9,7 @@ from typing import Any
 
 from flows.commands.output import CHARTS, add_json_option, positive, print_json, print_table
 from flows.errors import UserError
-from flows.services import (
+from flows.operations.services import (
     MLFLOW_PORT,
     PREFECT_PORT,
     Options,
@@ -22,7 +22,7 @@ from flows.services import (
     running,
     up,
 )
-from flows.workspace import home
+from flows.workspace.clone import home
 
 FAILED = 1
 
@@ -136,7 +136,7 @@ def register(args: Namespace) -> None:
     """Register everything and say what."""
     if not os.environ.get("PREFECT_API_URL"):
         raise UserError("PREFECT_API_URL is not set; `cm up` registers with its own server by itself")
-    from flows.deploy import deploy, from_repository, in_folder
+    from flows.operations.deploy import deploy, from_repository, in_folder
 
     root = home()
     steps = from_repository(args.repository, args.branch) if args.repository else in_folder(args.folder or root)

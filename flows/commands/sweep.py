@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from flows.commands.output import add_json_option, prepare_for_cancelling, print_json, print_metrics, print_table
 from flows.commands.recipes import add_override_option
-from flows.services import use_running
-from flows.workspace import home
+from flows.operations.services import use_running
+from flows.workspace.clone import home
 
 if TYPE_CHECKING:
-    from flows.sweep_page import Sweep
+    from flows.sweeps.page import Sweep
 
 
 def add_parsers(commands: Any) -> None:
@@ -25,7 +25,7 @@ def add_parsers(commands: Any) -> None:
 
 def sweep(args: Namespace) -> None:
     """Run a sweep and print its table."""
-    from flows.sweep_page import load_sweep
+    from flows.sweeps.page import load_sweep
 
     planned = load_sweep(args.name, args.overrides, root=home())  # complains before Prefect is started
     if args.dry_run:
@@ -44,7 +44,7 @@ def sweep(args: Namespace) -> None:
 
 
 def _print_points(planned: "Sweep", *, as_json: bool) -> None:
-    from flows.sweep_page import value_text
+    from flows.sweeps.page import value_text
 
     if as_json:
         print_json([{"name": point.name, "values": dict(point.values)} for point in planned.points])

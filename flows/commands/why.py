@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.output import add_json_option, print_json
-from flows.dvcfiles import PARAMS_FILE, load_yaml, read_lock, read_stages, upstream
 from flows.errors import UserError
-from flows.workspace import DVC, home
+from flows.workspace.clone import DVC, home
+from flows.workspace.dvc_files import PARAMS_FILE, load_yaml, read_lock, read_stages, upstream
 
 STATES = {"modified": "changed", "new": "is new", "deleted": "is missing"}  # DVC's words, and ours
 NOT_GIVEN = "(not given)"

@@ -22,10 +22,10 @@ from cm_core.randomness import derive_seed, make_generator
 from cm_core.sampling import ImageNoise
 from cm_core.solvers import Denoiser
 from cm_core.tensors import from_pixels, to_pixels
-from flows.dataset import Dataset, load_dataset
+from flows.data.dataset import Dataset, load_dataset
 from flows.errors import UserError
-from flows.figures import save_rows
 from flows.monitor import Monitor
+from flows.reports.figures import save_rows
 from flows.stages.models import pick_device, to_device
 
 STROKE_STEPS, STROKE_SHADES = 2, 4  # levels (CM, App. D); shades of a made-up stroke painting

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from cm_core.evaluation import MetricParams, Reference, evaluate_images
-from cm_core.features import build_extractor
-from flows.dataset import Dataset, load_dataset
+from cm_core.metrics.evaluation import MetricParams, Reference, evaluate_images
+from cm_core.metrics.features import build_extractor
+from flows.data.dataset import Dataset, load_dataset
+from flows.data.feature_files import FeatureFiles, load_feature_files
 from flows.errors import UserError
-from flows.evaluation_report import MODELS, Artifacts, Row, compose_report
-from flows.feature_files import FeatureFiles, load_feature_files
-from flows.html_report import write_report
 from flows.monitor import Monitor
+from flows.reports.evaluation import MODELS, Artifacts, Row, compose_report
+from flows.reports.html import write_report
 
 
 class Evaluate(MetricParams):

@@ -13,7 +13,7 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
-from cm_core.features import (
+from cm_core.metrics.features import (
     NETWORKS,
     ClassifierFeatures,
     accuracy,
@@ -24,11 +24,11 @@ from cm_core.features import (
 )
 from cm_core.params import Params
 from cm_core.randomness import derive_seed
-from flows.dataset import Dataset, load_dataset
+from flows.data.dataset import Dataset, load_dataset
+from flows.data.feature_files import write_feature_files
 from flows.errors import UserError
-from flows.feature_files import write_feature_files
-from flows.fetch import download_dir, fetch
 from flows.monitor import Monitor
+from flows.storage.fetch import download_dir, fetch
 
 LOG_EVERY = 10  # steps
 

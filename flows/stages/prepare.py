@@ -16,14 +16,14 @@ import numpy as np
 from pydantic import ConfigDict, Field, model_validator
 
 from cm_core.params import Params
+from flows.data.images import TRAITS, convert, is_grey, preview_grid, upright_size
+from flows.data.sources import Contents, Item
+from flows.data.sources.array import ArrayFile
+from flows.data.sources.cifar10 import Cifar10
+from flows.data.sources.digits import Digits
+from flows.data.sources.image_files import Images
 from flows.errors import UserError
-from flows.images import TRAITS, convert, is_grey, preview_grid, upright_size
 from flows.monitor import Monitor
-from flows.sources import Contents, Item
-from flows.sources.array import ArrayFile
-from flows.sources.cifar10 import Cifar10
-from flows.sources.digits import Digits
-from flows.sources.image_files import Images
 
 CHUNK = 64  # images that a worker takes at once
 T = TypeVar("T")

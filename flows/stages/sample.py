@@ -12,17 +12,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from cm_core import ranks
-from cm_core.graphs import replay_passes
 from cm_core.model import ModelSpec, load_model
+from cm_core.parallel import ranks
+from cm_core.parallel.graphs import replay_passes
 from cm_core.params import Params
 from cm_core.precond import Precond
 from cm_core.sampling import ImageNoise, TeacherSampler, check_levels
 from cm_core.tensors import from_pixels, to_pixels
-from flows.dataset import Dataset, load_dataset
+from flows.data.dataset import Dataset, load_dataset
 from flows.errors import UserError
-from flows.figures import save_grid, save_rows
 from flows.monitor import Monitor
+from flows.reports.figures import save_grid, save_rows
 from flows.stages.models import (
     ABSENT_FILE,
     few_step_sigmas,

@@ -11,7 +11,6 @@ from pydantic import Field
 from torch import nn
 
 from cm_core.distances import Distance, Lpips
-from cm_core.loop import Train, TrainState
 from cm_core.methods.base import Method, Models
 from cm_core.methods.cd import CD
 from cm_core.methods.cm_inf import CMInf
@@ -28,9 +27,9 @@ from cm_core.precond import Precond
 from cm_core.randomness import derive_seed
 from cm_core.sampling import ImageNoise
 from cm_core.tensors import to_pixels
-from flows.dataset import Dataset, load_dataset
+from cm_core.training.loop import Train, TrainState
+from flows.data.dataset import Dataset, load_dataset
 from flows.errors import UserError
-from flows.fetch import fetch
 from flows.monitor import Monitor
 from flows.stages.models import (
     ABSENT_FILE,
@@ -42,6 +41,7 @@ from flows.stages.models import (
     write_origin,
 )
 from flows.stages.training import make_batches, place, run_training
+from flows.storage.fetch import fetch
 
 GRID_STEPS = 16  # of a student of progressive distillation at most: a grid interrupts the training
 StudentMethod = CD | CT | ICT | ECT | SCM | PD | CMInf  # what a recipe may name under student.method

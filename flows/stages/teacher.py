@@ -8,19 +8,19 @@ import numpy as np
 import torch
 
 from cm_core.augment import LABEL_DIM
-from cm_core.loop import Train, TrainState
 from cm_core.methods.base import Models
 from cm_core.methods.edm import EDM
 from cm_core.model import ModelSpec, build_seeded
 from cm_core.networks import Network
 from cm_core.noise import Noise
-from cm_core.optimizers import Adam
 from cm_core.params import Params
 from cm_core.precond import Precond
 from cm_core.randomness import derive_seed
 from cm_core.sampling import ImageNoise, TeacherSampler
 from cm_core.tensors import to_pixels
-from flows.dataset import load_dataset
+from cm_core.training.loop import Train, TrainState
+from cm_core.training.optimizers import Adam
+from flows.data.dataset import load_dataset
 from flows.monitor import Monitor
 from flows.stages.models import ABSENT_FILE, GRID_IMAGES, fixed_labels, pick_device
 from flows.stages.training import make_batches, place, run_training

@@ -10,23 +10,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from cm_core import ranks, sharding
-from cm_core.batches import Batches
-from cm_core.checkpoint import list_states
-from cm_core.cost import Speed, advice
-from cm_core.graphs import replay_passes
-from cm_core.loop import Train, TrainState, fit
-from cm_core.memory import recompute_blocks, split_passes
 from cm_core.methods.base import Method, Models
 from cm_core.model import ModelSpec, save_model
 from cm_core.networks.layers import compile_blocks
+from cm_core.parallel import ranks, sharding
+from cm_core.parallel.graphs import replay_passes
+from cm_core.parallel.memory import recompute_blocks, split_passes
 from cm_core.precond import Precond
-from cm_core.profiling import profiled
+from cm_core.training.batches import Batches
+from cm_core.training.checkpoint import list_states
+from cm_core.training.cost import Speed, advice
+from cm_core.training.loop import Train, TrainState, fit
+from cm_core.training.profiling import profiled
 from flows.atomic import replace_text
-from flows.dataset import Dataset
+from flows.data.dataset import Dataset
 from flows.errors import UserError
-from flows.figures import save_grid
 from flows.monitor import PROFILE_VARIABLE, Monitor
+from flows.reports.figures import save_grid
 from flows.stages.models import to_device
 
 DrawImages = Callable[[Precond, int], np.ndarray]  # averaged model, training steps so far -> uint8 [N, H, W, C]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from flows import s3_state, state
-from flows.bucket import Bucket
+from flows.checkpoints import s3_store, store
+from flows.storage.bucket import Bucket
 from miniature import REPOSITORY
 from servers import s3_server
 from test_state import KEY, NAME, URI, take_over
@@ -24,11 +24,11 @@ WRITER = """
 import sys
 from pathlib import Path
 import torch
-from cm_core.checkpoint import list_states, save_state
-from flows import s3_state
-from flows.state import hold_state
+from cm_core.training.checkpoint import list_states, save_state
+from flows.checkpoints import s3_store
+from flows.checkpoints.store import hold_state
 
-s3_state.LEASE_SECONDS = 2.0
+s3_store.LEASE_SECONDS = 2.0
 origin, key = Path(sys.argv[1]), sys.argv[2]
 with hold_state(origin, "student", key, lambda: None, print) as held:
     saved = list_states(held.folder)
@@ -58,7 +58,7 @@ def kill_somewhere(writer: subprocess.Popen, rng: random.Random) -> int:
 
 def whole_states(folder: Path) -> list[int]:
     """Return the steps of the states in a folder, after reading every byte of them."""
-    from cm_core.checkpoint import list_states, load_state
+    from cm_core.training.checkpoint import list_states, load_state
 
     found = []
     for path in list_states(folder):
@@ -76,14 +76,14 @@ def test_a_folder_never_shows_a_torn_state(tmp_path, monkeypatch):
     for _ in range(LOCAL_KILLS):
         began = kill_somewhere(start(tmp_path), rng)
         assert began == newest, "it went on from the newest state"
-        newest = max(whole_states(state.states_folder(tmp_path) / NAME), default=0)
+        newest = max(whole_states(store.states_folder(tmp_path) / NAME), default=0)
         assert newest >= began
     assert newest > 0
 
 
 def test_a_bucket_never_shows_a_torn_state(tmp_path, monkeypatch):
     monkeypatch.setenv("CM_STATE", URI)
-    monkeypatch.setattr(s3_state, "LEASE_SECONDS", 2.0)
+    monkeypatch.setattr(s3_store, "LEASE_SECONDS", 2.0)
     rng, newest = random.Random(1), 0
     with s3_server(monkeypatch, "states") as client:
         for kill in range(S3_KILLS):
@@ -98,9 +98,9 @@ def test_a_bucket_never_shows_a_torn_state(tmp_path, monkeypatch):
 
 def _newest_published(folder: Path) -> int:
     """Read the newest state as another worker would, without taking the lease."""
-    training = s3_state.Training(Bucket(URI).below(NAME), print)
-    found = training._bucket.read(s3_state.HEAD)
-    training._head = s3_state.Head.of(found.data)
+    training = s3_store.Training(Bucket(URI).below(NAME), print)
+    found = training._bucket.read(s3_store.HEAD)
+    training._head = s3_store.Head.of(found.data)
     folder.mkdir()
     training.restore(folder)
     return max(whole_states(folder), default=0)

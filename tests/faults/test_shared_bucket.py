@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flows.dvcfiles import dvc_md5, read_stages
-from flows.recipe import load_recipe, write_active
+from flows.recipes.recipe import load_recipe, write_active
+from flows.workspace.dvc_files import dvc_md5, read_stages
 from live import cm, environment, make_live_workspace, wait_until
 from miniature import commit, git, two_machines
 from servers import aws_variables, shared_s3
@@ -23,8 +23,9 @@ STEPS, LEASE_SECONDS = 240, 6
 TRAINING = {"num_steps": STEPS, "save_every": 20, "log_every": 10, "grid_every": 120}
 # `cm stage teacher`, whose lease ends sooner.
 TEACHER = f"""
-from flows import cli, s3_state
-s3_state.LEASE_SECONDS = {LEASE_SECONDS}.0
+from flows import cli
+from flows.checkpoints import s3_store
+s3_store.LEASE_SECONDS = {LEASE_SECONDS}.0
 cli.main(["stage", "teacher"])
 """
 

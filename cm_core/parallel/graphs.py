@@ -1,0 +1,193 @@
+"""Replay a network's passes as CUDA graphs: one launch for hundreds of kernels, where the host would be slower."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cm_core.networks.layers import fuses
+from cm_core.parallel import ranks
+
+
+def replay_passes(net: nn.Module) -> None:
+    """Let `net` record each kind of pass when it comes for the second time, and replay it from then on.
+
+    A pass is of one kind with another if shapes, mode and precision agree; grids and last batches of other sizes run as
+    before. Parameters may change in place between passes. A pass whose backward pass is still to come keeps its graph
+    to itself, and gradients lie where the graph writes them: further passes, and passes that add to gradients that are
+    already there, run as before. Among several processes they raise RuntimeError: recorded gradients are sums over the
+    processes already (ranks.py). `backward` alone gives gradients of a recorded pass, not `torch.autograd.grad`.
+    """
+    plain, seen, recorded = net.forward, set(), {}
+    cast_weights = functools.cache(functools.partial(_CastWeights, net))
+    trained = [p for p in net.parameters() if p.requires_grad]
+    anchor = torch.zeros((), requires_grad=True)  # what a replay seems to depend on, so that it has a backward pass
+
+    def forward(*args: Tensor | None) -> Tensor:
+        if not _replayable(args):
+            return plain(*args)
+        kind = _kind(net, args)
+        if kind not in seen:  # run at least once without a graph: kernels are compiled and chosen then
+            seen.add(kind)
+            return plain(*args)
+        parameters = trained if torch.is_grad_enabled() else []
+        if any(p.grad is not None for p in parameters) or (kind in recorded and recorded[kind].awaits_backward):
+            if ranks.count() > 1:
+                raise RuntimeError("of a network that several processes share, one pass at a time may have gradients")
+            return plain(*args)
+        if kind not in recorded:
+            recorded[kind] = _Pass(plain, parameters, args, cast_weights(_precision()))
+        return _Replay.apply(recorded[kind], args, anchor)
+
+    net.forward = forward
+
+
+def _replayable(args: tuple[Tensor | None, ...]) -> bool:
+    tensors = [arg for arg in args if arg is not None]
+    return fuses(tensors[0]) and not any(arg.requires_grad for arg in tensors)
+
+
+def _kind(net: nn.Module, args: tuple[Tensor | None, ...]) -> tuple:
+    shapes = tuple(None if arg is None else (arg.shape, arg.dtype) for arg in args)
+    return torch.is_grad_enabled(), net.training, _precision(), shapes
+
+
+def _precision() -> torch.dtype | None:
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+
+
+class _CastWeights:
+    """Copies of a network's weights in autocast's precision, which all its recorded passes share; none without it.
+
+    One kernel makes them all, and one brings their gradients back: autocast has one for each weight and each pass.
+    Where convolutions and linear layers run, autocast must be in force, as it is in all of a network of this package.
+    """
+
+    def __init__(self, net: nn.Module, precision: torch.dtype | None) -> None:
+        layers = [layer for layer in net.modules() if precision and isinstance(layer, (nn.Conv2d, nn.Linear))]
+        self._homes = [(layer, layer.weight) for layer in layers]
+        self.stand_ins = {
+            weight: nn.Parameter(weight.detach().to(precision), weight.requires_grad) for _, weight in self._homes
+        }
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the layers compute with the copies."""
+        for layer, weight in self._homes:
+            layer.weight = self.stand_ins[weight]
+        try:
+            yield
+        finally:
+            for layer, weight in self._homes:
+                layer.weight = weight
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Bring the copies up to date."""
+        if self.stand_ins:
+            torch._foreach_copy_(list(self.stand_ins.values()), list(self.stand_ins))
+
+
+class _Pass:
+    """A recorded forward pass and, where there are parameters to train, its backward pass.
+
+    While `awaits_backward`, a replay would write over activations that are still needed.
+    """
+
+    def __init__(
+        self, forward: Any, parameters: list[nn.Parameter], args: tuple[Tensor | None, ...], casting: _CastWeights
+    ) -> None:
+        self.parameters, self.awaits_backward = parameters, False
+        self.inputs = [None if arg is None else arg.detach().clone() for arg in args]
+        self._forward, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with casting.in_place():
+            with torch.cuda.graph(self._forward, stream=stream, capture_error_mode="thread_local"):
+                casting.update()
+                self._out = forward(*self.inputs)
+            if parameters:
+                self._d_out = torch.empty_like(self._out)
+                self._backward = _BackwardPass(
+                    *(self._out, self._d_out, parameters, casting.stand_ins, self._forward.pool(), stream)
+                )
+        self._out = self._out.detach()
+
+    def forward(self, args: tuple[Tensor | None, ...]) -> Tensor:
+        self.awaits_backward = bool(self.parameters)
+        for held, arg in zip(self.inputs, args, strict=True):
+            if arg is not None:
+                held.copy_(arg)
+        self._forward.replay()
+        return self._out.clone()
+
+    def backward(self, d_out: Tensor) -> None:
+        self.awaits_backward = False
+        self._d_out.copy_(d_out)
+        self._backward.replay()
+        for p, gradient in zip(self.parameters, self._backward.gradients, strict=True):
+            if gradient is not None:
+                p.grad = gradient.detach() if p.grad is None else p.grad + gradient
+
+
+class _BackwardPass:
+    """A recorded backward pass; among several processes a graph for each piece of gradients, sent while the next runs.
+
+    Exchanges are no parts of graphs: NCCL would not watch over them, and could not end while the graphs exist.
+    """
+
+    def __init__(
+        self,
+        out: Tensor,
+        d_out: Tensor,
+        parameters: list[nn.Parameter],
+        stand_ins: dict[nn.Parameter, nn.Parameter],
+        pool: Any,
+        stream: Any,
+    ) -> None:
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._pieces: list[Tensor | None] = []
+        self._pool = pool
+        pieces = ranks.GradientPieces(self._cut)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream), torch.autocast("cuda", enabled=False):
+            self._begin()
+            with pieces.taken_from(parameters, stand_ins):
+                out.backward(d_out, inputs=[stand_ins.get(p, p) for p in parameters])
+            self._end(pieces.rest())
+        self.gradients = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+
+    def replay(self) -> None:
+        with ranks.exchanges() as begin:
+            for graph, piece in zip(self._graphs, self._pieces, strict=True):
+                graph.replay()
+                if piece is not None:
+                    begin(piece)
+
+    def _begin(self) -> None:
+        self._graphs.append(torch.cuda.CUDAGraph())
+        # Another mode would want a graph's end in the thread of its beginning; autograd, which cuts, has threads.
+        self._graphs[-1].capture_begin(self._pool, capture_error_mode="relaxed")
+
+    def _end(self, piece: Tensor | None) -> None:
+        self._graphs[-1].capture_end()
+        self._pieces.append(piece)
+
+    def _cut(self, piece: Tensor) -> None:
+        self._end(piece)
+        self._begin()
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, recorded: _Pass, args: tuple[Tensor | None, ...], anchor: Tensor) -> Tensor:
+        ctx.recorded = recorded
+        return recorded.forward(args)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[None, None, None]:
+        ctx.recorded.backward(d_out)
+        return None, None, None

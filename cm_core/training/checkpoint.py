@@ -1,0 +1,50 @@
+"""Training states in flight, written so that a reader sees a whole one or none: tensors and JSON."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cm_core.tensor_files import flush, load_tensors, save_tensors
+
+TENSORS_FILE, STATE_FILE = "tensors.safetensors", "state.json"
+HIDDEN = ".partial-"  # how names begin that no reader looks at
+
+
+def save_state(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any], *, keep: int = 2) -> Path:
+    """Write a training state as `folder/step-<step>` and drop all but the newest `keep`.
+
+    The state is built under a temporary name and renamed whole, as are those that go: a torn state is never seen.
+    """
+    final = folder / f"step-{step:09d}"
+    for torn in folder.glob(f"{HIDDEN}*"):  # of a process that was killed
+        shutil.rmtree(torn)
+    temporary = folder / f"{HIDDEN}{final.name}"
+    save_tensors(temporary / TENSORS_FILE, tensors)
+    (temporary / STATE_FILE).write_text(json.dumps({"step": step, **values}))
+    flush(temporary / STATE_FILE)
+    if final.exists():
+        _drop(final)
+    os.replace(temporary, final)
+    for old in list_states(folder)[:-keep]:
+        _drop(old)
+    return final
+
+
+def _drop(state: Path) -> None:
+    doomed = state.with_name(f"{HIDDEN}dropped-{state.name}")
+    os.replace(state, doomed)
+    shutil.rmtree(doomed)
+
+
+def list_states(folder: Path) -> list[Path]:
+    """Return the complete training states in `folder`, oldest first."""
+    return sorted(folder.glob("step-*")) if folder.is_dir() else []
+
+
+def load_state(state: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_state` wrote: tensors and plain values."""
+    return load_tensors(state / TENSORS_FILE), json.loads((state / STATE_FILE).read_text())

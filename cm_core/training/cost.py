@@ -1,0 +1,199 @@
+"""What a training step costs: floating-point operations and bytes, counted without computing anything."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from cm_core.methods.base import Batch, Method, Models, StepContext, grid_on
+from cm_core.model import ModelSpec
+from cm_core.networks.layers import Attention, Block
+from cm_core.parallel import ranks, sharding
+from cm_core.training.loop import Train, why_not_divided
+
+FP32 = 4  # bytes a value
+HEADROOM = 3 << 30  # bytes for the libraries' workspaces, the batches and the allocator's fragments
+MATMUL_SIZE = 8192  # of the square matrices that measure a GPU's rate
+COUNTED_BATCH = 2  # images with which the operations are counted; they grow in proportion
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What training one image, and holding the training, takes."""
+
+    parameters: int
+    flops_per_image: float  # of a whole step: all forward and backward passes
+    forward_flops: float  # of one forward pass
+    state_bytes: int  # weights, gradients, moments, averages, the target's and the teacher's copies
+    whole_bytes: int  # of these, the grids' copy and half-precision weights, which a process has whole (sharding)
+    image_bytes: int  # activations kept for the backward pass
+    checkpointed_image_bytes: int  # the same when blocks compute theirs again
+
+    def peak_bytes(self, train: Train) -> int:
+        """Estimate the largest memory of a step; the sets of images, and LPIPS, come on top."""
+        each = self.checkpointed_image_bytes if train.checkpoint_activations else self.image_bytes
+        return self.state_bytes + -(-train.batch_size // train.accumulate) * each + HEADROOM
+
+    def peak_bytes_among(self, processes: int, train: Train, *, divided: bool) -> int:
+        """Estimate it for the first of several processes, which divide the batch and, if so told, the weights."""
+        divisor = processes if divided else 1
+        part = -(-(self.state_bytes - self.whole_bytes) // divisor)
+        own = train.model_copy(update={"batch_size": train.batch_size // processes})
+        return replace(self, state_bytes=self.whole_bytes + part).peak_bytes(own)
+
+    def flops_per_train_image(self, train: Train) -> float:
+        """Return the operations with those that are done twice to save memory: one more forward pass for each way."""
+        ways = train.checkpoint_activations + (train.accumulate > 1)
+        return self.flops_per_image + ways * self.forward_flops
+
+
+def advice(
+    cost: StepCost,
+    method: Method,
+    train: Train,
+    memory: int,
+    section: str,
+    processes: int = 1,
+    *,
+    divided: bool = False,
+) -> str | None:
+    """Return what to change for a training that does not fit `memory` bytes, or that nothing helps; None if it fits.
+
+    `processes` divide the batch, and the weights where they are `divided`.
+    """
+    needed = cost.peak_bytes_among(processes, train, divided=divided)
+    if needed <= memory:
+        return None
+    problem = f"does not fit: about {needed / 2**30:.0f} GiB of {memory / 2**30:.0f}"
+    can_divide = processes > 1 and not divided and why_not_divided(method, train) is None
+    if can_divide and cost.peak_bytes_among(processes, train, divided=True) <= memory:
+        return f"{problem}; it would with the environment variable {sharding.VARIABLE}=1"
+    rows = train.batch_size // processes
+    for checkpointed in (False, True):
+        for parts in range(1, rows + 1):
+            if rows % parts == 0:
+                change = {"accumulate": parts, "checkpoint_activations": checkpointed}
+                if cost.peak_bytes_among(processes, train.model_copy(update=change), divided=divided) <= memory:
+                    asked = f"{section}.train.accumulate={parts}"
+                    asked += f" {section}.train.checkpoint_activations=true" if checkpointed else ""
+                    return f"{problem}; it would with {asked}"
+    return f"{problem}, not even one image at a time; take a smaller network"
+
+
+def step_cost(method: Method, spec: ModelSpec, *, num_emas: int, bytes_per_value: int) -> StepCost:
+    """Count what one step of `method` takes on networks of `spec`; `bytes_per_value` is 2 for bf16, 4 for fp32."""
+    with _nothing_computed():
+        models = _models(method, spec)
+        flops, forward_flops = _count_flops(method, spec, models)
+        kept, checkpointed = _count_kept_values(models.student, spec)
+    parameters = sum(p.numel() for p in models.student.parameters())
+    copies = 4 + num_emas + 1 + method.keeps_target + method.needs_teacher  # weights, gradients, 2 moments; 1 for grids
+    return StepCost(
+        parameters=parameters,
+        flops_per_image=flops,
+        forward_flops=forward_flops,
+        state_bytes=parameters * (FP32 * copies + bytes_per_value),
+        whole_bytes=parameters * (FP32 + bytes_per_value),
+        image_bytes=kept * bytes_per_value,
+        checkpointed_image_bytes=checkpointed * bytes_per_value,
+    )
+
+
+@contextmanager
+def _nothing_computed() -> Iterator[None]:
+    """Tensors have shapes alone within this context; none of them may stay in a cache."""
+    grid_on.cache_clear()
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        grid_on.cache_clear()
+
+
+def _models(method: Method, spec: ModelSpec) -> Models:
+    student, distance = spec.build(), getattr(method, "distance", None)
+    # LPIPS is left out: its weights may be a download, and it takes a small part of the operations of a U-Net.
+    build = distance.build if distance is not None and distance.kind != "lpips" else lambda _: _mean_square
+    return Models(student, student, student, build(spec.image_shape), method.build_weighting())
+
+
+def _mean_square(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).square().flatten(1).mean(1)
+
+
+def _count_flops(method: Method, spec: ModelSpec, models: Models) -> tuple[float, float]:
+    """Return the operations for one image of a step, and of a forward pass."""
+    labels = torch.zeros(COUNTED_BATCH, dtype=torch.int64) if spec.num_classes else None
+    batch = Batch(torch.empty(COUNTED_BATCH, *spec.image_shape), labels)
+    context = StepContext(0, 1, spec.noise, torch.Generator(), 0)
+    with FlopCounterMode(display=False) as counter:
+        method.loss(models, batch, context).per_sample.mean().backward()
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        models.student(batch.x0, torch.ones(COUNTED_BATCH), labels)
+    return counter.get_total_flops() / COUNTED_BATCH, forward.get_total_flops() / COUNTED_BATCH
+
+
+def _count_kept_values(model: nn.Module, spec: ModelSpec) -> tuple[int, int]:
+    """Return how many values a forward pass keeps for one image, and how many if each block computes its own again.
+
+    Kept are what norms read and write, a block's input, and queries, keys, values and output of attention.
+    """
+    kept: dict[nn.Module, int] = {}
+    inputs: dict[nn.Module, int] = {}
+
+    def note(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        if isinstance(module, nn.GroupNorm):
+            kept[module] = args[0].numel() + out.numel()
+        elif isinstance(module, Attention):
+            kept[module] = 4 * out.numel()
+        elif isinstance(module, Block):
+            inputs[module] = sum(arg.numel() for arg in args if arg is not None and arg.ndim == 4)
+
+    handles = [module.register_forward_hook(note) for module in model.modules()]
+    model(torch.empty(1, *spec.image_shape), torch.ones(1))
+    for handle in handles:
+        handle.remove()
+    largest = max((sum(kept.get(inner, 0) for inner in block.modules()) for block in inputs), default=0)
+    return sum(kept.values()), sum(inputs.values()) + largest
+
+
+class Speed:
+    """How fast a training runs: images/s and, on a GPU, the share of what its matrix products would allow."""
+
+    def __init__(self, method: Method, spec: ModelSpec, train: Train, device: torch.device, *, first: int) -> None:
+        self._batch_size, self._started, self._first = train.batch_size, time.monotonic(), first
+        self._limit: float | None = None
+        self.cost: StepCost | None = None
+        if device.type == "cuda":
+            self.cost = step_cost(method, spec, num_emas=len(train.emas), bytes_per_value=2 if train.autocast else FP32)
+            self._limit = ranks.count() * matmul_rate(device) / self.cost.flops_per_image
+
+    def measured(self, step: int) -> dict[str, float]:
+        """Return the numbers since the last call, `step` steps after the training's beginning."""
+        now = time.monotonic()
+        images, seconds = (step - self._first) * self._batch_size, now - self._started
+        self._started, self._first = now, step
+        found = {"images_per_s": images / seconds}
+        if self._limit is not None:
+            found["share_of_limit"] = found["images_per_s"] / self._limit
+            found["memory_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return found
+
+
+def matmul_rate(device: torch.device, *, repeats: int = 20) -> float:
+    """Measure the bf16 matrix product of a GPU, FLOP/s; takes some 50 ms."""
+    a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        a @ b
+    end.record()
+    end.synchronize()
+    return 2 * MATMUL_SIZE**3 * repeats / (start.elapsed_time(end) / 1000)

@@ -1,0 +1,49 @@
+"""Compiled kernels in the bucket of the training states: what one worker compiled, the next of its kind finds.
+
+Triton asks for each file of a kernel under a key that covers its code, the compiler and the kind of GPU.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from triton.runtime.cache import RemoteCacheBackend
+
+from flows.checkpoints.store import KERNELS_VARIABLE
+from flows.errors import UserError
+from flows.storage.bucket import Bucket
+
+
+class KernelBucket(RemoteCacheBackend):
+    """The files of one key: this machine's where it has them, else the bucket's. Without the store all is compiled."""
+
+    _given_up = False  # by this process, for all keys: a training starts sooner without a store that does not answer
+
+    def __init__(self, key: str) -> None:
+        self._bucket = Bucket(os.environ[KERNELS_VARIABLE]).below(key)
+        self._folder = Path(os.environ["TRITON_CACHE_DIR"]) / key  # where Triton puts what it gets from here
+
+    def get(self, filenames: list[str]) -> dict[str, bytes]:
+        """Return those of the files that there are."""
+        found = {name: self._find(name) for name in filenames}
+        return {name: data for name, data in found.items() if data is not None}
+
+    def put(self, filename: str, data: bytes) -> None:
+        """Give a file to the others, unless one of them was sooner."""
+        self._ask(lambda: self._bucket.write(filename, data, replacing=None))
+
+    def _find(self, name: str) -> bytes | None:
+        path = self._folder / name
+        return path.read_bytes() if path.exists() else self._ask(lambda: self._bucket.contents(name))
+
+    def _ask(self, request: Callable[[], Any]) -> Any:
+        if KernelBucket._given_up:
+            return None
+        try:
+            return request()
+        except UserError as error:
+            print(f"compiled kernels are not shared by this training: {error}", file=sys.stderr, flush=True)
+            KernelBucket._given_up = True
+            return None

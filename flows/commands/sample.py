@@ -1,0 +1,132 @@
+"""`cm sample` and `cm evaluate`: images from a trained model, and metrics of any images."""
+
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.commands.drawing import MODEL, add_sampling_options, draw, is_model, save_images
+from flows.commands.output import Bar, add_json_option, print_json, print_metrics
+from flows.errors import UserError
+from flows.workspace.clone import home
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from flows.data.dataset import Dataset
+
+GRID_IMAGES = 100
+
+
+def add_parsers(commands: Any) -> None:
+    """Declare the subcommands."""
+    parser = commands.add_parser("sample", help="draw images from a trained model")
+    parser.add_argument("--model", metavar="MODEL", help=f"{MODEL}; default: out/student of the workspace")
+    parser.add_argument(
+        "--out",
+        metavar="PATH",
+        type=Path,
+        default=Path("out/drawn"),
+        help="a folder of PNGs, or a file .npy; default out/drawn",
+    )
+    add_sampling_options(parser, count=64)
+    parser.set_defaults(command=sample)
+
+    parser = commands.add_parser("evaluate", help="measure images, or a model, against the prepared data")
+    parser.add_argument(
+        "images", metavar="IMAGES", nargs="+", help=f"a folder, zip, tar, .npy or .npz of images; or a model: {MODEL}"
+    )
+    add_sampling_options(parser, count=1000)
+    add_json_option(parser)
+    parser.set_defaults(command=evaluate)
+
+
+def sample(args: Namespace) -> None:
+    """Write images, and beside them a grid of the first ones."""
+    images, how = draw(args.model or str(home() / "out" / "student"), args)
+    grid = write_images(images, args.out)
+    print(f"{args.out}: {len(images)} images, {how}; {grid} shows the first {min(len(images), GRID_IMAGES)}")
+
+
+def write_images(images: "np.ndarray", out: Path) -> Path:
+    """Write one array, or one PNG an image; return the path of the grid, which lies beside them."""
+    import numpy as np
+
+    from flows.reports.figures import save_grid
+
+    if out.suffix == ".npy":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        np.save(out, images)
+    else:
+        save_images(images, out)
+    grid = out.with_suffix(".png")
+    save_grid(images[:GRID_IMAGES], grid)
+    return grid
+
+
+def evaluate(args: Namespace) -> None:
+    """Print the metrics of every set of images against the training images, beside the held-out ones."""
+    from flows.data.dataset import load_dataset
+
+    root = home()
+    dataset = load_dataset(root / "out" / "prepare")
+    sets = {"real (held out)": dataset.heldout_images}
+    for where in args.images:
+        sets[where] = draw(where, args)[0] if is_model(where) else read_images(where, dataset)
+    rows, network = measure(sets, root)
+    if args.json:
+        print_json({"network": network, "images": {name: len(images) for name, images in sets.items()}, "rows": rows})
+    else:
+        counted = {f"{name} ({len(sets[name])})": row for name, row in rows.items()}
+        print_metrics(counted, title=f"Against the {len(dataset.train_images)} training images, measured by {network}")
+
+
+def read_images(where: str, dataset: "Dataset") -> "np.ndarray":
+    """Read images through the stage `prepare`, in the data set's channels; [N, H, W, C] of its shape."""
+    import numpy as np
+
+    from flows.data.sources.array import ArrayFile
+    from flows.data.sources.image_files import Images
+    from flows.stages.prepare import Data, prepare
+
+    is_array = where.endswith((".npy", ".npz"))
+    source = ArrayFile(path=where) if is_array else Images(path=where, labels="none")
+    channels = "grey" if dataset.image_shape[0] == 1 else "rgb"
+    with tempfile.TemporaryDirectory(prefix="cm-evaluate-") as scratch, Bar(f"reading {where}") as bar:
+        prepare(Data(source=source, channels=channels, heldout_fraction=0), Path(scratch), bar)
+        images = np.concatenate([np.load(Path(scratch) / f"{split}_images.npy") for split in ("train", "heldout")])
+    if images.shape[1:] != dataset.train_images.shape[1:]:
+        sizes = [f"{shape[1]}x{shape[0]}" for shape in (images.shape[1:], dataset.train_images.shape[1:])]
+        raise UserError(f"{where}: the images are {sizes[0]}, those of the data set {dataset.name} are {sizes[1]}")
+    return images
+
+
+def measure(sets: "dict[str, np.ndarray]", root: Path) -> tuple[dict[str, dict[str, float]], str]:
+    """Return the metrics of every set of images, and the name of the network that measured."""
+    import numpy as np
+    import torch
+
+    from cm_core.metrics.evaluation import Reference, evaluate_images
+    from cm_core.metrics.features import build_extractor
+    from flows.data.feature_files import load_feature_files
+    from flows.recipes.recipe import load_active
+    from flows.stages.models import pick_device
+
+    files, params, device = load_feature_files(root / "out" / "features"), load_active(root).evaluate, pick_device()
+    extractor = build_extractor(files.extractor, files.weights, device)
+    reference, rows = Reference.of(torch.from_numpy(np.array(files.reference))), {}
+    for name, images in sets.items():
+        with Bar(name) as bar:
+            try:
+                rows[name] = evaluate_images(
+                    images,
+                    reference,
+                    extractor,
+                    params=params,
+                    batch_size=params.batch_size,
+                    device=device,
+                    on_batch=bar.progress,
+                )
+            except ValueError as error:
+                raise UserError(f"{name}: {error}") from error
+    return rows, files.short_name

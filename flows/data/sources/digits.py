@@ -1,0 +1,43 @@
+"""The scanned digits inside scikit-learn: real images that need no download."""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import ConfigDict
+
+from cm_core.params import Params
+from flows.data.sources import Contents, array_items
+from flows.monitor import Monitor
+
+
+class Digits(Params):
+    """1,797 scans of handwritten digits, 8x8 grey, ten classes."""
+
+    model_config = ConfigDict(title="Digits")
+
+    kind: Literal["digits"] = "digits"
+    """The scans that scikit-learn carries."""
+    licence: str = "CC BY 4.0: Optical Recognition of Handwritten Digits, UCI (Alpaydin and Kaynak, 1998)"
+    """One line on the terms of use, repeated in dataset.json."""
+
+    def native_shape(self) -> tuple[int, int, int]:
+        """Return [C, H, W]."""
+        return 1, 8, 8
+
+    def dataset_name(self) -> str:
+        """Return the name for reports."""
+        return "digits"
+
+    def origin(self) -> str:
+        """Return what dataset.json names as the source."""
+        return "sklearn.datasets.load_digits"
+
+    def read(self, scratch: Path, monitor: Monitor) -> Contents:
+        """Bring the 17 levels of ink, 0..16, to 0..255."""
+        from sklearn.datasets import load_digits
+
+        scans = load_digits()
+        pixels = np.rint(scans.images * (255 / 16)).astype(np.uint8)[..., None]
+        names = tuple(str(name) for name in scans.target_names)
+        return Contents(array_items(pixels, scans.target, "digits"), None, names)

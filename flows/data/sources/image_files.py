@@ -1,0 +1,191 @@
+"""Images as files: a folder, a zip, a tar, or the objects under an s3:// prefix."""
+
+import json
+import posixpath
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from pydantic import ConfigDict, Field
+
+from cm_core.params import Params
+from flows.data.archives import Files, archive_files, contents, folder_files
+from flows.data.images import EXTENSIONS, open_image
+from flows.data.sources import MAX_CLASSES, Contents, Item
+from flows.errors import UserError
+from flows.monitor import Monitor
+from flows.storage.fetch import download_dir, fetch, fetch_prefix, is_local, local_path, public_uri
+
+LABEL_FILE = "dataset.json"
+HELDOUT_FOLDERS = ("test", "val", "valid", "validation", "heldout")  # beside train/, the first that exists is held out
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+
+Classes = dict[str, str] | dict[str, int]  # name of an image -> its folder, or its number in the label file
+
+
+class Images(Params):
+    """Images as files, with or without classes."""
+
+    model_config = ConfigDict(title="Image files")
+
+    kind: Literal["images"] = "images"
+    """PNG, JPEG, WebP, GIF, BMP, TIFF and PNM files."""
+    path: str = Field(min_length=1)
+    """A folder, a zip or tar (path, file://, http(s):// or s3://), or a prefix s3://bucket/folder/."""
+    heldout_path: str | None = None
+    """A second such place, held out; null takes a folder `test` or `val` beside `train`, or else a part at random."""
+    labels: Literal["auto", "folders", "file", "none"] = "auto"
+    """From the folders that hold the images, an EDM-style dataset.json, or none; auto: the file where there is one."""
+    sha256: str | None = Field(None, pattern="^[0-9a-fA-F]{64}$")
+    """SHA-256 of the archive at `path`; a download is kept and reused only with it."""
+    name: str | None = None
+    """Name of the data set in reports; null takes the folder's or file's."""
+    version: str = ""
+    """Any word; stages are cached by the recipe, so change it when the files behind `path` changed."""
+    licence: str = "not stated; set data.source.licence"
+    """One line on the terms of use, repeated in dataset.json."""
+
+    def native_shape(self) -> None:
+        """Return None: the files have to be read."""
+
+    def dataset_name(self) -> str:
+        """Return the name for reports."""
+        return self.name or PurePosixPath(public_uri(self.path)).name.partition(".")[0]
+
+    def origin(self) -> str:
+        """Return what dataset.json names as the source."""
+        return public_uri(self.path)
+
+    def read(self, scratch: Path, monitor: Monitor) -> Contents:
+        """List the images, their classes and their split; nothing is decoded yet."""
+        places = [self._open_place(self.path, self.sha256, scratch / "train", monitor)]
+        if self.heldout_path:
+            places.append(self._open_place(self.heldout_path, None, scratch / "heldout", monitor))
+        splits = places if self.heldout_path else _split_folders(places[0])
+        classes = [split.classes(self.labels) for split in splits]
+        class_names = _class_names(classes[0])
+        items = [_items(*pair, class_names) for pair in zip(splits, classes, strict=True)]
+        files = sum(len(place.images) + place.others for place in places)
+        heldout = items[1] if len(items) > 1 else None
+        return Contents(items[0], heldout, class_names, ignored=files - sum(map(len, items)))
+
+    def _open_place(self, uri: str, sha256: str | None, scratch: Path, monitor: Monitor) -> "_Place":
+        where = public_uri(uri).rstrip("/")
+        files = _list_files(uri, sha256, scratch, monitor)
+        images = sorted(name for name in files if _is_image(name))
+        if not images:
+            raise UserError(f"{where}: no images among {len(files)} files; extensions read are {' '.join(EXTENSIONS)}")
+        # A folder that holds everything says nothing: `photos.zip` often has `photos/` at its top.
+        root = posixpath.commonpath([posixpath.dirname(name) for name in images])
+        plain = {posixpath.relpath(name, root or "."): files[name] for name in images}
+        where = posixpath.join(where, root).rstrip("/")
+        found = [file for file in (posixpath.join(root, LABEL_FILE), LABEL_FILE) if file in files]
+        if not found or self.labels not in ("auto", "file"):
+            return _Place(where, plain, None, len(files) - len(images))
+        numbers = _read_label_file(f"{public_uri(uri)}/{found[0]}", contents(files[found[0]]))
+        below = posixpath.relpath(root or ".", posixpath.dirname(found[0]) or ".")
+        numbers = {posixpath.relpath(name, below): number for name, number in numbers.items()}
+        return _Place(where, plain, _matched(where, numbers, plain), len(files) - len(images) - 1)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The images below one folder, by their names in it."""
+
+    where: str
+    images: Files
+    numbers: dict[str, int] | None  # from the label file; empty where that says that there are no labels
+    others: int = 0  # files that are no images
+
+    def below(self, folder: str) -> "_Place":
+        """Return the part in `folder`."""
+        plain = {name: name.removeprefix(f"{folder}/") for name in self.images if name.startswith(f"{folder}/")}
+        numbers = self.numbers and {plain[name]: self.numbers[name] for name in plain}
+        return _Place(f"{self.where}/{folder}", {plain[name]: self.images[name] for name in plain}, numbers)
+
+    def classes(self, labels: str) -> Classes | None:
+        """Return the class of each image, or None if there are none."""
+        if labels == "none" or self.numbers == {}:
+            return None
+        if self.numbers:
+            return self.numbers
+        if labels == "file":
+            raise UserError(f"{self.where}: no {LABEL_FILE} here, which data.source.labels=file asks for")
+        folders = {name: name.partition("/")[0] for name in self.images if "/" in name}
+        if not folders and labels == "auto":
+            return None
+        if len(folders) < len(self.images):
+            stray = next(name for name in self.images if name not in folders)
+            raise UserError(f"{self.where}/{stray}: lies in no class folder; move it, or set data.source.labels=none")
+        return folders
+
+
+def _is_image(name: str) -> bool:
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    return name.lower().endswith(EXTENSIONS) and not hidden
+
+
+def _list_files(uri: str, sha256: str | None, scratch: Path, monitor: Monitor) -> Files:
+    is_folder = is_local(uri) and local_path(uri).is_dir()
+    is_prefix = uri.startswith("s3://") and not uri.lower().endswith(ARCHIVE_SUFFIXES)
+    if (is_folder or is_prefix) and sha256:
+        raise UserError(f"{public_uri(uri)}: a folder has no SHA-256; leave data.source.sha256 away or name an archive")
+    if is_folder:
+        return folder_files(local_path(uri))
+    if is_prefix:
+        return folder_files(fetch_prefix(uri, scratch / "objects", monitor=monitor))
+    kept = download_dir(sha256) if sha256 else scratch
+    return archive_files(fetch(uri, kept, sha256=sha256, monitor=monitor), scratch / "unpacked")
+
+
+def _read_label_file(where: str, text: bytes) -> dict[str, int]:
+    """Read `{"labels": [[name, number], ...]}`, or `{"labels": null}`: no labels."""
+    try:
+        pairs = json.loads(text)["labels"]
+        numbers = {str(name): number for name, number in pairs or ()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{where}: not of the form {{"labels": [["a/1.png", 0], ...]}} ({error})') from error
+    for name, number in numbers.items():
+        if type(number) is not int or not 0 <= number < MAX_CLASSES:
+            raise UserError(f"{where}: {name} has the label {number}; allowed are whole numbers 0 to {MAX_CLASSES - 1}")
+    return numbers
+
+
+def _matched(where: str, numbers: dict[str, int], images: Files) -> dict[str, int]:
+    """Return `numbers` if it names exactly the images."""
+    if numbers and (missing := numbers.keys() - images.keys()):
+        raise UserError(f"{where}: {LABEL_FILE} names {min(missing)}, which is not there ({len(missing)} such names)")
+    if numbers and (unnamed := images.keys() - numbers.keys()):
+        raise UserError(f"{where}/{min(unnamed)}: has no label in {LABEL_FILE} ({len(unnamed)} such images)")
+    return numbers
+
+
+def _split_folders(place: _Place) -> list[_Place]:
+    """Return training and held-out images of `train/...` and `test/...`, or all images as one split."""
+    folders = {name.partition("/")[0] if "/" in name else "" for name in place.images}
+    heldout = next((folder for folder in HELDOUT_FOLDERS if folder in folders), None)
+    if heldout and "train" in folders and folders <= {"train", *HELDOUT_FOLDERS}:
+        return [place.below("train"), place.below(heldout)]
+    return [place]
+
+
+def _class_names(classes: Classes | None) -> tuple[str, ...]:
+    if classes is None:
+        return ()
+    names = set(classes.values())
+    return tuple(map(str, range(max(names) + 1))) if isinstance(min(names), int) else tuple(sorted(names))
+
+
+def _items(place: _Place, classes: Classes | None, class_names: tuple[str, ...]) -> list[Item]:
+    numbers = {name: number for number, name in enumerate(class_names)}
+    if classes is None and numbers:
+        raise UserError(f"{place.where}: held-out images without labels, where the training images have some")
+    items = []
+    for name, read in place.images.items():
+        where = f"{place.where}/{name}"
+        label = -1 if classes is None else numbers.get(str(classes[name]))
+        if label is None:
+            raise UserError(f"{where}: no training image is of the class {classes[name]}")
+        items.append(Item(name, where, label, partial(open_image, read, where)))
+    return items

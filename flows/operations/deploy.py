@@ -1,0 +1,172 @@
+"""What a Prefect server must know of this project: pools, the limit `gpu`, what follows a crash, the deployments.
+
+Everything has a name of its own, so that a second call changes only what has changed.
+"""
+
+import json
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.errors import UserError
+from flows.workspace.declare import deployment_entries
+from flows.workspace.dvc_files import CPU, GPU
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.actions import DeploymentScheduleCreate
+    from prefect.events.schemas.automations import AutomationCore
+
+POOLS_DIR = Path("infra/work-pools")  # TYPE.json: the base job template of the pools of that type
+POOLS = {  # description of every pool
+    GPU: "Runs of recipes. Their heavy stages wait for a slot of the limit `gpu`, the others do not.",
+    CPU: "Flows that keep no GPU busy.",
+}
+HEARTBEAT_SECONDS = 30  # between two signs of life of a flow run; Prefect sends them no oftener
+DEAD_AFTER = timedelta(seconds=90)  # without a sign of life: three are missing
+Steps = list[dict[str, dict[str, Any]]]
+
+
+def deploy(root: Path, *, gpus: int, pool_type: str, pull_steps: Steps) -> list[str]:
+    """Register everything with the server of PREFECT_API_URL; return the names of the deployments.
+
+    `gpus` flows' heavy stages may run at once, on all workers together. `pull_steps` bring a worker into a workspace.
+    """
+    from prefect.client.orchestration import get_client
+
+    template = read_template(root, pool_type)
+    with get_client(sync_client=True) as client:
+        for name, description in POOLS.items():
+            _write_pool(client, name, pool_type, template, description)
+        client.upsert_global_concurrency_limit_by_name(GPU, gpus)
+        for automation in automations():
+            _write_automation(client, automation)
+        return _write_deployments(client, root, pull_steps)
+
+
+def read_template(root: Path, pool_type: str) -> dict[str, Any]:
+    """Return the base job template of a type of pools. Raises UserError where there is none."""
+    file = root / POOLS_DIR / f"{pool_type}.json"
+    if not file.exists():
+        known = ", ".join(sorted(path.stem for path in (root / POOLS_DIR).glob("*.json")))
+        raise UserError(f"{file}: no such file; there are templates for {known or 'no type of pool'}")
+    return json.loads(file.read_text())
+
+
+def in_folder(workspace: Path) -> Steps:
+    """Return the steps of a worker that has the workspace already, in this folder of its machine or image."""
+    return [{"prefect.deployments.steps.set_working_directory": {"directory": str(workspace)}}]
+
+
+def from_repository(url: str, branch: str) -> Steps:
+    """Return the steps of a worker that has nothing: it clones a git repository first.
+
+    One that is read over https needs the server's Secret block `git-token`; over ssh, the worker's own key.
+    """
+    token = {"access_token": "{{ prefect.blocks.secret.git-token }}"} if url.startswith("https://") else {}
+    return [{"prefect.deployments.steps.git_clone": {"repository": url, "branch": branch, **token}}]
+
+
+def _write_pool(
+    client: "SyncPrefectClient", name: str, pool_type: str, template: Mapping[str, Any], description: str
+) -> None:
+    from prefect.client.schemas.actions import WorkPoolCreate
+
+    pool = WorkPoolCreate(name=name, type=pool_type, base_job_template=template, description=description)
+    client.create_work_pool(pool, overwrite=True)
+
+
+def automations() -> "list[AutomationCore]":
+    """Return what the server does by itself: it notices runs that died, and starts crashed ones again."""
+    from prefect.client.schemas.objects import StateType
+    from prefect.events.actions import ChangeFlowRunState
+    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+
+    of_deployments = {"prefect.resource.role": "deployment", "prefect.resource.id": "prefect.deployment.*"}
+    silent = EventTrigger(
+        match={"prefect.resource.id": "prefect.flow-run.*"},
+        for_each={"prefect.resource.id"},
+        posture=Posture.Proactive,
+        after={"prefect.flow-run.heartbeat"},
+        expect={"prefect.flow-run.heartbeat", "prefect.flow-run.Completed", "prefect.flow-run.Failed"}
+        | {"prefect.flow-run.Cancelled", "prefect.flow-run.Crashed", "prefect.flow-run.AwaitingRetry"},
+        threshold=1,
+        within=DEAD_AFTER,
+    )
+    crashed = EventTrigger(
+        match={"prefect.resource.id": "prefect.flow-run.*"},
+        match_related=of_deployments,
+        for_each={"prefect.resource.id"},
+        posture=Posture.Reactive,
+        expect={"prefect.flow-run.Crashed"},
+        threshold=1,
+    )
+    no_sign = f"No sign of life for {DEAD_AFTER.seconds} s: its process or its machine is gone."
+    return [
+        AutomationCore(
+            name="A run without a sign of life has crashed",
+            trigger=silent,
+            actions=[ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message=no_sign)],
+        ),
+        AutomationCore(
+            name="A crashed run is started again",
+            description="On whichever worker is free; trainings go on from their last state.",
+            trigger=crashed,
+            actions=[
+                ChangeFlowRunState(
+                    state=StateType.SCHEDULED, name="AwaitingRetry", message="Crashed; goes on from its last state."
+                )
+            ],
+        ),
+    ]
+
+
+def _write_automation(client: "SyncPrefectClient", automation: "AutomationCore") -> None:
+    """Write it only where it differs: written anew, it would forget the runs whose next sign of life it waits for."""
+    known = client.read_automations_by_name(automation.name)
+    if not known:
+        client.create_automation(automation)
+    elif (known[0].trigger, known[0].actions) != (automation.trigger, automation.actions):
+        client.update_automation(known[0].id, automation)
+
+
+def _write_deployments(client: "SyncPrefectClient", root: Path, pull_steps: Steps) -> list[str]:
+    from prefect.utilities.callables import parameter_schema
+
+    from flows.pipeline import consistency
+
+    flow_id = client.create_flow(consistency)
+    form = parameter_schema(consistency).model_dump(exclude_unset=True)
+    entries = deployment_entries(root)
+    for entry in entries:
+        client.create_deployment(
+            flow_id,
+            entry["name"],
+            description=entry["description"],
+            entrypoint=entry["entrypoint"],
+            parameters=entry["parameters"],
+            parameter_openapi_schema=form,
+            enforce_parameter_schema=True,
+            pull_steps=pull_steps,
+            work_pool_name=entry["work_pool"]["name"],
+            schedules=_schedules(client, f"{consistency.name}/{entry['name']}", entry["schedules"]),
+        )
+    return [f"{consistency.name}/{entry['name']}" for entry in entries]
+
+
+def _schedules(
+    client: "SyncPrefectClient", deployment: str, declared: list[Mapping[str, Any]]
+) -> "list[DeploymentScheduleCreate]":
+    """Return the schedules that a deployment has, which the server drops when it is written anew; else the declared."""
+    from prefect.client.schemas.actions import DeploymentScheduleCreate
+    from prefect.client.schemas.schedules import CronSchedule
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        known = client.read_deployment_by_name(deployment).schedules
+    except ObjectNotFound:
+        crons = [(CronSchedule(cron=one["cron"], timezone=one["timezone"]), one["active"]) for one in declared]
+        return [DeploymentScheduleCreate(schedule=schedule, active=active) for schedule, active in crons]
+    kept = set(DeploymentScheduleCreate.model_fields) - {"replaces"}
+    return [DeploymentScheduleCreate(**one.model_dump(include=kept)) for one in known]

@@ -1,0 +1,231 @@
+"""What nothing refers to any more: DVC objects, states, clones, torn uploads.
+
+`dvc gc` knows what commits refer to. Here also count: experiments, stashes, MLflow's runs and models by the data
+version that they carry, and runs that are going on. What cannot be asked ends the search: silence is no "not needed".
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from flows.checkpoints import s3_store, store
+from flows.errors import UserError
+from flows.storage.bucket import Bucket, Entry
+from flows.tracking.tracker import Tracker
+from flows.workspace.clone import cache_of, is_live, origin, remote_address
+from flows.workspace.dvc_files import LOCK_FILE, locked_outs, version
+
+OBJECTS, RUNS = "files/md5/", "runs/"
+ORPHANED = timedelta(days=30)  # without a sign of life: nobody will go on with this training
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Something that may go."""
+
+    kind: str
+    what: str
+    size: int  # bytes
+    remove: Callable[[], object]
+
+
+class Store(Protocol):
+    """Where DVC keeps objects: its cache, or a remote."""
+
+    def entries(self, folder: str = "") -> Iterator[Entry]: ...
+
+    def contents(self, key: str) -> bytes | None: ...
+
+    def remove(self, keys: Iterable[str]) -> None: ...
+
+
+class Folder:
+    """A store that is a folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def entries(self, folder: str = "") -> Iterator[Entry]:
+        """Yield the files below `folder`."""
+        for path in (self.root / folder).rglob("*"):
+            if path.is_file():
+                facts = path.stat()
+                modified = datetime.fromtimestamp(facts.st_mtime, UTC)
+                yield Entry(path.relative_to(self.root).as_posix(), facts.st_size, modified)
+
+    def contents(self, key: str) -> bytes | None:
+        """Return a file's contents, or None where there is none."""
+        path = self.root / key
+        return path.read_bytes() if path.is_file() else None
+
+    def remove(self, keys: Iterable[str]) -> None:
+        """Delete files."""
+        for key in keys:
+            (self.root / key).unlink(missing_ok=True)
+
+
+def find_garbage(root: Path, *, older_than: timedelta, with_remote: bool) -> Iterator[Garbage]:
+    """Yield what neither git, DVC, MLflow nor a running flow refers to and what is older than `older_than`.
+
+    Raises UserError where one of them, or a store, cannot be asked.
+    """
+    before = datetime.now(UTC) - older_than
+    cache = Folder(cache_of(root).folder)
+    needed = close_under_listings(referenced(root, cache), [cache, *([remote] if (remote := _remote(root)) else [])])
+    yield from unneeded_objects("cache", cache, needed, before)
+    if with_remote and remote:
+        yield from unneeded_objects("remote", remote, needed, before)
+        yield from _torn_uploads(remote, before)
+    yield from _states(origin(root), min(before, datetime.now(UTC) - ORPHANED))
+    if bucket := store.states_bucket():
+        yield from _bucket_states(bucket, older_than=max(older_than, ORPHANED))
+        yield from _torn_uploads(bucket, before)
+    yield from _clones(root, before)
+
+
+def referenced(root: Path, cache: Folder) -> set[str]:
+    """Return the DVC hashes that something refers to; those of a folder stand for its files as well."""
+    needed = {md5 for text in _committed(root) for md5 in hashes(text)}
+    for workspace in (root, *(run / "workspace" for run in _runs(root) if is_live(run))):
+        for path in (workspace / LOCK_FILE, *workspace.glob("*.dvc"), *workspace.glob("data/**/*.dvc")):
+            needed |= set(hashes(path.read_text())) if path.is_file() else set()
+    versions = _tracked_versions(root)
+    for entry in _run_cache(cache):
+        outs = locked_outs(entry)
+        if versions & {version(outs), *outs.values()}:
+            needed |= {*outs.values(), *(dep["md5"] for dep in entry.get("deps", ()) if "md5" in dep)}
+    return needed | versions
+
+
+def close_under_listings(needed: set[str], stores: list[Store]) -> set[str]:
+    """Add the files of every folder in `needed`, by its listing in whichever store has it."""
+    closed = set(needed)
+    for md5 in needed:
+        if md5.endswith(".dir"):
+            listing = next((found for store in stores if (found := store.contents(object_key(md5)))), b"[]")
+            closed |= {entry["md5"] for entry in json.loads(listing)}
+    return closed
+
+
+def unneeded_objects(kind: str, store: Store, needed: set[str], before: datetime) -> Iterator[Garbage]:
+    """Yield the old objects of a store that nobody needs, and the run-cache entries that such objects made."""
+    gone = set()
+    for entry in store.entries(OBJECTS):
+        md5 = entry.key.removeprefix(OBJECTS).replace("/", "")
+        if md5 not in needed and entry.modified < before:
+            gone.add(md5)
+            yield Garbage(kind, entry.key, entry.size, partial(store.remove, [entry.key]))
+    for entry in store.entries(RUNS):
+        if gone & set(locked_outs(_load(store.contents(entry.key))).values()):
+            yield Garbage(kind, entry.key, entry.size, partial(store.remove, [entry.key]))
+
+
+def object_key(md5: str) -> str:
+    """Return where a store of DVC's keeps an object."""
+    return f"{OBJECTS}{md5[:2]}/{md5[2:]}"
+
+
+def _load(text: bytes | str) -> Any:
+    import yaml
+
+    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def hashes(text: str) -> Iterator[str]:
+    """Yield the DVC hashes in a dvc.lock or a .dvc file."""
+
+    def walk(node: Any) -> Iterator[str]:
+        if isinstance(node, dict):
+            yield from [node["md5"]] if isinstance(node.get("md5"), str) else ()
+        for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+            yield from walk(child)
+
+    yield from walk(_load(text))
+
+
+def _committed(root: Path) -> Iterator[str]:
+    """Yield every dvc.lock and .dvc file at the tips of branches, tags, experiments, stashes, and at HEAD."""
+    refs = _git(root, "for-each-ref", "--format=%(objectname)").split()
+    stashes = (
+        _git(root, "log", "-g", "--format=%H", "refs/stash").split() if (root / ".git/refs/stash").exists() else []
+    )
+    blobs = set()
+    for revision in {*refs, *stashes, "HEAD"}:
+        for line in _git(root, "ls-tree", "-r", "-z", f"{revision}^{{tree}}").split("\0"):
+            facts, _, path = line.partition("\t")
+            if path == LOCK_FILE or path.endswith(".dvc"):
+                blobs.add(facts.split()[2])
+    yield from (_git(root, "cat-file", "blob", blob) for blob in blobs)
+
+
+def _git(root: Path, *arguments: str) -> str:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    done = subprocess.run(["git", *arguments], cwd=root, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{root}: git {arguments[0]} failed: {' '.join(done.stderr.split())}")
+    return done.stdout
+
+
+def _tracked_versions(root: Path) -> set[str]:
+    """Return the data versions on MLflow's runs and models, registered ones included."""
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not (origin(root) / "mlflow.db").exists():
+        return set()
+    return Tracker(origin(root)).data_versions()
+
+
+def _run_cache(cache: Folder) -> Iterator[dict[str, Any]]:
+    yield from (_load(cache.contents(entry.key)) for entry in cache.entries(RUNS))
+
+
+def _remote(root: Path) -> Store | None:
+    url = remote_address(root)
+    if url is None:
+        return None
+    if "://" in url and not url.startswith("s3://"):
+        raise UserError(f"{url}: cm gc knows remotes that are a folder or s3://")
+    return Bucket(url) if "://" in url else Folder(Path(url))
+
+
+def _states(home: Path, before: datetime) -> Iterator[Garbage]:
+    for folder in sorted(store.states_folder(home).glob("*/")):
+        files = list(Folder(folder).entries())
+        newest = max((entry.modified for entry in files), default=datetime.min.replace(tzinfo=UTC))
+        if newest < before:
+            size = sum(entry.size for entry in files)
+            yield Garbage("state", str(folder), size, partial(store.drop_unheld, folder))
+
+
+def _bucket_states(bucket: Bucket, *, older_than: timedelta) -> Iterator[Garbage]:
+    sizes: dict[str, int] = {}
+    for entry in bucket.entries():
+        name = entry.key.partition("/")[0]
+        sizes[name] = sizes.get(name, 0) + entry.size
+    for name, size in sizes.items():
+        place = bucket.below(name)
+        if s3_store.is_orphan(place, older_than.total_seconds()):
+            yield Garbage("state", place.uri, size, partial(s3_store.remove_training, place))
+
+
+def _torn_uploads(store: Store, before: datetime) -> Iterator[Garbage]:
+    for key, upload_id, started in store.open_uploads() if isinstance(store, Bucket) else ():
+        if started < before:
+            yield Garbage("torn upload", f"{store.uri}/{key}", 0, partial(store.abort_upload, key, upload_id))
+
+
+def _runs(root: Path) -> list[Path]:
+    runs = origin(root) / ".cm" / "runs"
+    return sorted(run for run in runs.iterdir() if run.is_dir()) if runs.is_dir() else []
+
+
+def _clones(root: Path, before: datetime) -> Iterator[Garbage]:
+    for run in _runs(root):
+        if not is_live(run) and datetime.fromtimestamp(run.stat().st_mtime, UTC) < before:
+            size = sum(entry.size for entry in Folder(run).entries())
+            yield Garbage("clone", str(run), size, partial(shutil.rmtree, run))

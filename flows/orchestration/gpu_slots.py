@@ -1,0 +1,108 @@
+"""A stage's turn on a GPU: a slot of the server's limit, so that flows queue, and devices of this machine alone."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.settings import PREFECT_API_URL
+
+from flows.distributed.devices import devices_for, hold_devices, visible_devices
+from flows.workspace.clone import RunEnding, StageFailed, Workspace
+from flows.workspace.dvc_files import GPU, Stage
+
+LEASE_SECONDS = 60.0  # a slot of a worker that died is free again after this; Prefect takes no less
+RENEW_EVERY = LEASE_SECONDS / 4
+LOOK_EVERY = 2.0  # seconds between two looks for a free slot
+
+
+@contextmanager
+def gpu_turn(stage: Stage, workspace: Workspace, say: Callable[[str], None]) -> Iterator[dict[str, str]]:
+    """Hold the slots and devices of a stage that needs GPUs while it is brought up to date; yield its variables.
+
+    With Prefect embedded there is no other flow to queue with, and nothing is held. Raises RunEnding when the run
+    ends before it is the stage's turn, StageFailed where the server gives no slot.
+    """
+    if stage.needs != GPU or not PREFECT_API_URL.value():
+        yield {}
+        return
+    folder, devices, count = workspace.origin / ".cm" / "devices", visible_devices(), devices_for(stage.name)
+
+    def on_wait() -> None:
+        wanted = "one" if count == 1 else count
+        say(f"{stage.name}: waits for {wanted} of the GPUs {', '.join(devices)}")
+
+    with _slots(stage, count, workspace, say):
+        with hold_devices(folder, devices, count, on_wait, lambda: workspace.ending) as variables:
+            _refuse_if_ending(stage, workspace)
+            yield variables
+
+
+@contextmanager
+def _slots(stage: Stage, count: int, workspace: Workspace, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold slots of the limit. While the server is away they cannot be renewed; that is no reason to end a training."""
+    over = threading.Event()
+    with get_client(sync_client=True) as client:
+        lease = _take_slots(client, stage, count, workspace, say)
+        renewal = threading.Thread(target=_renew, args=(client, lease, over))
+        renewal.start()
+        try:
+            yield
+        finally:
+            over.set()
+            renewal.join()
+            _release(client, lease)
+
+
+def _take_slots(
+    client: SyncPrefectClient, stage: Stage, count: int, workspace: Workspace, say: Callable[[str], None]
+) -> UUID:
+    """Wait for `count` slots at once and return their lease."""
+    lease = _ask_for_slots(client, stage, count)
+    if lease is None:
+        wanted = "a slot" if count == 1 else f"{count} slots"
+        say(f"{stage.name}: waits for {wanted} of the limit `{GPU}`")
+    while lease is None:
+        time.sleep(LOOK_EVERY)
+        _refuse_if_ending(stage, workspace)
+        lease = _ask_for_slots(client, stage, count)
+    return lease
+
+
+def _ask_for_slots(client: SyncPrefectClient, stage: Stage, count: int) -> UUID | None:
+    """Return the lease of the slots, None while too many are taken or the server or its database is away."""
+    try:
+        answer = client.increment_concurrency_slots_with_lease([GPU], count, "concurrency", LEASE_SECONDS).json()
+    except httpx.TransportError:
+        return None
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code == HTTPStatus.LOCKED or error.response.is_server_error:
+            return None
+        raise StageFailed(f"{stage.name}: no slot of the limit `{GPU}`: {error}") from error
+    if not answer["limits"]:
+        raise StageFailed(f"{stage.name}: the Prefect server has no limit `{GPU}`; `cm deploy` makes it")
+    return UUID(answer["lease_id"])
+
+
+def _renew(client: SyncPrefectClient, lease: UUID, over: threading.Event) -> None:
+    while not over.wait(RENEW_EVERY):
+        try:
+            client.renew_concurrency_lease(lease, LEASE_SECONDS)
+        except httpx.HTTPError as error:
+            print(f"the slot of the limit `{GPU}` could not be renewed: {error}")
+
+
+def _release(client: SyncPrefectClient, lease: UUID) -> None:
+    try:
+        client.release_concurrency_slots_with_lease(lease)
+    except httpx.HTTPError as error:  # it comes back by itself, and what was computed is good
+        print(f"the slot of the limit `{GPU}` could not be given back: {error}")
+
+
+def _refuse_if_ending(stage: Stage, workspace: Workspace) -> None:
+    if workspace.ending:
+        raise RunEnding(stage.name)

@@ -1,0 +1,223 @@
+"""Objects below an s3:// address: whole or absent, checked at both ends, replaced only by whom they belong to."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
+
+from flows.errors import UserError
+from flows.storage.fetch import s3_address, s3_client, s3_errors
+
+PART = 8 * 2**20  # bytes; larger files travel in such parts, several at once
+PART_WORKERS = 4
+TRIES = 2  # downloads of one object, when what arrives is not what was stored
+DELETED_AT_ONCE = 1000  # S3's own limit
+
+OnBytes = Callable[[int], None]  # how many bytes went over the line since the last call
+
+
+class WrongBytes(UserError):
+    """An object is there, and is not what was stored under its name."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A small object as the store has it."""
+
+    data: bytes
+    etag: str
+    age: float  # seconds since it was written, both times by the store's own clock
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An object in a listing."""
+
+    key: str
+    size: int
+    modified: datetime
+
+
+class Bucket:
+    """The objects below one address; keys are relative to it. Every failure is a UserError that names the object."""
+
+    def __init__(self, uri: str, client: Any = None) -> None:
+        self.uri = uri.rstrip("/")
+        self._bucket, prefix = s3_address(self.uri)
+        self._prefix = prefix and prefix + "/"
+        with s3_errors(self.uri):
+            self._client = client or s3_client()
+
+    def below(self, folder: str) -> "Bucket":
+        """Return the objects below a folder."""
+        return Bucket(f"{self.uri}/{folder}", self._client)
+
+    @contextmanager
+    def _naming(self, key: str) -> Iterator[dict[str, str]]:
+        with s3_errors(f"{self.uri}/{key}"):
+            from botocore.exceptions import FlexibleChecksumError
+
+            try:
+                yield {"Bucket": self._bucket, "Key": self._prefix + key}
+            except FlexibleChecksumError as error:
+                raise WrongBytes(f"{self.uri}/{key}: {error}") from error
+
+    def read(self, key: str) -> Found | None:
+        """Return a small object, or None where there is none."""
+        with self._naming(key) as named:
+            try:
+                answer = self._client.get_object(**named)
+            except self._client.exceptions.NoSuchKey:
+                return None
+            with answer["Body"] as stream:
+                data = stream.read()
+        now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return Found(data, answer["ETag"], (now - answer["LastModified"]).total_seconds())
+
+    def contents(self, key: str) -> bytes | None:
+        """Return the bytes of a small object, or None where there is none."""
+        found = self.read(key)
+        return found and found.data
+
+    def write(self, key: str, data: bytes, *, replacing: str | None) -> str | None:
+        """Write a small object over the version `replacing` (its ETag), or where there is none (None).
+
+        Return the new ETag; None if somebody else's write came first.
+        """
+        condition = {"IfNoneMatch": "*"} if replacing is None else {"IfMatch": replacing}
+        with self._naming(key) as named:
+            return self._conditional(lambda: self._client.put_object(**named, Body=data, **condition)["ETag"])
+
+    def remove_version(self, key: str, etag: str) -> bool:
+        """Delete an object if it still is this version; return whether it was."""
+        with self._naming(key) as named:
+            deleted = self._conditional(lambda: self._client.delete_object(**named, IfMatch=etag))
+        return deleted is not None
+
+    def _conditional(self, request: Callable[[], Any]) -> Any:
+        from botocore.exceptions import ClientError
+
+        try:
+            return request()
+        except ClientError as error:
+            if error.response["Error"]["Code"] in ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"):
+                return None
+            raise
+
+    def upload(self, path: Path, key: str, on_bytes: OnBytes = lambda count: None) -> None:
+        """Store a file, large ones in parallel parts, then ask what has arrived. Raises WrongBytes.
+
+        A store that computes SHA-256 refuses what was altered on the way; the question is for those that do not.
+        """
+        extra, config = {"ChecksumAlgorithm": "SHA256"}, _transfer()
+        with self._naming(key) as named:
+            with path.open("rb") as file:
+                self._client.upload_fileobj(
+                    file, named["Bucket"], named["Key"], ExtraArgs=extra, Config=config, Callback=on_bytes
+                )
+            stored = self._client.head_object(**named)
+        if stored["ContentLength"] != path.stat().st_size or stored["ETag"].strip('"') != _etag(path):
+            self._read_back(key, path)
+
+    def _read_back(self, key: str, path: Path) -> None:
+        """Compare what the store has with the file: not every store's ETag is an MD5."""
+        stored = hashlib.sha256()
+        with self._naming(key) as named:
+            for chunk in self._client.get_object(**named)["Body"].iter_chunks(PART):
+                stored.update(chunk)
+        if stored.hexdigest() != sha256_of(path):
+            raise WrongBytes(f"{self.uri}/{key}: the store holds other bytes than were sent")
+
+    def download(self, key: str, path: Path, sha256: str, on_bytes: OnBytes = lambda count: None) -> None:
+        """Bring an object here; the file appears when it is whole and its SHA-256 is right. Raises WrongBytes."""
+        partial = path.with_name(path.name + ".part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._fetch(key, partial, sha256, on_bytes)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _fetch(self, key: str, path: Path, sha256: str, on_bytes: OnBytes, tries: int = TRIES) -> None:
+        try:
+            with self._naming(key) as named, self._missing_is_wrong(key), path.open("wb") as file:
+                self._client.download_fileobj(
+                    named["Bucket"], named["Key"], file, Config=_transfer(), Callback=on_bytes
+                )
+            if (found := sha256_of(path)) != sha256:
+                raise WrongBytes(f"{self.uri}/{key}: sha256 is {found}, expected {sha256}")
+        except WrongBytes:
+            if tries == 1:
+                raise
+            self._fetch(key, path, sha256, on_bytes, tries - 1)
+
+    @contextmanager
+    def _missing_is_wrong(self, key: str) -> Iterator[None]:
+        from botocore.exceptions import ClientError
+
+        try:
+            yield
+        except ClientError as error:
+            if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
+                raise WrongBytes(f"{self.uri}/{key}: no such object") from error
+            raise
+
+    def entries(self, folder: str = "") -> Iterator[Entry]:
+        """Yield the objects below a folder."""
+        prefix = self._prefix + folder
+        with s3_errors(f"{self.uri}/{folder}"):
+            for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix):
+                for entry in page.get("Contents", ()):
+                    yield Entry(entry["Key"].removeprefix(self._prefix), entry["Size"], entry["LastModified"])
+
+    def remove(self, keys: Iterable[str]) -> None:
+        """Delete objects; one that is not there is no error."""
+        named = [{"Key": self._prefix + key} for key in keys]
+        for start in range(0, len(named), DELETED_AT_ONCE):
+            with s3_errors(self.uri):
+                batch = {"Objects": named[start : start + DELETED_AT_ONCE], "Quiet": True}
+                refused = self._client.delete_objects(Bucket=self._bucket, Delete=batch).get("Errors", ())
+            for error in refused:
+                raise UserError(f"s3://{self._bucket}/{error['Key']}: cannot be deleted ({error['Code']})")
+
+    def open_uploads(self) -> list[tuple[str, str, datetime]]:
+        """Return (key, upload id, start) of the uploads in parts that nobody has completed: they cost space unseen."""
+        with s3_errors(self.uri):
+            pages = self._client.get_paginator("list_multipart_uploads")
+            found = [
+                upload
+                for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix)
+                for upload in page.get("Uploads", ())
+            ]
+        return [(one["Key"].removeprefix(self._prefix), one["UploadId"], one["Initiated"]) for one in found]
+
+    def abort_upload(self, key: str, upload_id: str) -> None:
+        """Drop the parts of an upload that nobody has completed."""
+        with self._naming(key) as named:
+            self._client.abort_multipart_upload(**named, UploadId=upload_id)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _transfer() -> Any:
+    from boto3.s3.transfer import TransferConfig
+
+    return TransferConfig(multipart_threshold=PART, multipart_chunksize=PART, max_concurrency=PART_WORKERS)
+
+
+def _etag(path: Path) -> str:
+    """Return the ETag that S3 gives an unencrypted file: its MD5, or the MD5 of its parts' MD5s and their number."""
+    with path.open("rb") as file:
+        parts = [hashlib.md5(part, usedforsecurity=False) for part in iter(lambda: file.read(PART), b"")]
+    if path.stat().st_size < PART:
+        return parts[0].hexdigest() if parts else hashlib.md5(usedforsecurity=False).hexdigest()
+    joined = b"".join(part.digest() for part in parts)
+    return f"{hashlib.md5(joined, usedforsecurity=False).hexdigest()}-{len(parts)}"

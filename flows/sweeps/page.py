@@ -1,0 +1,159 @@
+"""A page of params/sweeps: one recipe, and the points at which it is run.
+
+Every point is a recipe of its own, checked before anything is computed; all are measured alike, or the table would
+compare numbers that say different things.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError, model_validator
+
+from cm_core.params import Params
+from flows.errors import UserError
+from flows.recipes.recipe import Recipe, flatten, parse_override, read_yaml, vary
+
+SWEEPS_DIR = Path("params/sweeps")
+MEASURED_ALIKE = ("data", "features", "evaluate", "sample.num_images", "sample.seed", "sample.precision")
+
+
+class SweepPage(Params):
+    """What a page says: `grid` or `points`."""
+
+    recipe: str
+    """The recipe that all points start from: a name of params/recipes, or a path."""
+    set: dict[str, Any] = {}
+    """Values over the recipe by dotted key, the same for all points."""
+    grid: dict[str, list[Any]] = {}
+    """Lists of values by dotted key; every combination is a point."""
+    points: dict[str, dict[str, Any]] = {}
+    """Named points: values by dotted key."""
+    x: str | None = None
+    """A key of the grid with numbers, along which the plot runs; empty: bars."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "SweepPage":
+        if bool(self.grid) == bool(self.points):
+            raise ValueError("give either grid: (lists of values by key) or points: (values by key, under names)")
+        empty = [key for key, values in self.grid.items() if not values]
+        if empty:
+            raise ValueError(f"grid.{empty[0]} is an empty list")
+        if self.x is not None and not all(_is_number(value) for value in self.grid.get(self.x, [None])):
+            raise ValueError(f"x={self.x}: must be a key of grid whose values are numbers")
+        return self
+
+    def named_values(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the name and the values of every point."""
+        yield from self.points.items()
+        if self.grid:
+            for values in itertools.product(*self.grid.values()):
+                point = dict(zip(self.grid, values, strict=True))
+                yield describe_values(point), point
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep."""
+
+    name: str
+    values: Mapping[str, Any]
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A checked sweep, ready to run."""
+
+    name: str
+    recipe: str
+    x: str | None
+    points: tuple[Point, ...]
+
+
+def sweep_names(root: Path) -> list[str]:
+    """Return the names of the sweeps under `root`, sorted."""
+    return sorted(path.stem for path in (root / SWEEPS_DIR).glob("*.yaml"))
+
+
+def load_sweep(name: str, overrides: Sequence[str] = (), *, root: Path) -> Sweep:
+    """Read a sweep by name or path; `key=value` overrides lie over its recipe and under its points.
+
+    Raises UserError: one line with the page, the point, the key, the value and what is allowed.
+    """
+    path = _page_path(name, root)
+    page = _read_page(path)
+    layers = [page.set, *(flatten(parse_override(override)) for override in overrides)]
+    points = []
+    for label, values in page.named_values():
+        recipe = vary(page.recipe, [*layers, values], root=root, source=f"{path}: point {label}")
+        points.append(Point(label, values, recipe))
+    _refuse_twins(path, points)
+    _refuse_incomparable(path, points)
+    return Sweep(path.stem, page.recipe, page.x, tuple(points))
+
+
+def _page_path(name: str, root: Path) -> Path:
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    path = root / SWEEPS_DIR / f"{name}.yaml"
+    if not path.exists():
+        raise UserError(f"no sweep {name!r}; there are {', '.join(sweep_names(root))}, or give a path to a .yaml file")
+    return path
+
+
+def _read_page(path: Path) -> SweepPage:
+    try:
+        return SweepPage.model_validate(read_yaml(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, reason = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            reason = f"unknown key; allowed: {', '.join(SweepPage.model_fields)}"
+        raise UserError(f"{path}: {f'{key}: ' if key else ''}{reason}") from None
+
+
+def _refuse_twins(path: Path, points: Sequence[Point]) -> None:
+    for one, other in itertools.combinations(points, 2):
+        if one.recipe == other.recipe:
+            raise UserError(f"{path}: the points {one.name} and {other.name} are the same")
+
+
+def _refuse_incomparable(path: Path, points: Sequence[Point]) -> None:
+    first, *others = points
+    for other in others:
+        for key in MEASURED_ALIKE + (("seed",) if first.recipe.features.kind == "classifier" else ()):
+            if _value(first.recipe, key) != _value(other.recipe, key):
+                raise UserError(
+                    f"{path}: the points {first.name} and {other.name} differ in {key}, which decides what the "
+                    f"metrics say; all points of a sweep are measured alike"
+                )
+
+
+def _value(recipe: Recipe, key: str) -> Any:
+    value: Any = recipe
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def describe_values(values: Mapping[str, Any]) -> str:
+    """Return values in a few words, such as `solver=heun num_scales=18`."""
+    lasts = Counter(key.rpartition(".")[2] for key in values)
+    words = {key: last if lasts[last := key.rpartition(".")[2]] == 1 else key for key in values}
+    return " ".join(f"{words[key]}={value_text(value)}" for key, value in values.items())
+
+
+def value_text(value: Any) -> str:
+    """Return a value in a word: a section's kind, else one line of YAML."""
+    if isinstance(value, Mapping) and "kind" in value:
+        return str(value["kind"])
+    return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).splitlines()[0]

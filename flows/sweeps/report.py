@@ -1,0 +1,143 @@
+"""What a sweep came to: one table with floor and ceiling, every point at every number of network calls; a plot."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows.reports.figures import save_bars, save_lines
+from flows.reports.metrics_table import Metrics, Rows, by_row
+from flows.sweeps.page import Point, Sweep, describe_values, value_text
+
+TABLE_FILE = "table.csv"
+ORDER = ("real", "untrained", "teacher")  # of the calibrating rows
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A point that was measured."""
+
+    point: Point
+    metrics: Metrics
+
+    @property
+    def rows(self) -> Rows:
+        """The metrics, {images: {metric: value}}."""
+        return by_row(self.metrics)[1]
+
+    def students(self) -> Rows:
+        """The rows of the student's images, {nfe_1: {metric: value}}."""
+        return {name: row for name, row in self.rows.items() if name.startswith("nfe_")}
+
+
+def calibrations(outcomes: Sequence[Outcome]) -> Rows:
+    """Return the rows that are no point's own, each once: real, untrained, the teacher's.
+
+    Where points do not share one (an untrained network may be random or the teacher, say), it is told which is whose.
+    """
+    found: dict[str, Rows] = {}
+    for outcome in outcomes:
+        for name, row in outcome.rows.items():
+            if not name.startswith("nfe_"):
+                same = found.setdefault(_calibration_label(name, outcome.point), {})
+                if row not in same.values():
+                    same[outcome.point.name] = row
+    order = sorted(found, key=lambda label: next(i for i, word in enumerate(ORDER) if label.startswith(word)))
+    return {
+        label if len(found[label]) == 1 else f"{label}, {point}": row
+        for label in order
+        for point, row in found[label].items()
+    }
+
+
+def _calibration_label(name: str, point: Point) -> str:
+    from_teacher = name == "untrained" and point.recipe.student.initial_weights == "teacher"
+    return f"{name} (the teacher's weights)" if from_teacher else name
+
+
+def table(outcomes: Sequence[Outcome]) -> Rows:
+    """Return {images: {metric: value}}: the calibrations, then every point at every number of network calls."""
+    points = {f"{one.point.name}, {name}": row for one in outcomes for name, row in one.students().items()}
+    return {**calibrations(outcomes), **points}
+
+
+def network_of(outcomes: Sequence[Outcome]) -> str:
+    """Return the feature network that measured all points."""
+    return by_row(outcomes[0].metrics)[0]
+
+
+def write_report(sweep: Sweep, outcomes: Sequence[Outcome], folder: Path) -> list[Path]:
+    """Write the table as CSV and the plots as PNG into `folder`; return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_table(outcomes, folder / TABLE_FILE)
+    plots = _plot_lines(sweep, outcomes, folder) if sweep.x else [_plot_bars(sweep, outcomes, folder / "fid.png")]
+    return [folder / TABLE_FILE, *plots]
+
+
+def write_table(outcomes: Sequence[Outcome], path: Path) -> None:
+    """Write a line for every row of images: its name, the point, its values, the metrics under their full names."""
+    keys = list(dict.fromkeys(key for outcome in outcomes for key in outcome.point.values))
+    metrics = list(dict.fromkeys(key for outcome in outcomes for key in outcome.metrics))
+    short = {key: key.partition("_")[0] for key in metrics}
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["images", "point", *keys, *metrics])
+        for label, row in calibrations(outcomes).items():
+            writer.writerow([label, "", *([""] * len(keys)), *(row.get(short[key], "") for key in metrics)])
+        for outcome in outcomes:
+            values = [value_text(outcome.point.values[key]) if key in outcome.point.values else "" for key in keys]
+            for name, row in outcome.students().items():
+                writer.writerow([name, outcome.point.name, *values, *(row.get(short[key], "") for key in metrics)])
+
+
+def _levels(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    return {name: row["fid"] for name, row in calibrations(outcomes).items() if name.startswith(("real", "untrained"))}
+
+
+def _plot_bars(sweep: Sweep, outcomes: Sequence[Outcome], path: Path) -> Path:
+    series: dict[str, dict[str, float]] = {}
+    for outcome in outcomes:
+        for name, row in outcome.students().items():
+            series.setdefault(name, {})[outcome.point.name] = row["fid"]
+    save_bars(
+        series,
+        path,
+        categories=[outcome.point.name for outcome in outcomes],
+        xlabel=f"FID ({network_of(outcomes)})",
+        title=sweep.name,
+        levels=_levels(outcomes),
+    )
+    return path
+
+
+def _plot_lines(sweep: Sweep, outcomes: Sequence[Outcome], folder: Path) -> list[Path]:
+    """Draw FID against the key `x`, a line for each choice of the other keys, a picture for each row of images."""
+    pictures: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for outcome in outcomes:
+        others = {key: value for key, value in outcome.point.values.items() if key != sweep.x}
+        for name, row in outcome.students().items():
+            line = pictures.setdefault(name, {}).setdefault(describe_values(others) or name, [])
+            line.append((outcome.point.values[sweep.x], row["fid"]))
+    return [_plot_line(sweep, outcomes, name, lines, folder) for name, lines in pictures.items()]
+
+
+def _plot_line(
+    sweep: Sweep,
+    outcomes: Sequence[Outcome],
+    name: str,
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    folder: Path,
+) -> Path:
+    path = folder / f"fid_{name}.png"
+    save_lines(
+        {label: tuple(zip(*sorted(points), strict=True)) for label, points in lines.items()},
+        path,
+        xlabel=sweep.x.rpartition(".")[2],
+        ylabel=f"FID ({network_of(outcomes)})",
+        title=f"{sweep.name}, {name}",
+        markers=True,
+        log_x=True,
+        log_y=min(fid for points in lines.values() for _, fid in points) > 0,
+        levels=_levels(outcomes),
+    )
+    return path

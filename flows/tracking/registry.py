@@ -1,0 +1,266 @@
+"""MLflow's model registry: every measured student is a version, `candidate` the newest, `champion` the best.
+
+A version is a model as it was measured; its tags carry the numbers, and what they may be compared with: the data
+version and a digest of the protocol. Numbers of different protocols are never compared.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flows.errors import UserError
+from flows.tracking.tracker import Tracker, student_numbers
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+CANDIDATE, CHAMPION = "candidate", "champion"
+METRIC_VARIABLE, METRIC = "CM_CHAMPION_METRIC", "fid/nfe_1"  # by which a champion is chosen: METRIC/ROW
+LARGER_IS_BETTER = {"fid": False, "kid": False, "is": True, "precision": True, "recall": True}
+DATA_TAG, PROTOCOL_TAG, MODEL_TAG, RUN_TAG, PROMOTED_TAG = "data", "protocol", "model_id", "run_id", "promoted"
+PAGE = 1000  # versions asked for at a time
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What makes one version better than another."""
+
+    metric: str
+    row: str
+
+    @classmethod
+    def in_force(cls) -> "Rule":
+        """Read the rule from CM_CHAMPION_METRIC, or take the usual one. Raises UserError for an unknown metric."""
+        text = os.environ.get(METRIC_VARIABLE, METRIC)
+        metric, _, row = text.partition("/")
+        if metric not in LARGER_IS_BETTER or not row.startswith("nfe_"):
+            raise UserError(f"{METRIC_VARIABLE}={text}: expected {'|'.join(LARGER_IS_BETTER)}/nfe_N, such as {METRIC}")
+        return cls(metric, row)
+
+    def cost(self, version: "Version") -> float | None:
+        """Return a number that is smaller for a better version; None where it was not measured so."""
+        found = [value for key, value in version.numbers.items() if self._is_key(key)]
+        return None if not found else -found[0] if LARGER_IS_BETTER[self.metric] else found[0]
+
+    def _is_key(self, key: str) -> bool:
+        name, _, row = key.partition("/")
+        return name.startswith(f"{self.metric}_") and row == self.row
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered model version: numbers, and with which others they may be compared."""
+
+    number: int
+    data: str
+    protocol: str
+    numbers: Mapping[str, float]
+    model_id: str | None = None
+    tags: Mapping[str, str] | None = None
+
+    @classmethod
+    def read(cls, found: "ModelVersion") -> "Version":
+        """Read a version of MLflow's; one that something else registered has no numbers."""
+        tags = dict(found.tags)
+        numbers = {key: float(text) for key, text in tags.items() if "/nfe_" in key}
+        data, protocol = tags.get(DATA_TAG, ""), tags.get(PROTOCOL_TAG, "")
+        return cls(int(found.version), data, protocol, numbers, tags.get(MODEL_TAG), tags)
+
+    def is_comparable_with(self, other: "Version") -> bool:
+        """Whether both were measured alike on the same data."""
+        return (self.data, self.protocol) == (other.data, other.protocol)
+
+
+@dataclass(frozen=True)
+class Registered:
+    """One registered model: its versions by number, aliases, and the promotion that a person decided."""
+
+    name: str
+    versions: Mapping[int, Version]
+    aliases: Mapping[str, int]
+    promoted: int | None = None
+    promoted_among: int = 0  # the newest version at that time; only later ones may replace the promoted one
+
+    @property
+    def champion(self) -> Version | None:
+        """The version that `champion` names."""
+        return self.versions.get(self.aliases.get(CHAMPION, 0))
+
+    def rightful_champion(self, rule: Rule) -> Version | None:
+        """Return the best version of those that may be compared with the reigning one.
+
+        The reigning one is what was promoted, else the first version. A function of what is registered alone, so all
+        who ask agree.
+        """
+        scored = [version for version in self.versions.values() if rule.cost(version) is not None]
+        base = self.versions.get(self.promoted or 0) or min(scored, key=lambda version: version.number, default=None)
+        if base is None:
+            return None
+        after = self.promoted_among if base.number == self.promoted else 0
+        rivals = [version for version in scored if version.number > after and version.is_comparable_with(base)]
+        return min([base, *rivals], key=lambda version: (_or_infinite(rule.cost(version)), version.number))
+
+
+def _or_infinite(cost: float | None) -> float:
+    return float("inf") if cost is None else cost
+
+
+class Registry:
+    """MLflow's registry as the pipeline uses it."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._client, self._rule = tracker.client, Rule.in_force()
+
+    def register(self, name: str, model_id: str, numbers: Mapping[str, float], tags: Mapping[str, str]) -> Version:
+        """Register a measured model, unless the same is registered; then let `candidate` and `champion` follow.
+
+        `tags` hold at least the data version and the protocol.
+        """
+        self._create(name)
+        known = (version for version in self.read(name).versions.values() if version.model_id == model_id)
+        same = (
+            version for version in known if (version.data, version.protocol) == (tags[DATA_TAG], tags[PROTOCOL_TAG])
+        )
+        version = next(same, None) or self._add(name, model_id, numbers, tags)
+        self._settle(name)
+        return version
+
+    def _create(self, name: str) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    def _add(self, name: str, model_id: str, numbers: Mapping[str, float], tags: Mapping[str, str]) -> Version:
+        texts = {key: repr(value) for key, value in numbers.items()}
+        everything = {**tags, **texts, MODEL_TAG: model_id}  # a search does not return the version's own model_id
+        source, at_once = f"models:/{model_id}", 0  # a version in a database is ready when it is there
+        found = self._client.create_model_version(
+            name, source, tags=everything, model_id=model_id, await_creation_for=at_once
+        )
+        return Version.read(found)
+
+    def _settle(self, name: str) -> None:
+        """Move the aliases to where they belong, and look again after each move: other runs end at the same time.
+
+        Whoever moves an alias last has read the versions after everybody else's move, so it ends at the right one.
+        """
+        from mlflow.exceptions import MlflowException
+
+        while True:
+            registered = self.read(name)
+            wanted = {CANDIDATE: max(registered.versions), **self._due_champion(registered)}
+            moves = {alias: number for alias, number in wanted.items() if registered.aliases.get(alias) != number}
+            if not moves:
+                return
+            try:
+                for alias, number in moves.items():
+                    self._client.set_registered_model_alias(name, alias, str(number))
+            except MlflowException:  # of two that create an alias at once, the database refuses one
+                if self.read(name).aliases == registered.aliases:
+                    raise
+
+    def _due_champion(self, registered: Registered) -> dict[str, int]:
+        rightful, reigning = registered.rightful_champion(self._rule), registered.champion
+        if rightful is None or (reigning and not reigning.is_comparable_with(rightful)):
+            return {}
+        return {CHAMPION: rightful.number}
+
+    def promote(self, name: str, number: int, *, force: bool) -> None:
+        """Make a version the champion; with `force` also one that is worse, or measured otherwise, than the present.
+
+        Raises UserError for a version that does not exist, or that only force may promote.
+        """
+        registered = self.read(name)
+        version = registered.versions.get(number)
+        if version is None:
+            raise UserError(f"{name}: no version {number}; there are {', '.join(map(str, registered.versions))}")
+        if not force:
+            self._refuse_worse(name, version, registered.champion)
+        promotion = json.dumps({"version": number, "among": max(registered.versions)})
+        self._client.set_registered_model_tag(name, PROMOTED_TAG, promotion)
+        self._client.set_registered_model_alias(name, CHAMPION, str(number))
+
+    def _refuse_worse(self, name: str, version: Version, champion: Version | None) -> None:
+        if champion is None:
+            return
+        label = f"{name} version {version.number}"
+        if not version.is_comparable_with(champion):
+            raise UserError(
+                f"{label} was measured on other data or by another protocol than the champion, version "
+                f"{champion.number}; --force promotes it all the same"
+            )
+        costs, key = (self._rule.cost(version), self._rule.cost(champion)), f"{self._rule.metric} {self._rule.row}"
+        if _or_infinite(costs[0]) > _or_infinite(costs[1]):
+            numbers = ["not measured" if cost is None else f"{abs(cost):.4g}" for cost in costs]
+            raise UserError(
+                f"{label} is worse than the champion, version {champion.number}: {key} {numbers[0]} against "
+                f"{numbers[1]}; --force promotes it all the same"
+            )
+
+    def names(self) -> list[str]:
+        """Return the names of the registered models, sorted."""
+        return sorted(model.name for model in _all_pages(self._client.search_registered_models))
+
+    def read(self, name: str) -> Registered:
+        """Read one registered model. Raises UserError where there is none."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            model = self._client.get_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            raise UserError(
+                f"no registered model {name!r}; there are {', '.join(self.names()) or 'none yet'}"
+            ) from None
+        found = _all_pages(self._client.search_model_versions, filter_string=f"name = '{name}'")
+        versions = {version.number: version for version in sorted(map(Version.read, found), key=lambda v: v.number)}
+        aliases = {alias: int(number) for alias, number in model.aliases.items()}
+        promotion = json.loads(model.tags.get(PROMOTED_TAG, "{}"))
+        return Registered(name, versions, aliases, promotion.get("version"), promotion.get("among", 0))
+
+
+def _all_pages(search: Any, **query: str) -> Iterable[Any]:
+    page = search(max_results=PAGE, **query)
+    yield from page
+    while page.token:
+        page = search(max_results=PAGE, page_token=page.token, **query)
+        yield from page
+
+
+def model_name(dataset: str) -> str:
+    """Return the name under which students of a data set are registered, such as cm-digits."""
+    return f"cm-{re.sub(r'[^A-Za-z0-9_-]+', '-', dataset).strip('-')}"
+
+
+def protocol_digest(protocol: Mapping[str, Any]) -> str:
+    """Return a digest of all in protocol.json that decides whether two students' metrics may be compared."""
+    settings = {key: value for key, value in protocol["settings"].items() if key != "batch_size"}
+    images = sorted({row["num_images"] for row in protocol["rows"].values() if row["model"] == "student"})
+    alike = {key: protocol[key] for key in ("reference", "network", "samples", "torch_fidelity")}
+    text = json.dumps({**alike, "settings": settings, "num_images": images}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def register_student(
+    tracker: Tracker,
+    model_id: str,
+    *,
+    dataset: str,
+    data_version: str,
+    protocol: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    tags: Mapping[str, str],
+) -> tuple[str, Version]:
+    """Register the student of a measured run; return the registered model's name and the version."""
+    name = model_name(dataset)
+    measured = {DATA_TAG: data_version, PROTOCOL_TAG: protocol_digest(protocol)}
+    return name, Registry(tracker).register(name, model_id, student_numbers(metrics), {**tags, **measured})

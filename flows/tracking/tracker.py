@@ -1,0 +1,490 @@
+"""MLflow: a run for every stage that really ran, a parent for every pipeline run, the student as a model.
+
+Everything stands in one place whatever the working directory: MLFLOW_TRACKING_URI, or mlflow.db and mlruns/ at the
+workspace root, where a plain `mlflow ui` shows it. A stage's run is found again by the DVC hash of what it made.
+"""
+
+import json
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from flows.errors import UserError
+from flows.tracking.system_metrics import SystemMetrics
+from flows.workspace.dvc_files import version
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from cm_core.model import ModelSpec
+    from cm_core.precond import Precond
+    from flows.recipes.recipe import Recipe
+
+EXPERIMENT = "consistency-models"
+MODEL_NAME, MODEL_FILES = "student", ("ema.safetensors", "model.json")
+PARENT_VARIABLE, TAGS_VARIABLE = "CM_PARENT_RUN_ID", "CM_RUN_TAGS"  # how a flow's stages learn what they belong to
+SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # where --json has its output
+}
+MOST_PARAMS = 100  # that MLflow takes at once
+SMALL = 5 * 2**20  # bytes up to which a file is copied to MLflow; DVC keeps the large ones
+SHOWN = {".png", ".json", ".jsonl", ".csv", ".html", ".patch"}
+
+
+class Tracker:
+    """A connection to MLflow and the experiment that holds all runs."""
+
+    def __init__(self, origin: Path) -> None:
+        for name, value in SETTINGS.items():
+            os.environ.setdefault(name, value)
+        import mlflow
+
+        for noisy in ("alembic", "mlflow.store.db.utils"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        given = os.environ.get("MLFLOW_TRACKING_URI")
+        self.uri = given or f"sqlite:///{origin / 'mlflow.db'}"
+        mlflow.set_tracking_uri(self.uri)
+        if given is None:  # MLflow also writes it into the environment, where only the user's choice belongs
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
+        self.client: MlflowClient = mlflow.MlflowClient(self.uri)
+        self.experiment_id = self._open_experiment(None if given else (origin / "mlruns").as_uri())
+
+    def _open_experiment(self, artifacts: str | None) -> str:
+        from mlflow.exceptions import MlflowException
+
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+        try:
+            found = self.client.get_experiment_by_name(name)
+            return found.experiment_id if found else self.client.create_experiment(name, artifact_location=artifacts)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_ALREADY_EXISTS":  # another process was faster
+                return self.client.get_experiment_by_name(name).experiment_id
+            raise UserError(f"MLflow at {self.uri}: {' '.join(str(error).split())[:300]}") from error
+
+    def find_stage_run(self, stage: str, data_version: str) -> str | None:
+        """Return the id of the newest run of `stage` that made this data version."""
+        query = f"tags.stage = '{stage}' and tags.`dvc.out` = '{data_version}' and attributes.status = 'FINISHED'"
+        runs = self.client.search_runs([self.experiment_id], query, max_results=1)
+        return runs[0].info.run_id if runs else None
+
+    def data_versions(self) -> set[str]:
+        """Return every DVC hash that a run or a model of any experiment carries; a registered model's too."""
+        experiments = [one.experiment_id for one in self.client.search_experiments()]
+        runs = list(_pages(lambda token: self.client.search_runs(experiments, page_token=token)))
+        models = list(_pages(lambda token: self.client.search_logged_models(experiments, page_token=token)))
+        registered = _pages(lambda token: self.client.search_model_versions(page_token=token))
+        runs += [self.client.get_run(one.run_id) for one in registered if one.run_id]  # deleted ones among them
+        tags = [run.data.tags for run in runs] + [model.tags for model in models]
+        return {value for one in tags for key, value in one.items() if key.startswith("dvc.")}
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a run."""
+        from mlflow.entities import RunTag
+
+        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def log_numbers(
+        self, run_id: str, values: Mapping[str, float], *, step: int = 0, model_id: str | None = None
+    ) -> None:
+        """Log numbers to a run, and to a model if one is given."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(key, value, now, step, model_id=model_id) for key, value in values.items()]
+        self.client.log_batch(run_id, metrics)
+
+    def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        """Log flattened params; what is no text is written as JSON."""
+        from mlflow.entities import Param
+
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in params.items()}
+        entities = [Param(key, text) for key, text in texts.items()]
+        for start in range(0, len(entities), MOST_PARAMS):
+            self.client.log_batch(run_id, params=entities[start : start + MOST_PARAMS])
+
+    def log_dataset(self, run_id: str, facts_file: Path, md5: str, context: str) -> None:
+        """Log the data set that dataset.json describes as an input, with DVC's hash as the digest."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        facts = json.loads(facts_file.read_text())
+        source_type, source = _dataset_source(facts.get("source", "unknown"))
+        profile = {key: facts[key] for key in ("counts", "image_shape", "num_classes", "licence") if key in facts}
+        dataset = Dataset(facts["name"], md5, source_type, json.dumps(source), profile=json.dumps(profile))
+        tags = [InputTag("mlflow.data.context", context), InputTag("dvc.md5", md5)]
+        self.client.log_inputs(run_id, [DatasetInput(dataset, tags)])
+
+    def log_files(self, run_id: str, files: Mapping[str, Path]) -> None:
+        """Copy files to a run's artifacts, each under the path that is its key."""
+        with _folder_of(files) as folder:
+            self.client.log_artifacts(run_id, folder)
+
+    def student_model(
+        self,
+        run_id: str,
+        files: Mapping[str, Path],
+        data_version: str,
+        params: Mapping[str, Any],
+        mid_sigmas: Sequence[Sequence[float]] = (),
+    ) -> str:
+        """Return the id of the logged model with this data version; log `files` {name: path} if there is none yet.
+
+        `mid_sigmas` are the noise levels that its recipe samples at.
+        """
+        from flows.inference.package import packaged_student
+
+        query = f"name = '{MODEL_NAME}' and tags.`dvc.out` = '{data_version}'"
+        for known in self.client.search_logged_models([self.experiment_id], query):
+            if known.status == "READY":  # a query for it finds nothing: the store keeps a number
+                return known.model_id
+        model = self.client.create_logged_model(
+            self.experiment_id,
+            MODEL_NAME,
+            source_run_id=run_id,
+            tags={"dvc.out": data_version},
+            params={key: str(value) for key, value in params.items()},
+        )
+        weights = {name: files[name] for name in MODEL_FILES}
+        with packaged_student(weights, mid_sigmas, model.model_id) as folder:
+            self.client.log_model_artifacts(model.model_id, str(folder))
+        self.client.finalize_logged_model(model.model_id, "READY")
+        return model.model_id
+
+    def link_model(self, run_id: str, model_id: str) -> None:
+        """Show a model among a run's outputs."""
+        from mlflow.entities import LoggedModelOutput
+
+        self.client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+
+
+def _pages(ask: Callable[[str | None], Any]) -> Iterator[Any]:
+    """Yield the items of all pages of an answer."""
+    token = None
+    while True:
+        page = ask(token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+@contextmanager
+def _folder_of(files: Mapping[str, Path]) -> Iterator[str]:
+    """Yield a folder in which the files stand under their names: objects of a cache are called by their hash."""
+    with TemporaryDirectory() as folder:
+        for name, path in files.items():
+            (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+            (Path(folder) / name).symlink_to(path.resolve())
+        yield folder
+
+
+def fetch_student(model_uri: str, origin: Path) -> Path:
+    """Download a logged student (models:/ID, models:/NAME@ALIAS); return the folder that `load_model` reads."""
+    from flows.inference.package import weights_of
+
+    Tracker(origin)
+    import mlflow
+
+    return weights_of(Path(mlflow.artifacts.download_artifacts(model_uri)))
+
+
+def load_student(model_uri: str, origin: Path) -> "tuple[ModelSpec, Precond]":
+    """Download a logged student and build it, ready to sample."""
+    from cm_core.model import load_model
+
+    return load_model(fetch_student(model_uri, origin))
+
+
+def _dataset_source(source: str) -> tuple[str, dict[str, Any]]:
+    """Return MLflow's (type, fields) of where a data set came from: the first of several addresses."""
+    first = source.split(", ")[0]
+    if first.startswith(("http://", "https://")):
+        return "http", {"url": first}
+    if first.startswith("s3://"):
+        return "s3", {"uri": first}
+    if "/" in first:
+        return "local", {"uri": first}
+    return "code", {"tags": {"mlflow.source.name": first}}
+
+
+@dataclass(frozen=True)
+class Belonging:
+    """What a stage's run belongs to: the flow's parent run and the tags it shares, from the environment."""
+
+    parent_run_id: str | None = None
+    tags: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls) -> "Belonging":
+        """Read what a flow passed on; a stage started by `dvc repro` belongs to nothing."""
+        return cls(os.environ.get(PARENT_VARIABLE), json.loads(os.environ.get(TAGS_VARIABLE, "{}")))
+
+    def variables(self) -> dict[str, str]:
+        """Return the environment variables that `read` reads."""
+        parent = {PARENT_VARIABLE: self.parent_run_id} if self.parent_run_id else {}
+        return {**parent, TAGS_VARIABLE: json.dumps(self.tags)}
+
+    @contextmanager
+    def in_environment(self) -> Iterator[None]:
+        """Let what this process starts meanwhile belong to it."""
+        before = {name: os.environ.get(name) for name in self.variables()}
+        os.environ.update(self.variables())
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
+
+
+Action = Callable[[Tracker, str], None]  # something to do with a run, given by its id
+
+
+class StageRun:
+    """The MLflow run of one stage, written by a thread of its own: neither MLflow's start nor its store slows a step.
+
+    Where MLflow cannot be opened, the next report raises it; what fails later is tried again when the stage has ended,
+    and raised only then, because no training should end for it.
+    """
+
+    def __init__(
+        self,
+        origin: Path,
+        stage: str,
+        parent_run_id: str | None,
+        tags: Callable[[], dict[str, str]],
+        *,
+        watch_machine: bool = False,
+    ) -> None:
+        self._origin, self._stage, self._parent_run_id, self._make_tags = origin, stage, parent_run_id, tags
+        self._watch_machine = watch_machine
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
+        self._written: deque[tuple[Action, Future[None]]] = deque()
+
+    def __enter__(self) -> "StageRun":
+        self._opened = self._thread.submit(self._open)
+        return self
+
+    def _open(self) -> None:
+        tracker = Tracker(self._origin)
+        self.tags = {**self._make_tags(), "stage": self._stage}
+        parent = {"mlflow.parentRunId": self._parent_run_id} if self._parent_run_id else {}
+        tags = {**self.tags, **parent, **code_tags(self.tags, f"cm stage {self._stage}")}
+        run = tracker.client.create_run(tracker.experiment_id, run_name=self._stage, tags=tags)
+        self._tracker, self._run_id = tracker, run.info.run_id
+        self._machine = SystemMetrics() if self._watch_machine else None
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        written = self._thread.submit(self._write_again) if error is None else self._opened
+        closed = self._thread.submit(self._close, error)
+        self._thread.shutdown()
+        if error is None:
+            for future in (self._opened, written, closed):
+                future.result()
+
+    def _write_again(self) -> None:
+        """Do what failed once more, in its order: MLflow may have been away for a while only."""
+        for action, future in self._written:
+            if future.exception():
+                action(self._tracker, self._run_id)
+
+    def _close(self, error: BaseException | None) -> None:
+        self._tracker.set_tags(self._run_id, error_tags(error))
+        self._tracker.client.set_terminated(self._run_id, status_after(error))
+
+    def submit(self, action: Action) -> None:
+        """Have `action` done after everything submitted before. Raises what kept MLflow from being opened."""
+        if self._opened.done():
+            self._opened.result()
+        while self._written and (done := self._written[0][1]).done() and done.exception() is None:
+            self._written.popleft()
+        self._written.append((action, self._thread.submit(lambda: action(self._tracker, self._run_id))))
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Log numbers of a step, and what the machine does meanwhile."""
+
+        def log(tracker: Tracker, run_id: str) -> None:
+            machine = self._machine.read() if self._machine else {}
+            tracker.log_numbers(run_id, {**values, **machine}, step=step)
+
+        self.submit(log)
+
+    def image(self, key: str, path: Path, step: int) -> None:
+        """Log a picture of a step; MLflow shows those of one key with a slider, side by side for several runs."""
+        from PIL import Image
+
+        with Image.open(path) as picture:
+            picture.load()  # now: the file may change before it is its turn
+        self.submit(lambda tracker, run_id: tracker.client.log_image(run_id, picture, key=key, step=step))
+
+
+class PipelineRun:
+    """The parent run of a flow: its children are the runs of the stages that really ran for it.
+
+    With `stage="sweep"` it is the parent of the pipeline runs of a sweep, each of which finds it in the environment.
+    """
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        name: str,
+        tags: Mapping[str, str],
+        params: Mapping[str, Any],
+        *,
+        stage: str = "pipeline",
+    ) -> None:
+        self.tracker, self.tags, self._name, self._params = tracker, {**tags, "stage": stage}, name, params
+
+    def __enter__(self) -> "PipelineRun":
+        above = Belonging.read().parent_run_id
+        parent = {"mlflow.parentRunId": above} if above else {}
+        code = code_tags(self.tags, "consistency")
+        tags = {**self.tags, **parent, **code, "mlflow.note.content": describe_run(self.tags, {})}
+        run = self.tracker.client.create_run(self.tracker.experiment_id, run_name=self._name, tags=tags)
+        self.run_id = run.info.run_id
+        self.tracker.log_params(self.run_id, self._params)
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self.tracker.set_tags(self.run_id, error_tags(error))
+        self._end_children()
+        self.tracker.client.set_terminated(self.run_id, status_after(error))
+
+    def _end_children(self) -> None:
+        """Say of stages that were killed that they do not run any more."""
+        query = f"tags.`mlflow.parentRunId` = '{self.run_id}' and attributes.status = 'RUNNING'"
+        for child in self.tracker.client.search_runs([self.tracker.experiment_id], query):
+            self.tracker.client.set_terminated(child.info.run_id, "KILLED")
+
+    def belonging(self) -> Belonging:
+        """Return what the stages of this flow belong to."""
+        return Belonging(self.run_id, {key: value for key, value in self.tags.items() if key != "stage"})
+
+    def log_stages(self, outs: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+        """Record what each stage came to, {stage: {path: hash}}, and the run that computed it, whoever's that was.
+
+        Return the run ids by stage; a stage that was computed where this MLflow did not see it has none.
+        """
+        versions = {stage: version(made) for stage, made in outs.items()}
+        found = {stage: self.tracker.find_stage_run(stage, made) for stage, made in versions.items()}
+        run_ids = {stage: run_id for stage, run_id in found.items() if run_id}
+        tags = {f"dvc.out.{stage}": made for stage, made in versions.items()}
+        tags |= {f"run_id.{stage}": run_id for stage, run_id in run_ids.items()}
+        everything = {path: md5 for made in outs.values() for path, md5 in made.items()}
+        self.tracker.set_tags(self.run_id, {**tags, "mlflow.note.content": describe_run(self.tags, everything)})
+        return run_ids
+
+    def log_results(self, metrics: Mapping[str, Any], files: Mapping[str, Path]) -> None:
+        """Log the final numbers and the files worth a look."""
+        self.tracker.log_numbers(self.run_id, dict(flat_numbers(metrics)))
+        self.tracker.log_files(self.run_id, files)
+
+    def log_dataset(self, facts: Path, outs: Mapping[str, str]) -> None:
+        """Log the data set of this dataset.json as an input."""
+        self.tracker.log_dataset(self.run_id, facts, version(outs), "training")
+
+    def log_student(
+        self,
+        files: Mapping[str, Path],
+        outs: Mapping[str, str],
+        metrics: Mapping[str, Any],
+        run_id: str | None,
+        mid_sigmas: Sequence[Sequence[float]],
+    ) -> str:
+        """Link the student's model, logged now if need be, give it the metrics of its own images, return its id.
+
+        `run_id` is the run that trained it; `files` holds its weights as student/NAME.
+        """
+        own = {name: files[f"{MODEL_NAME}/{name}"] for name in MODEL_FILES}
+        model_id = self.tracker.student_model(run_id or self.run_id, own, version(outs), {}, mid_sigmas)
+        self.tracker.link_model(self.run_id, model_id)
+        self.tracker.log_numbers(self.run_id, student_numbers(metrics), model_id=model_id)
+        return model_id
+
+
+def shown_files(files: Mapping[str, Path]) -> dict[str, Path]:
+    """Return those of {name: path} that are worth looking at in MLflow: pictures, tables, reports, and small."""
+    return {name: path for name, path in files.items() if Path(name).suffix in SHOWN and path.stat().st_size <= SMALL}
+
+
+def files_below(folder: Path, prefix: str) -> dict[str, Path]:
+    """Return {prefix/path below the folder: file}, sorted."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {f"{prefix}/{path.relative_to(folder).as_posix()}": path for path in files}
+
+
+def flat_numbers(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the numbers of nested mappings under keys joined by `/`, as MLflow groups charts."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flat_numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{key}", float(value)
+
+
+def student_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of the student's own images, {fid_classifier/nfe_1: value}."""
+    return {key: value for key, value in flat_numbers(metrics) if "/nfe_" in key}
+
+
+def status_after(error: BaseException | None) -> str:
+    """Return MLflow's status of a run that ended with this error, or with none."""
+    if error is None:
+        return "FINISHED"
+    return "FAILED" if isinstance(error, Exception) else "KILLED"
+
+
+def error_tags(error: BaseException | None) -> dict[str, str]:
+    """Return the tag that says why a run failed."""
+    return {"error": f"{type(error).__name__}: {error}"[:500]} if error else {}
+
+
+def code_tags(tags: Mapping[str, str], command: str) -> dict[str, str]:
+    """Return the tags by which MLflow shows source and commit; its own guess would be the installed script."""
+    commit = {"mlflow.source.git.commit": tags["git.revision"]} if "git.revision" in tags else {}
+    return {"mlflow.source.name": command, **commit}
+
+
+def describe_run(tags: Mapping[str, str], outs: Mapping[str, str]) -> str:
+    """Return a run's description: what it belongs to and what it made, in markdown, whose links can be clicked."""
+    lines = [f"- recipe: `{tags['recipe']}`"]
+    if "git.revision" in tags:
+        edits = ", with uncommitted edits" if "git.edits" in tags else ""
+        lines.append("- code: " + _linked(tags["git.revision"][:12], tags.get("git.url")) + edits)
+    if "prefect.flow_run" in tags:
+        lines.append("- Prefect: " + _linked(tags["prefect.flow_run"], tags.get("prefect.url")))
+    lines += [f"- `{path}`: `{md5}`" for path, md5 in outs.items()]
+    return "\n".join(lines)
+
+
+def _linked(text: str, url: str | None) -> str:
+    return f"[{text}]({url})" if url else f"`{text}`"
+
+
+def recipe_name(recipe: "Recipe", root: Path) -> str:
+    """Return the name of the recipe page that resolves to `recipe`, or "edited"."""
+    from flows.recipes.recipe import recipe_names
+
+    return next((name for name in recipe_names(root) if _resolves_to(name, recipe, root)), "edited")
+
+
+def _resolves_to(name: str, recipe: "Recipe", root: Path) -> bool:
+    from flows.recipes.recipe import load_recipe
+
+    try:
+        return load_recipe(name, root=root) == recipe
+    except UserError:  # another page, half edited, is no reason to stop
+        return False

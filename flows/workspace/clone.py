@@ -1,0 +1,392 @@
+"""A flow run's own clone of the workspace, and DVC at work in it.
+
+Two runs in one workspace block each other, so each gets a clone at a recorded revision, with the uncommitted edits
+of its origin as a commit of their own. All clones share the origin's DVC cache: what one computed, all have.
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.errors import UserError
+from flows.locks import try_lock
+from flows.workspace.dvc_files import LOCK_FILE, PARAMS_FILE, STAGES_FILE, Cache, locked_outs, read_lock, update_lock
+from flows.workspace.process import Process
+
+HOME_VARIABLE = "CM_HOME"  # in the environment of a clone: the workspace it was cloned from
+PROGRESS_VARIABLE = "CM_PROGRESS_FILE"  # where a stage says how far it is
+LIFELINE_VARIABLE = "CM_LIFELINE"  # set: a stage ends when its standard input does, for then its flow is gone
+CLONE, EDITS_FILE, LIVE_FILE, DONE_FILE = "workspace", "edits.patch", "live", "done"
+# What git must know to run the code again; the recipe in force and DVC's record of it are a run's own.
+SOURCES = ("--", ".", f":(exclude){LOCK_FILE}", f":(exclude){PARAMS_FILE}")
+KEPT_DONE, KEPT_FAILED = 2, 5  # folders of finished runs; a failed one serves debugging
+MAX_UNTRACKED = 50 * 2**20  # bytes of new files that a run may capture
+MAX_NAME = 60  # characters of a run's name in its folder's; overrides can make it longer than a file system takes
+USER_ERROR = 2  # the exit code of `cm` for bad input
+DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
+DVC_CHATTER = (  # advice and bookkeeping that says nothing about the stage
+    "Generating lock file",
+    "Updating lock file",
+    "To track the changes with git, run:",
+    "\tgit add",
+    "To enable auto staging, run:",
+    "\tdvc config core.autostage",
+    "Use `dvc push`",
+    "Data and pipelines are up to date.",
+    "> cm stage",
+)
+
+
+def home(start: Path | None = None) -> Path:
+    """Return the workspace that the current (or another) folder lies in. Raises UserError where there is none."""
+    start = (start or Path.cwd()).resolve()
+    for folder in (start, *start.parents):
+        if (folder / STAGES_FILE).is_file() and (folder / "params").is_dir():
+            return folder
+    raise UserError(f"{start}: not inside a workspace (no folder above holds {STAGES_FILE} and params/)")
+
+
+def origin(root: Path) -> Path:
+    """Return where the things that all runs share are: mlflow.db, .cm/. A clone's are in the workspace it came from."""
+    return Path(os.environ.get(HOME_VARIABLE) or root).resolve()
+
+
+def cache_of(root: Path) -> Cache:
+    """Return the DVC cache of a workspace, wherever its configuration puts it."""
+    from dvc.config import Config
+
+    folder = Config(str(root / ".dvc")).get("cache", {}).get("dir")
+    return Cache(Path(folder or root / ".dvc" / "cache"))
+
+
+def remote_address(root: Path) -> str | None:
+    """Return the address of DVC's default remote, if there is one."""
+    from dvc.config import Config
+
+    config = Config(str(root / ".dvc"))
+    name = config["core"].get("remote")
+    return str(config["remote"][name]["url"]) if name else None
+
+
+def shared_remote(root: Path) -> str | None:
+    """Return the address of DVC's default remote, unless it lies in the workspace, where nobody else looks."""
+    url = remote_address(root)
+    return None if url is None or ("://" not in url and Path(url).is_relative_to(origin(root))) else url
+
+
+def describe_code(root: Path) -> dict[str, str]:
+    """Return tags that name the code of a workspace: revision, whether it was edited, a page that shows it."""
+    try:
+        revision = _revision(root)
+    except UserError:
+        return {}
+    edited = {"git.edits": "uncommitted"} if _git(root, "status", "--porcelain", *SOURCES) else {}
+    return {"git.revision": revision, **edited, **_code_page(root, revision)}
+
+
+def _code_page(root: Path, revision: str) -> dict[str, str]:
+    """Return the web page of a revision where the remote `origin` has one: https, or git@host:owner/name."""
+    remotes = dict(line.split("\t") for line in _git(root, "remote", "-v").decode().splitlines())
+    found = re.match(r"(?:https://|git@|ssh://git@)([^/:@]+)[/:](.+?)(?:\.git)?(?: |$)", remotes.get("origin", ""))
+    return {"git.url": f"https://{found[1]}/{found[2]}/commit/{revision}"} if found else {}
+
+
+class StageFailed(RuntimeError):
+    """A stage ended with an error that is not the user's; the message is the end of its output."""
+
+
+class RunEnding(RuntimeError):
+    """A stage was ended, or not begun, because its run ends."""
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What bringing a stage up to date came to."""
+
+    cached: bool
+    """Whether DVC had the outputs already, so that nothing ran."""
+    entry: dict[str, Any]
+    """The stage's entry in dvc.lock."""
+
+    @property
+    def outs(self) -> dict[str, str]:
+        """DVC hash of every output, by path."""
+        return locked_outs(self.entry)
+
+
+def clone(root: Path, run_name: str) -> "Workspace":
+    """Clone the workspace `root`, uncommitted edits included, for one run.
+
+    Raises:
+        UserError: `root` is not the top of a git repository with a commit, or holds edits too large to capture.
+    """
+    revision = _revision(root)
+    folder = _make_folder(root / ".cm" / "runs", run_name)
+    target = folder / CLONE
+    _git(root, "clone", "--quiet", "--local", "--no-checkout", str(root), str(target))
+    _git(target, "checkout", "--quiet", "--detach", revision)
+    edits = _uncommitted(root)
+    if edits:
+        (folder / EDITS_FILE).write_bytes(edits)
+        _commit_edits(target, folder / EDITS_FILE, run_name)
+    if (root / LOCK_FILE).exists():
+        shutil.copyfile(root / LOCK_FILE, target / LOCK_FILE)
+    _share_dvc(root, target)
+    return Workspace(folder, origin(root), revision)
+
+
+def _make_folder(runs: Path, run_name: str) -> Path:
+    """Make the run's own folder, after removing those of old runs."""
+    runs.mkdir(parents=True, exist_ok=True)
+    _clean(runs)
+    safe = re.sub(r"[^\w.-]+", "-", run_name).strip("-.")
+    return Path(tempfile.mkdtemp(prefix=f"{safe[:MAX_NAME]}-", dir=runs))
+
+
+def _clean(runs: Path) -> None:
+    """Drop all but the newest folders of runs that ended; a live run holds a lock on its own."""
+    ended = sorted((folder for folder in runs.iterdir() if not is_live(folder)), key=lambda f: -f.stat().st_mtime)
+    done = [folder for folder in ended if (folder / DONE_FILE).exists()]
+    failed = [folder for folder in ended if folder not in done]
+    for folder in done[KEPT_DONE:] + failed[KEPT_FAILED:]:
+        shutil.rmtree(folder, ignore_errors=True)  # two runs may clean at once
+
+
+def is_live(folder: Path) -> bool:
+    """Whether the run of this folder goes on."""
+    try:
+        with (folder / LIVE_FILE).open("a") as file:
+            return not try_lock(file)
+    except FileNotFoundError:  # another run is removing it at this moment
+        return True
+
+
+def _git(cwd: Path, *arguments: str, **variables: str) -> bytes:
+    """Run git, unimpressed by hooks and by the repository of a surrounding git command."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")} | variables
+    command = ["git", "-c", "core.hooksPath=/dev/null", *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, check=False)
+    if done.returncode:
+        raise UserError(f"{cwd}: git {arguments[0]} failed: {' '.join(done.stderr.decode().split())}")
+    return done.stdout
+
+
+def _revision(root: Path) -> str:
+    try:
+        top, revision = _git(root, "rev-parse", "--show-toplevel", "HEAD").decode().split("\n")[:2]
+    except UserError:
+        raise UserError(
+            f"{root}: a run records the revision of its code; make it a git repository with a commit"
+        ) from None
+    if Path(top).resolve() != root.resolve():
+        raise UserError(f"{root}: the workspace must be the top of its git repository, which is {top}")
+    return revision
+
+
+def _uncommitted(root: Path) -> bytes:
+    """Return the edits of tracked files and the new files that git does not ignore, as a patch."""
+    new = [Path(os.fsdecode(name)) for name in _git(root, "ls-files", "-zo", "--exclude-standard").split(b"\0") if name]
+    largest = max(new, key=lambda path: (root / path).lstat().st_size, default=None)
+    if sum((root / path).lstat().st_size for path in new) > MAX_UNTRACKED:
+        raise UserError(
+            f"{root / largest}: new files of more than {MAX_UNTRACKED // 2**20} MB are neither committed nor ignored; "
+            f"put them into .gitignore, or commit them"
+        )
+    with tempfile.TemporaryDirectory() as scratch:  # the user's own index stays as it is
+        own = _git(root, "rev-parse", "--path-format=absolute", "--git-path", "index").decode().strip()
+        index = shutil.copy(own, scratch)
+        _git(root, "add", "--intent-to-add", ".", GIT_INDEX_FILE=index)
+        prefixes = ("--src-prefix=a/", "--dst-prefix=b/")
+        diff = ("diff", "--binary", "--no-ext-diff", "--no-textconv", *prefixes, "HEAD")
+        return _git(root, *diff, *SOURCES, GIT_INDEX_FILE=index)
+
+
+def _commit_edits(target: Path, patch: Path, run_name: str) -> None:
+    _git(target, "apply", "--index", "--whitespace=nowarn", str(patch))
+    identity = ("-c", "user.name=cm", "-c", "user.email=cm@localhost", "-c", "commit.gpgSign=false")
+    _git(target, *identity, "commit", "--quiet", "-m", f"Uncommitted edits of the run {run_name}")
+
+
+def _share_dvc(root: Path, target: Path) -> None:
+    """Give the clone the origin's DVC cache and remotes (its own relative paths would lead elsewhere).
+
+    What comes from a remote is always verified: DVC would otherwise trust the name of damaged bytes.
+    """
+    from dvc.config import Config
+
+    own = Config(str(root / ".dvc")).read("local")
+    remotes = {**Config(str(root / ".dvc")).read("repo")["remote"], **own["remote"]}
+    with Config(str(target / ".dvc")).edit("local") as local:
+        local.update(own)
+        local["cache"]["dir"] = str(cache_of(root).folder)
+        for name, remote in remotes.items():
+            local["remote"][name] = {**local["remote"].get(name, {}), "url": str(remote["url"]), "verify": True}
+
+
+class Workspace:
+    """The clone of one run. Leave it (it is a context manager) and whatever still runs in it is ended."""
+
+    def __init__(self, folder: Path, origin: Path, revision: str) -> None:
+        self.folder, self.root, self.origin = folder, folder / CLONE, origin
+        self.revision = revision
+        self._live = (folder / LIVE_FILE).open("w")
+        fcntl.flock(self._live, fcntl.LOCK_EX)
+        self.seconds: dict[str, float] = {}  # by stage, as long as DVC was at work for it
+        self._unpushed: list[str] = []  # stages whose results the remote did not take
+        self._running: set[Process] = set()
+        self._stopping, self._starting = False, threading.Lock()
+
+    def __enter__(self) -> "Workspace":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.stop()
+        if kind is None:
+            (self.folder / DONE_FILE).touch()
+        self._live.close()
+
+    def bring_up(
+        self,
+        stage: str,
+        *,
+        variables: Mapping[str, str] | None = None,
+        on_line: Callable[[str], None] = print,
+        on_progress: Callable[[dict[str, Any]], None] = lambda progress: None,
+    ) -> StageResult:
+        """Bring one stage up to date through DVC, its inputs taken from the cache or the remote where missing.
+
+        `variables` are added to its environment, `on_line` gets its output, `on_progress` what it says of its
+        progress. Raises UserError where the stage did, StageFailed for any other bad end, RunEnding after `stop`.
+        """
+        progress = _Progress(self.folder / f"progress-{stage}.json", on_progress)
+        started = time.monotonic()
+        command = [*DVC, "repro", "--single-item", "--pull", stage]
+        variables = {PROGRESS_VARIABLE: str(progress.path), **(variables or {})}
+        code, lines = self._run(command, variables, on_line, progress.look)
+        progress.look()
+        if code:
+            raise RunEnding(stage) if self._stopping else _failure(stage, lines)
+        cached = f"Running stage '{stage}':" not in lines
+        self.seconds[stage] = time.monotonic() - started
+        if not cached:
+            self.push([stage], on_line)
+        return StageResult(cached, read_lock(self.root)[stage])
+
+    def push(self, stages: Sequence[str], on_line: Callable[[str], None] = print) -> None:
+        """Give the results of stages to DVC's remote if others share it; say why where that fails, and go on."""
+        url = shared_remote(self.origin)  # seen from the clone, the origin's own folder would be somebody else's
+        if not stages or not url:
+            return
+        code, lines = self._run([*DVC, "push", "--run-cache", *stages], {}, lambda line: None, lambda: None)
+        errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+        if code or errors:  # where only records of runs fail to travel, DVC says so and exits with 0
+            self._unpushed += stages
+            on_line(f"{', '.join(stages)}: not pushed to {url} yet ({next(iter(errors), lines[-1:])})")
+
+    def push_again(self, on_line: Callable[[str], None] = print) -> None:
+        """Try once more to push what the remote did not take; see `push`."""
+        stages, self._unpushed = self._unpushed, []
+        self.push(stages, on_line)
+
+    def _run(
+        self, command: list[str], variables: Mapping[str, str], on_line: Callable[[str], None], on_tick: Callable
+    ) -> tuple[int, list[str]]:
+        """Run a command in the clone and return its exit code and output; see `bring_up`."""
+        lines, process = [], self._start(command, variables)
+        try:
+            for line in process.lines(on_tick=on_tick):
+                lines.append(line)
+                if line.strip() and not line.startswith(DVC_CHATTER):
+                    on_line(line)
+        finally:
+            code = process.end()
+            self._running.discard(process)
+        return code, lines
+
+    def _start(self, command: list[str], variables: Mapping[str, str]) -> Process:
+        with self._starting:
+            if self._stopping:
+                raise RunEnding(" ".join(command[-2:]))
+            process = Process(command, cwd=self.root, env={**self.environment(), **variables})
+            self._running.add(process)
+        return process
+
+    def edits(self) -> dict[str, Path]:
+        """Return {name: file} of the patch with the uncommitted edits, if there were any."""
+        patch = self.folder / EDITS_FILE
+        return {EDITS_FILE: patch} if patch.exists() else {}
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment in which a command runs this clone's code with the origin's stores."""
+        return {
+            **os.environ,
+            HOME_VARIABLE: str(self.origin),
+            LIFELINE_VARIABLE: "stdin",
+            "PYTHONPATH": str(self.root),
+            "PYTHONUNBUFFERED": "1",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+            "DVC_NO_ANALYTICS": "1",
+        }
+
+    @property
+    def ending(self) -> bool:
+        """Whether the run ends, so that nothing more is to begin."""
+        return self._stopping
+
+    def stop(self) -> None:
+        """End every command that still runs, all at once: SIGTERM, then SIGKILL when the grace is over."""
+        with self._starting:
+            self._stopping, running = True, list(self._running)
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.end()
+
+
+def take_over(root: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put results that a run left in DVC's cache, by their entries of dvc.lock, in force in the workspace `root`.
+
+    Raises UserError where results would be overwritten that are not in the cache.
+    """
+    update_lock(root, entries)
+    done = subprocess.run(
+        [*DVC, "checkout", *entries], cwd=root, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise UserError(
+            f"{root}: results that DVC does not know stand in the way of the run's; keep them with `dvc commit`, "
+            f"or drop them with `dvc checkout --force` ({' '.join(done.stderr.split())})"
+        )
+
+
+class _Progress:
+    """A progress file, passed on when it has changed."""
+
+    def __init__(self, path: Path, on_progress: Callable[[dict[str, Any]], None]) -> None:
+        path.unlink(missing_ok=True)
+        self.path, self._on_progress, self._last = path, on_progress, None
+
+    def look(self) -> None:
+        text = self.path.read_text() if self.path.exists() else None
+        if text != self._last:
+            self._last = text
+            self._on_progress(json.loads(text))
+
+
+def _failure(stage: str, lines: list[str]) -> Exception:
+    """Return the error that the end of DVC's output speaks of."""
+    words = [line for line in lines if line.strip()]
+    if words and words[-1].endswith(f", exited with {USER_ERROR}"):
+        return UserError(words[-2].removeprefix("cm: "))
+    return StageFailed(f"{stage} failed:\n" + "\n".join(words[-20:]))
