@@ -8,8 +8,8 @@ TORCH_INDEX ?=
 TRITON ?= triton==3.9.0
 
 # What the commands import: Python writes their byte code once, here, instead of in the first run of each.
-USED := import flows.pipeline, flows.run_stage, mlflow.store.tracking.sqlalchemy_store, dvc.commands.repro, \
-	prefect.server.api.server, matplotlib.pyplot, sklearn.datasets, cm_core.torchvision_shim as shim; \
+USED := import flows.pipeline, flows.stage_runner.run, mlflow.store.tracking.sqlalchemy_store, dvc.commands.repro, \
+	prefect.server.api.server, matplotlib.pyplot, sklearn.datasets, cm_core.metrics.torchvision_shim as shim; \
 	shim.ensure_torchvision(); import torch_fidelity.metrics
 
 BIN := .venv/bin
@@ -66,9 +66,10 @@ test-all: $(INSTALLED) ## Run the slow tests too: kills, servers, S3 (CI does)
 soak: $(INSTALLED) ## Run the tests of many minutes: whole flows, killed workers, a browser
 	@$(BIN)/python -m pytest --run-soak -m soak
 
-lint: $(INSTALLED) ## Check style and formatting
+lint: $(INSTALLED) ## Check style, formatting and which module imports which
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
+	@$(BIN)/lint-imports --no-logo
 
 format: $(INSTALLED) ## Mend style and formatting
 	@$(BIN)/ruff check --fix
