@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import NOISE, hardware, network, parser, report, seconds, synchronise, told
-from cm_core.methods.base import Method, Models, StepContext
+from cm_core.methods.base import Method
 from cm_core.methods.cd import CD
 from cm_core.methods.edm import EDM
 from cm_core.methods.ict import ICT
@@ -34,6 +34,7 @@ from cm_core.training.batches import Batches
 from cm_core.training.cost import step_cost
 from cm_core.training.loop import Train, TrainState, train_step
 from cm_core.training.optimizers import Adam, RAdam
+from cm_core.types import Models, StepContext
 from flows.stages.models import pick_device, to_device
 
 METHODS: dict[str, Method] = {"ict": ICT(), "edm": EDM(), "cd": CD()}  # ict: four forward passes, as CT and ECT

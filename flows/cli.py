@@ -27,8 +27,8 @@ from flows.commands import (
     sweep,
     why,
 )
-from flows.errors import UserError
-from flows.workspace.clone import StageFailed, home
+from flows.errors import StageFailed, UserError
+from flows.workspace.locations import workspace_root
 
 GROUPS = (run, sweep, recipes, data, plan, sample, edit, search, models, runs, why, services, doctor, gc)
 FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _complain(error, BAD_INPUT)
     except StageFailed as error:
-        kept = f"\nIts clone is kept in {home() / '.cm' / 'runs'}; run again, a training goes on"
+        kept = f"\nIts clone is kept in {workspace_root() / '.cm' / 'runs'}; run again, a training goes on"
         return _complain(f"{error}{'' if 'in_place' in args else kept}", FAILED)
     except KeyboardInterrupt:
         return _complain("stopped", INTERRUPTED)

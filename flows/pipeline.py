@@ -20,14 +20,17 @@ from prefect.states import Completed
 
 from flows.distributed.devices import SHARED
 from flows.distributed.launch import processes_for
+from flows.errors import StageFailed
 from flows.orchestration.artifacts import ProgressArtifact, show_metrics, show_pictures, show_tracking
 from flows.orchestration.embedded import embedded_prefect
 from flows.orchestration.gpu_slots import gpu_turn
 from flows.orchestration.recovery import end_earlier_starts
-from flows.recipes.recipe import Recipe, flatten, write_active
+from flows.recipes.overrides import flatten
+from flows.recipes.recipe import Recipe, recipe_name, write_active
+from flows.tracking.pipeline_run import PipelineRun
 from flows.tracking.registry import Rule, register_student
-from flows.tracking.tracker import MODEL_NAME, PipelineRun, Tracker, recipe_name, shown_files
-from flows.workspace.clone import StageFailed, Workspace, cache_of, clone, describe_code, home, take_over
+from flows.tracking.tracker import MODEL_NAME, Tracker, shown_files
+from flows.workspace.clone import Workspace, clone, take_over
 from flows.workspace.dvc_files import (
     Cache,
     Stage,
@@ -39,6 +42,8 @@ from flows.workspace.dvc_files import (
     upstream,
     version,
 )
+from flows.workspace.git import describe_code
+from flows.workspace.locations import cache_of, workspace_root
 
 RETRY_DELAYS = [2, 20]  # seconds; a training goes on from its last state
 FIGURES_OF = ("prepare/", "sample/", "edit/", "evaluate/")  # what these stages show belongs on the parent run
@@ -81,7 +86,7 @@ def consistency(recipe: Recipe, name: str = "") -> dict[str, Any]:
         recipe: Every choice of the run.
         name: What the run is called; empty: the recipe page that it equals.
     """
-    root = home()
+    root = workspace_root()
     name = name or recipe_name(recipe, root)
     Rule.in_force()  # this and the next complain before anything is computed
     for stage in SHARED:

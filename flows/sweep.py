@@ -8,6 +8,7 @@ from typing import Any
 
 from prefect import flow
 
+from flows.errors import StageFailed
 from flows.orchestration.artifacts import show_metrics, show_pictures, show_tracking
 from flows.orchestration.embedded import embedded_prefect
 from flows.pipeline import consistency
@@ -15,8 +16,10 @@ from flows.recipes.recipe import with_absolute_paths
 from flows.reports.metrics_table import Rows
 from flows.sweeps.page import Point, Sweep, load_sweep
 from flows.sweeps.report import Outcome, network_of, table, write_report
-from flows.tracking.tracker import PipelineRun, Tracker
-from flows.workspace.clone import StageFailed, describe_code, home, origin
+from flows.tracking.pipeline_run import PipelineRun
+from flows.tracking.tracker import Tracker
+from flows.workspace.git import describe_code
+from flows.workspace.locations import shared_root, workspace_root
 
 RESULTS = Path("out/sweeps")  # in the workspace: table and plots of each sweep, by name
 
@@ -48,11 +51,11 @@ def sweep(name: str, overrides: list[str] | None = None) -> dict[str, Any]:
         name: A page of params/sweeps.
         overrides: Values over its recipe, such as student.train.num_steps=100.
     """
-    root = home()
+    root = workspace_root()
     planned = load_sweep(name, overrides or (), root=root)
     tags = {**describe_code(root), "recipe": planned.recipe, "sweep": planned.name}
     params = {"points": len(planned.points), "recipe": planned.recipe, "overrides": overrides or []}
-    with PipelineRun(Tracker(origin(root)), planned.name, tags, params, stage="sweep") as parent:
+    with PipelineRun(Tracker(shared_root(root)), planned.name, tags, params, stage="sweep") as parent:
         outcomes, failed = run_points(planned, parent, root)
         results = finish(planned, outcomes, parent, root)
         if failed:

@@ -1,9 +1,8 @@
 """What the papers share: the interface of a method and the consistency loss between two points of a trajectory."""
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,43 +13,7 @@ from cm_core.noise import Noise
 from cm_core.params import Params
 from cm_core.randomness import dropout_seed
 from cm_core.solvers import Denoiser
-
-
-class Batch(NamedTuple):
-    """A training batch on the device."""
-
-    x0: Tensor  # [B, C, H, W] float32 in -1..1
-    labels: Tensor | None  # [B] int64, -1 for none; None for unconditional networks
-
-
-@dataclass(frozen=True)
-class Models:
-    """The networks of one training step. Gradients reach the student and the weighting alone."""
-
-    student: nn.Module
-    target: nn.Module  # the student itself where the method keeps no averaged copy
-    teacher: nn.Module | None = None
-    distance: Callable[[Tensor, Tensor], Tensor] | None = None
-    weighting: nn.Module | None = None  # sigma [B] -> log-weight [B], learned with the student
-
-
-@dataclass(frozen=True)
-class StepContext:
-    """Where in the training a step is, and its randomness."""
-
-    step: int
-    num_steps: int
-    noise: Noise
-    generator: torch.Generator  # on the batch's device; draws times and noise
-    dropout_seed: int  # entered by the student's pass and by the target's, so both see one mask
-
-
-class Loss(NamedTuple):
-    """Weighted losses and what the method wants logged."""
-
-    per_sample: Tensor  # [B]
-    sigma: Tensor  # [B], the (larger) noise level of each sample
-    scalars: Mapping[str, float] = {}
+from cm_core.types import Batch, Loss, Models, StepContext
 
 
 class Method(Params):

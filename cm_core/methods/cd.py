@@ -9,19 +9,10 @@ import torch
 from pydantic import ConfigDict, Field
 
 from cm_core.distances import L2, AnyDistance
-from cm_core.methods.base import (
-    Batch,
-    Loss,
-    Method,
-    Models,
-    StepContext,
-    consistency_distance,
-    draw_eps,
-    grid_on,
-    teacher_of,
-)
+from cm_core.methods.base import Method, consistency_distance, draw_eps, grid_on, teacher_of
 from cm_core.noise import add_noise
 from cm_core.solvers import STEPS
+from cm_core.types import Batch, Loss, Models, StepContext
 
 
 class CD(Method):

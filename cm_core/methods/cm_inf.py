@@ -11,10 +11,11 @@ from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor
 
 from cm_core.distances import L1, L2, AnyDistance, Distance
-from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, derivative, draw_eps, teacher_of
+from cm_core.methods.base import Method, derivative, draw_eps, teacher_of
 from cm_core.noise import Noise, add_noise
 from cm_core.randomness import dropout_seed
 from cm_core.solvers import slope
+from cm_core.types import Batch, Loss, Models, StepContext
 
 
 class CMInf(Method):

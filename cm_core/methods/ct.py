@@ -10,17 +10,9 @@ from pydantic import ConfigDict, Field, model_validator
 
 from cm_core.curricula import ct_num_scales, ct_target_decay
 from cm_core.distances import L2, AnyDistance
-from cm_core.methods.base import (
-    Batch,
-    Loss,
-    Method,
-    Models,
-    StepContext,
-    consistency_distance,
-    draw_eps,
-    grid_on,
-)
+from cm_core.methods.base import Method, consistency_distance, draw_eps, grid_on
 from cm_core.noise import add_noise
+from cm_core.types import Batch, Loss, Models, StepContext
 
 
 class CT(Method):

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from cm_core.curricula import ect_stage
 from cm_core.distances import AnyDistance, PseudoHuber
-from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, draw_eps, teacher_of
+from cm_core.methods.base import Method, draw_eps, teacher_of
 from cm_core.noise import add_noise, draw_lognormal
 from cm_core.randomness import dropout_seed
 from cm_core.solvers import STEPS
 from cm_core.tensors import expand_like
+from cm_core.types import Batch, Loss, Models, StepContext
 
 
 class ECT(Method):

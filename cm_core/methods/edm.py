@@ -9,9 +9,10 @@ import torch
 from pydantic import ConfigDict, Field
 
 from cm_core.augment import Augment
-from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, draw_eps
+from cm_core.methods.base import Method, draw_eps
 from cm_core.noise import add_noise, draw_lognormal
 from cm_core.randomness import dropout_seed
+from cm_core.types import Batch, Loss, Models, StepContext
 
 
 class EDM(Method):

@@ -10,17 +10,9 @@ from pydantic import ConfigDict, Field, model_validator
 
 from cm_core.curricula import ict_num_scales
 from cm_core.distances import AnyDistance, PseudoHuber
-from cm_core.methods.base import (
-    Batch,
-    Loss,
-    Method,
-    Models,
-    StepContext,
-    consistency_distance,
-    draw_eps,
-    grid_on,
-)
+from cm_core.methods.base import Method, consistency_distance, draw_eps, grid_on
 from cm_core.noise import add_noise, lognormal_pair_probabilities
+from cm_core.types import Batch, Loss, Models, StepContext
 
 
 class ICT(Method):

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from cm_core.curricula import Halving, pd_halving
 from cm_core.distances import L2, AnyDistance
-from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, draw_eps, grid_on, teacher_of
+from cm_core.methods.base import Method, draw_eps, grid_on, teacher_of
 from cm_core.noise import add_noise
 from cm_core.randomness import dropout_seed
 from cm_core.solvers import Denoiser, euler_step
 from cm_core.tensors import expand_like
+from cm_core.types import Batch, Loss, Models, StepContext
 
 
 class PD(Method):

@@ -12,10 +12,11 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from cm_core.log_weight import LogWeight
-from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, derivative, draw_eps, teacher_of
+from cm_core.methods.base import Method, derivative, draw_eps, teacher_of
 from cm_core.noise import add_noise, draw_lognormal
 from cm_core.randomness import dropout_seed
 from cm_core.tensors import expand_like
+from cm_core.types import Batch, Loss, Models, StepContext
 
 
 class SCM(Method):

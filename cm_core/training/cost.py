@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from cm_core.methods.base import Batch, Method, Models, StepContext, grid_on
+from cm_core.methods.base import Method, grid_on
 from cm_core.model import ModelSpec
 from cm_core.networks.layers import Attention, Block
 from cm_core.parallel import ranks, sharding
 from cm_core.training.loop import Train, why_not_divided
+from cm_core.types import Batch, Models, StepContext
 
 FP32 = 4  # bytes a value
 HEADROOM = 3 << 30  # bytes for the libraries' workspaces, the batches and the allocator's fragments

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from cm_core.curricula import linear_ramp
-from cm_core.methods.base import Loss, Method, Models, StepContext
+from cm_core.methods.base import Method
 from cm_core.noise import Noise
 from cm_core.parallel import ranks, sharding
 from cm_core.params import Params
@@ -21,6 +21,7 @@ from cm_core.training.batches import Batches
 from cm_core.training.checkpoint import load_state, save_state
 from cm_core.training.ema import AnyEma, ConstantEma, Ema, update_target
 from cm_core.training.optimizers import Adam, RAdam
+from cm_core.types import Loss, Models, StepContext
 
 
 class Train(Params):

@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.atomic import replace_text
+from flows.atomic import replace_text, try_lock
 from flows.checkpoints import s3_store
 from flows.errors import UserError
-from flows.locks import try_lock
 from flows.storage.bucket import Bucket
 
 STATE_VARIABLE, FINISHED_FILE = "CM_STATE", "finished.json"

@@ -10,7 +10,7 @@ from typing import Any
 
 from flows.commands.output import Bar, add_json_option, print_json, print_table
 from flows.errors import UserError
-from flows.workspace.clone import home, shared_remote
+from flows.workspace.locations import shared_remote, workspace_root
 
 ARRAYS = (".npz", ".npy")
 EPOCH = (1980, 1, 1, 0, 0, 0)  # in every entry of an archive: equal images make equal bytes
@@ -32,9 +32,9 @@ def data(args: Namespace) -> None:
     if args.action and not args.path:
         raise UserError("cm data add: expected a PATH of images")
     if args.action:
-        add(home(), Path(args.path).expanduser(), args.name, args.description)
+        add(workspace_root(), Path(args.path).expanduser(), args.name, args.description)
     else:
-        show(home(), as_json=args.json)
+        show(workspace_root(), as_json=args.json)
 
 
 def add(root: Path, path: Path, name: str | None, description: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.commands.output import add_json_option, print_json, print_table
-from flows.workspace.clone import home, origin
+from flows.workspace.locations import shared_root, workspace_root
 
 if TYPE_CHECKING:
     from flows.storage.bucket import Bucket
@@ -107,27 +107,27 @@ def _torchvision() -> str:
 def _git() -> str:
     version = _git_says("--version").removeprefix("git version ")
     top, revision = Path(_git_says("rev-parse", "--show-toplevel")), _git_says("rev-parse", "--short", "HEAD")
-    if top.resolve() != home():
+    if top.resolve() != workspace_root():
         raise Broken(f"the workspace must be the top of its repository, which is {top}")
     return f"{version}, workspace at {revision}"
 
 
 def _git_says(*arguments: str) -> str:
     command = ["git", *arguments]
-    done = subprocess.run(command, cwd=home(), capture_output=True, text=True, check=False, timeout=SECONDS)
+    done = subprocess.run(command, cwd=workspace_root(), capture_output=True, text=True, check=False, timeout=SECONDS)
     if done.returncode:
         raise Broken(f"git {' '.join(arguments)}: {done.stderr.strip()}; a run records the revision of its code")
     return done.stdout.strip()
 
 
 def _workspace() -> str:
-    with tempfile.TemporaryFile(dir=home()) as file:
+    with tempfile.TemporaryFile(dir=workspace_root()) as file:
         file.write(PROBE)
-    return f"{home()}, writable"
+    return f"{workspace_root()}, writable"
 
 
 def _disk() -> str:
-    free = shutil.disk_usage(home()).free / 1e9
+    free = shutil.disk_usage(workspace_root()).free / 1e9
     if free < FREE_GB:
         raise Broken(f"{free:.1f} GB are free, {FREE_GB} GB are needed; old runs are in .cm/runs, and `dvc gc`")
     return f"{free:.0f} GB free"
@@ -136,11 +136,11 @@ def _disk() -> str:
 def _mlflow() -> str:
     from flows.tracking.tracker import Tracker
 
-    place = origin(home()) / "mlflow.db"
+    place = shared_root(workspace_root()) / "mlflow.db"
     if not os.environ.get("MLFLOW_TRACKING_URI") and not place.exists():
         return f"sqlite:///{place}, made by the first run"
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    tracker = Tracker(origin(home()))
+    tracker = Tracker(shared_root(workspace_root()))
     tracker.client.search_runs([tracker.experiment_id], max_results=1)
     return f"{tracker.uri}, answers"
 
@@ -159,7 +159,7 @@ def _prefect() -> str:
 def _dvc_cache() -> str:
     from dvc.repo import Repo
 
-    with Repo(str(home())) as repo:
+    with Repo(str(workspace_root())) as repo:
         return _write_read_remove(repo.cache.local)
 
 
@@ -167,7 +167,7 @@ def _dvc_remote() -> str:
     from dvc.config import NoRemoteError
     from dvc.repo import Repo
 
-    with Repo(str(home())) as repo:
+    with Repo(str(workspace_root())) as repo:
         try:
             return _write_read_remove(repo.cloud.get_remote_odb(command="push"))
         except NoRemoteError:
@@ -194,7 +194,7 @@ def _states() -> str:
 
     bucket = states_bucket()
     if bucket is None:
-        folder = states_folder(origin(home()))
+        folder = states_folder(shared_root(workspace_root()))
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(PROBE)
@@ -222,9 +222,9 @@ def _artifacts() -> str:
     """Try the place where MLflow keeps files, as MLflow reaches it."""
     from flows.tracking.tracker import Tracker
 
-    if not os.environ.get("MLFLOW_TRACKING_URI") and not (origin(home()) / "mlflow.db").exists():
-        return f"{origin(home()) / 'mlruns'}, made by the first run"
-    tracker = Tracker(origin(home()))
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not (shared_root(workspace_root()) / "mlflow.db").exists():
+        return f"{shared_root(workspace_root()) / 'mlruns'}, made by the first run"
+    tracker = Tracker(shared_root(workspace_root()))
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     place, name = tracker.client.get_experiment(tracker.experiment_id).artifact_location, f"cm-doctor-{os.getpid()}"

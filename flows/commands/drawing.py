@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from flows.commands.output import Bar, positive
 from flows.errors import UserError
-from flows.workspace.clone import home, origin
+from flows.workspace.locations import shared_root, workspace_root
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,7 +85,7 @@ def _locate(model: str) -> Path:
     from flows.tracking.tracker import fetch_student
 
     try:
-        return fetch_student(model, origin(home()))
+        return fetch_student(model, shared_root(workspace_root()))
     except MlflowException as error:
         raise UserError(f"{model}: {' '.join(str(error).split())}") from error
 
@@ -133,7 +133,7 @@ def _levels_in_force() -> "Sequence[Sequence[float]]":
     from flows.recipes.recipe import load_active
 
     try:
-        root = home()
+        root = workspace_root()
     except UserError:  # a model in a folder can be sampled anywhere
         return ()
     return load_active(root).sample.mid_sigmas

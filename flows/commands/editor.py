@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from flows.commands.drawing import load, save_images
 from flows.commands.output import Bar
 from flows.errors import UserError
-from flows.workspace.clone import home
+from flows.workspace.locations import workspace_root
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +39,7 @@ class Editor:
         from cm_core.editing import NOT_CONSISTENT
         from flows.stages.models import pick_device, to_device
 
-        self.args, self.name = args, args.model or str(home() / "out" / "student")
+        self.args, self.name = args, args.model or str(workspace_root() / "out" / "student")
         self.spec, net = load(self.name)
         if self.spec.form in NOT_CONSISTENT:
             what = "teacher" if self.spec.form == "denoiser" else "student of progressive distillation"

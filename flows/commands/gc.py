@@ -5,7 +5,7 @@ from datetime import timedelta
 from typing import Any
 
 from flows.commands.output import add_json_option, print_json, print_table
-from flows.workspace.clone import home
+from flows.workspace.locations import workspace_root
 
 SHOWN = 20  # lines of a kind
 
@@ -28,7 +28,7 @@ def gc(args: Namespace) -> None:
     """Print the garbage, and remove it if told so."""
     from flows.operations.garbage import find_garbage
 
-    found = list(find_garbage(home(), older_than=timedelta(days=args.older_than), with_remote=args.remote))
+    found = list(find_garbage(workspace_root(), older_than=timedelta(days=args.older_than), with_remote=args.remote))
     for one in found if args.apply else ():
         one.remove()
     if args.json:

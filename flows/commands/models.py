@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.commands.output import add_json_option, positive, print_json, print_table
 from flows.commands.runs import SHORT, tracker_of
-from flows.workspace.clone import home
+from flows.workspace.locations import workspace_root
 
 if TYPE_CHECKING:
     from flows.tracking.registry import Registered, Registry, Version
@@ -45,14 +45,14 @@ def promote(args: Namespace) -> None:
     """Move the alias `champion`."""
     from flows.tracking.registry import Registry
 
-    Registry(tracker_of(home(), must_exist=True)).promote(args.name, args.version, force=args.force)
+    Registry(tracker_of(workspace_root(), must_exist=True)).promote(args.name, args.version, force=args.force)
     print(f"{args.name}: the champion is version {args.version}; models:/{args.name}@champion names it")
 
 
 def _registry() -> "Registry | None":
     from flows.tracking.registry import Registry
 
-    tracker = tracker_of(home())
+    tracker = tracker_of(workspace_root())
     return Registry(tracker) if tracker else None
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from flows.commands.output import add_json_option, print_json, print_table
 from flows.commands.recipes import add_recipe_arguments
 from flows.errors import UserError
-from flows.workspace.clone import home
+from flows.workspace.locations import workspace_root
 
 if TYPE_CHECKING:
     from flows.recipes.recipe import Recipe
@@ -34,7 +34,7 @@ def plan(args: Namespace) -> None:
     from flows.distributed.launch import processes_for
     from flows.recipes.recipe import load_recipe
 
-    recipe = load_recipe(args.recipe, args.overrides, root=home())
+    recipe = load_recipe(args.recipe, args.overrides, root=workspace_root())
     sections = {role: getattr(recipe, role) for role in TRAININGS if getattr(recipe, role) is not None}
     count = max(math.prod(processes_for(role, section)) for role, section in sections.items())
     rate, memory, name = _gpu(args.gpu)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.output import add_json_option, print_json, print_table
-from flows.workspace.clone import home
+from flows.workspace.locations import workspace_root
 
 RECIPES_DIR = Path("params/recipes")  # as in flows.recipes.recipe, whose import would cost this command two seconds
 
@@ -46,7 +46,7 @@ def add_override_option(parser: Any, what: str) -> None:
 
 def recipes(args: Namespace) -> None:
     """List the recipes by name with the first line of each page."""
-    found = {path.stem: first_comment(path) for path in sorted((home() / RECIPES_DIR).glob("*.yaml"))}
+    found = {path.stem: first_comment(path) for path in sorted((workspace_root() / RECIPES_DIR).glob("*.yaml"))}
     if args.json:
         print_json([{"name": name, "summary": summary} for name, summary in found.items()])
         return
@@ -66,7 +66,7 @@ def show(args: Namespace) -> None:
     """Show key, value and source of every value."""
     from flows.recipes.recipe import explain
 
-    values = explain(args.recipe, args.overrides, root=home())
+    values = explain(args.recipe, args.overrides, root=workspace_root())
     if args.json:
         print_json([{"key": key, "value": value, "source": source} for key, value, source in values])
     else:
@@ -77,8 +77,8 @@ def use(args: Namespace) -> None:
     """Write the resolved recipe to params/active.yaml."""
     from flows.recipes.recipe import load_recipe, with_absolute_paths, write_active
 
-    recipe = load_recipe(args.recipe, args.overrides, root=home())
-    path = write_active(with_absolute_paths(recipe, Path.cwd()), home())
+    recipe = load_recipe(args.recipe, args.overrides, root=workspace_root())
+    path = write_active(with_absolute_paths(recipe, Path.cwd()), workspace_root())
     print(f"{path}: holds {' '.join([args.recipe, *args.overrides])}; `cm why` says what `dvc repro` will do")
 
 

@@ -14,7 +14,7 @@ from flows.commands.recipes import add_recipe_arguments
 from flows.monitor import PROFILE_VARIABLE
 from flows.operations.services import use_running
 from flows.reports.metrics_table import Metrics, Rows, by_row
-from flows.workspace.clone import home
+from flows.workspace.locations import workspace_root
 
 if TYPE_CHECKING:
     from flows.recipes.recipe import Recipe
@@ -64,14 +64,14 @@ def stage(args: Namespace) -> None:
     _ask_for_profile(args)
     from flows.stage_runner.run import run_stage
 
-    run_stage(args.stage, home())
+    run_stage(args.stage, workspace_root())
 
 
 def join(args: Namespace) -> None:
     """Share a stage with the main node until it ends there."""
     from flows.stage_runner.run import join as join_stage
 
-    join_stage(args.stage, home(), partial(print, flush=True))
+    join_stage(args.stage, workspace_root(), partial(print, flush=True))
 
 
 def run(args: Namespace) -> None:
@@ -79,9 +79,9 @@ def run(args: Namespace) -> None:
     _ask_for_profile(args)
     from flows.recipes.recipe import load_recipe, with_absolute_paths
 
-    recipe = with_absolute_paths(load_recipe(args.recipe, args.overrides, root=home()), Path.cwd())
+    recipe = with_absolute_paths(load_recipe(args.recipe, args.overrides, root=workspace_root()), Path.cwd())
     name = textwrap.shorten(" ".join([Path(args.recipe).stem, *args.overrides]), MAX_NAME, placeholder=" ...")
-    result = run_pipeline(recipe, home(), name=name, keep=args.take_over)
+    result = run_pipeline(recipe, workspace_root(), name=name, keep=args.take_over)
     if args.json:
         print_json(result)
     else:
@@ -103,7 +103,7 @@ def demo(args: Namespace) -> None:
     """Run both recipes, then print one table and where to look next."""
     from flows.recipes.recipe import load_recipe
 
-    root, started = home(), time.monotonic()
+    root, started = workspace_root(), time.monotonic()
     recipes = [load_recipe(name, root=root) for name in (DISTILLED, ISOLATED)]
     distilled = run_pipeline(recipes[0], root, name=DISTILLED, keep=True)
     isolated = run_pipeline(recipes[1], root, name=ISOLATED, keep=False)

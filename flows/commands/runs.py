@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.commands.output import add_json_option, positive, print_json, print_table
 from flows.errors import UserError
-from flows.workspace.clone import home, origin
+from flows.workspace.locations import shared_root, workspace_root
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -39,7 +39,7 @@ def add_parsers(commands: Any) -> None:
 
 def runs(args: Namespace) -> None:
     """Print the newest runs."""
-    tracker = tracker_of(home())
+    tracker = tracker_of(workspace_root())
     found = [describe(run) for run in find_pipelines(tracker, args.max)] if tracker else []
     if args.json:
         print_json(found)
@@ -51,7 +51,7 @@ def runs(args: Namespace) -> None:
 
 def compare(args: Namespace) -> None:
     """Print how runs differ: params, then every metric and its difference to the first run's."""
-    tracker = tracker_of(home(), must_exist=True)
+    tracker = tracker_of(workspace_root(), must_exist=True)
     newest = find_pipelines(tracker, SEARCHED)
     found = [describe(resolve(given, newest, tracker)) for given in (args.first, *args.others)]
     params = list(differing([run["params"] for run in found]))
@@ -65,11 +65,11 @@ def compare(args: Namespace) -> None:
 
 def tracker_of(root: Path, *, must_exist: bool = False) -> "Tracker | None":
     """Return the connection to MLflow; where nothing was tracked yet None, or UserError if something must exist."""
-    database = origin(root) / "mlflow.db"
+    database = shared_root(root) / "mlflow.db"
     if os.environ.get("MLFLOW_TRACKING_URI") or database.exists():
         from flows.tracking.tracker import Tracker
 
-        return Tracker(origin(root))
+        return Tracker(shared_root(root))
     if must_exist:
         raise UserError(f"{database}: no runs yet; `cm run RECIPE` makes one")
     return None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flows.commands.drawing import MODEL, add_sampling_options, draw, is_model, save_images
 from flows.commands.output import Bar, add_json_option, print_json, print_metrics
 from flows.errors import UserError
-from flows.workspace.clone import home
+from flows.workspace.locations import workspace_root
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +43,7 @@ def add_parsers(commands: Any) -> None:
 
 def sample(args: Namespace) -> None:
     """Write images, and beside them a grid of the first ones."""
-    images, how = draw(args.model or str(home() / "out" / "student"), args)
+    images, how = draw(args.model or str(workspace_root() / "out" / "student"), args)
     grid = write_images(images, args.out)
     print(f"{args.out}: {len(images)} images, {how}; {grid} shows the first {min(len(images), GRID_IMAGES)}")
 
@@ -68,7 +68,7 @@ def evaluate(args: Namespace) -> None:
     """Print the metrics of every set of images against the training images, beside the held-out ones."""
     from flows.data.dataset import load_dataset
 
-    root = home()
+    root = workspace_root()
     dataset = load_dataset(root / "out" / "prepare")
     sets = {"real (held out)": dataset.heldout_images}
     for where in args.images:

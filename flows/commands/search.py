@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any
 from flows.commands.output import Bar, add_json_option, positive, print_json, print_table
 from flows.commands.recipes import add_recipe_arguments
 from flows.errors import UserError
-from flows.tracking.tracker import StageRun, Tracker, recipe_name
-from flows.workspace.clone import Workspace, clone, describe_code, home, origin
+from flows.tracking.stage_run import StageRun
+from flows.tracking.tracker import Tracker
+from flows.workspace.clone import Workspace, clone
 from flows.workspace.dvc_files import ancestors, locked_outs, read_stages, version
+from flows.workspace.git import describe_code
+from flows.workspace.locations import shared_root, workspace_root
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +54,7 @@ def search(args: Namespace) -> None:
 
     # As for `cm run`: the default end by SIGTERM would leave stages running.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    root = home()
+    root = workspace_root()
     recipe = with_absolute_paths(load_recipe(args.recipe, args.overrides, root=root), Path.cwd())
     grid = make_grid(recipe, args.nfe, args.num_scales)
     if args.num_images == 1:
@@ -100,10 +103,12 @@ def find(
     scorer = Scorer(recipe, workspace.root, args.num_images)
     versions = {f"dvc.dep.{name}": version(locked_outs(entries[name])) for name in NEEDED}
 
+    from flows.recipes.recipe import recipe_name
+
     def tags() -> dict[str, str]:
         return {**describe_code(workspace.origin), "recipe": recipe_name(recipe, workspace.origin), **versions}
 
-    with StageRun(origin(workspace.origin), "search", None, tags) as run:
+    with StageRun(shared_root(workspace.origin), "search", None, tags) as run:
 
         def score(indices: tuple[int, ...]) -> float:
             sigmas = [grid[index] for index in indices]
@@ -131,7 +136,7 @@ def find(
 
 
 def _log(tracker: Tracker, run_id: str, *, recipe: "Recipe", found: Mapping[str, Any]) -> None:
-    from flows.recipes.recipe import flatten
+    from flows.recipes.overrides import flatten
 
     settings = {f"search.{key}": found[key] for key in ("nfe", "num_images")} | {
         "search.num_scales": len(found["grid"])
@@ -215,7 +220,8 @@ def report(recipe: "Recipe", found: Mapping[str, Any], args: Namespace) -> None:
         print(f"Use it with: --set {override}")
     if args.write:
         overrides = [*args.overrides, override]
-        path = write_active(with_absolute_paths(load_recipe(args.recipe, overrides, root=home()), Path.cwd()), home())
+        root = workspace_root()
+        path = write_active(with_absolute_paths(load_recipe(args.recipe, overrides, root=root), Path.cwd()), root)
         print(f"{path}: holds {' '.join([args.recipe, *overrides])}", file=sys.stderr)
 
 

@@ -22,7 +22,7 @@ from flows.operations.services import (
     running,
     up,
 )
-from flows.workspace.clone import home
+from flows.workspace.locations import workspace_root
 
 FAILED = 1
 
@@ -63,7 +63,7 @@ def _port(text: str) -> int:
 
 def start(args: Namespace) -> int:
     """Run the services; return 1 if one of them ended by itself."""
-    root = home()
+    root = workspace_root()
     try:
         up(
             root,
@@ -88,7 +88,7 @@ Ctrl-C or `cm down` stops all of it; trainings save their state and go on with t
 
 def stop(args: Namespace) -> None:
     """Stop the services."""
-    print("stopped" if down(home()) else "nothing runs")
+    print("stopped" if down(workspace_root()) else "nothing runs")
 
 
 def status(args: Namespace) -> int:
@@ -117,7 +117,7 @@ def read_status() -> dict[str, Any]:
     """Return what runs, as `cm status --json` prints it."""
     import psutil
 
-    root = home()
+    root = workspace_root()
     services = running(root)
     if services is None:
         return {"ok": False, "running": False, "services": {}}
@@ -138,7 +138,7 @@ def register(args: Namespace) -> None:
         raise UserError("PREFECT_API_URL is not set; `cm up` registers with its own server by itself")
     from flows.operations.deploy import deploy, from_repository, in_folder
 
-    root = home()
+    root = workspace_root()
     steps = from_repository(args.repository, args.branch) if args.repository else in_folder(args.folder or root)
     names = deploy(root, gpus=args.gpus, pool_type=args.pool_type, pull_steps=steps)
     print("\n".join([*names, f"registered with {os.environ['PREFECT_API_URL']}; {args.gpus} heavy stages at once"]))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from flows.commands.output import add_json_option, prepare_for_cancelling, print_json, print_metrics, print_table
 from flows.commands.recipes import add_override_option
 from flows.operations.services import use_running
-from flows.workspace.clone import home
+from flows.workspace.locations import workspace_root
 
 if TYPE_CHECKING:
     from flows.sweeps.page import Sweep
@@ -27,16 +27,16 @@ def sweep(args: Namespace) -> None:
     """Run a sweep and print its table."""
     from flows.sweeps.page import load_sweep
 
-    planned = load_sweep(args.name, args.overrides, root=home())  # complains before Prefect is started
+    planned = load_sweep(args.name, args.overrides, root=workspace_root())  # complains before Prefect is started
     if args.dry_run:
         _print_points(planned, as_json=args.json)
         return
     prepare_for_cancelling()
-    use_running(home())
+    use_running(workspace_root())
     from flows.sweep import SweepFailed, run_sweep
 
     try:
-        results = run_sweep(args.name, args.overrides, home())
+        results = run_sweep(args.name, args.overrides, workspace_root())
     except SweepFailed as failure:
         _print_results(failure.results, as_json=args.json)
         raise

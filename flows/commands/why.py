@@ -10,8 +10,8 @@ from typing import Any
 
 from flows.commands.output import add_json_option, print_json
 from flows.errors import UserError
-from flows.workspace.clone import DVC, home
-from flows.workspace.dvc_files import PARAMS_FILE, load_yaml, read_lock, read_stages, upstream
+from flows.workspace.dvc_files import DVC, PARAMS_FILE, load_yaml, read_lock, read_stages, upstream
+from flows.workspace.locations import workspace_root
 
 STATES = {"modified": "changed", "new": "is new", "deleted": "is missing"}  # DVC's words, and ours
 NOT_GIVEN = "(not given)"
@@ -27,7 +27,7 @@ def add_parsers(commands: Any) -> None:
 
 def why(args: Namespace) -> None:
     """Print the reasons of every stage that is out of date, then the stages that follow from them."""
-    root = home()
+    root = workspace_root()
     stages = read_stages(root)
     if args.stage not in (None, *stages):
         raise UserError(f"no stage {args.stage!r}; there are {', '.join(stages)}")

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from flows.atomic import try_lock
 from flows.errors import UserError
-from flows.locks import try_lock
 
 DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
 COUNT_VARIABLE = "CM_DEVICES"  # how many devices of a machine such a stage uses

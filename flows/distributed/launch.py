@@ -24,9 +24,8 @@ from cm_core.parallel import ranks, sharding
 from cm_core.training.loop import why_not_divided
 from flows.distributed import rendezvous
 from flows.distributed.devices import COUNT_VARIABLE, devices_for, nodes_for
-from flows.errors import UserError
+from flows.errors import StageFailed, UserError
 from flows.monitor import Monitor
-from flows.workspace.clone import StageFailed
 
 GRACE = 30.0  # seconds for an exchange with a lost process to fail by itself, and for the others to end
 NOTICE = 2.0  # seconds after which it is known who was lost, when an exchange has failed

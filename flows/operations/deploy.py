@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.errors import UserError
-from flows.workspace.declare import deployment_entries
 from flows.workspace.dvc_files import CPU, GPU
 
 if TYPE_CHECKING:
@@ -170,3 +169,30 @@ def _schedules(
         return [DeploymentScheduleCreate(schedule=schedule, active=active) for schedule, active in crons]
     kept = set(DeploymentScheduleCreate.model_fields) - {"replaces"}
     return [DeploymentScheduleCreate(**one.model_dump(include=kept)) for one in known]
+
+
+WORK_POOL = GPU  # of a recipe: its heavy stages need one
+
+
+NIGHTLY = {"cron": "0 2 * * *", "timezone": "UTC", "active": False}  # for whoever switches it on
+
+
+def deployment_entries(root: Path) -> list[dict[str, Any]]:
+    """Return what prefect.yaml says of each deployment, one a recipe."""
+    from flows.recipes.recipe import load_recipe, recipe_names
+
+    return [
+        {
+            "name": name,
+            "description": _first_comment(root / "params" / "recipes" / f"{name}.yaml"),
+            "entrypoint": "flows/pipeline.py:consistency",
+            "parameters": {"recipe": load_recipe(name, root=root).model_dump(mode="json"), "name": name},
+            "work_pool": {"name": WORK_POOL},
+            "schedules": [dict(NIGHTLY)],
+        }
+        for name in recipe_names(root)
+    ]
+
+
+def _first_comment(page: Path) -> str:
+    return page.read_text().partition("\n")[0].removeprefix("#").strip()

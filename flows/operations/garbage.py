@@ -19,8 +19,9 @@ from flows.checkpoints import s3_store, store
 from flows.errors import UserError
 from flows.storage.bucket import Bucket, Entry
 from flows.tracking.tracker import Tracker
-from flows.workspace.clone import cache_of, is_live, origin, remote_address
+from flows.workspace.clone import is_live
 from flows.workspace.dvc_files import LOCK_FILE, locked_outs, version
+from flows.workspace.locations import cache_of, remote_address, shared_root
 
 OBJECTS, RUNS = "files/md5/", "runs/"
 ORPHANED = timedelta(days=30)  # without a sign of life: nobody will go on with this training
@@ -83,7 +84,7 @@ def find_garbage(root: Path, *, older_than: timedelta, with_remote: bool) -> Ite
     if with_remote and remote:
         yield from unneeded_objects("remote", remote, needed, before)
         yield from _torn_uploads(remote, before)
-    yield from _states(origin(root), min(before, datetime.now(UTC) - ORPHANED))
+    yield from _states(shared_root(root), min(before, datetime.now(UTC) - ORPHANED))
     if bucket := store.states_bucket():
         yield from _bucket_states(bucket, older_than=max(older_than, ORPHANED))
         yield from _torn_uploads(bucket, before)
@@ -175,9 +176,9 @@ def _git(root: Path, *arguments: str) -> str:
 
 def _tracked_versions(root: Path) -> set[str]:
     """Return the data versions on MLflow's runs and models, registered ones included."""
-    if not os.environ.get("MLFLOW_TRACKING_URI") and not (origin(root) / "mlflow.db").exists():
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not (shared_root(root) / "mlflow.db").exists():
         return set()
-    return Tracker(origin(root)).data_versions()
+    return Tracker(shared_root(root)).data_versions()
 
 
 def _run_cache(cache: Folder) -> Iterator[dict[str, Any]]:
@@ -220,7 +221,7 @@ def _torn_uploads(store: Store, before: datetime) -> Iterator[Garbage]:
 
 
 def _runs(root: Path) -> list[Path]:
-    runs = origin(root) / ".cm" / "runs"
+    runs = shared_root(root) / ".cm" / "runs"
     return sorted(run for run in runs.iterdir() if run.is_dir()) if runs.is_dir() else []
 
 

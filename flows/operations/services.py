@@ -18,10 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.atomic import replace_text
+from flows.atomic import replace_text, try_lock
 from flows.distributed.devices import visible_devices
 from flows.errors import UserError
-from flows.locks import try_lock
 from flows.operations.deploy import HEARTBEAT_SECONDS, deploy, in_folder
 from flows.workspace.dvc_files import CPU, GPU
 from flows.workspace.process import GRACE

@@ -12,7 +12,8 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.settings import PREFECT_API_URL
 
 from flows.distributed.devices import devices_for, hold_devices, visible_devices
-from flows.workspace.clone import RunEnding, StageFailed, Workspace
+from flows.errors import RunEnding, StageFailed
+from flows.workspace.clone import Workspace
 from flows.workspace.dvc_files import GPU, Stage
 
 LEASE_SECONDS = 60.0  # a slot of a worker that died is free again after this; Prefect takes no less

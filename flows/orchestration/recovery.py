@@ -5,8 +5,8 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.states import Crashed
 
+from flows.errors import StageFailed
 from flows.tracking.tracker import Tracker
-from flows.workspace.clone import StageFailed
 
 MAX_STARTS = 10  # of one flow run; it is started again after every crash
 

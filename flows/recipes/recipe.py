@@ -4,13 +4,12 @@
 recipe in force, every value spelled out, and the one params file that dvc.yaml reads.
 """
 
-import copy
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
 import torch
 import yaml
@@ -23,6 +22,7 @@ from cm_core.params import Params
 from cm_core.sampling import check_levels
 from flows.atomic import replace_text
 from flows.errors import UserError
+from flows.recipes.overrides import _Loader, _nested, flatten, merge, parse_override, read_yaml
 from flows.stages.edit import Edit
 from flows.stages.evaluate import Evaluate
 from flows.stages.features import ClassifierFeatures, Features
@@ -30,6 +30,10 @@ from flows.stages.prepare import Data
 from flows.stages.sample import Sample
 from flows.stages.student import Student
 from flows.stages.teacher import Teacher
+
+if TYPE_CHECKING:
+    from flows.recipes.recipe import Recipe
+
 
 RECIPES_DIR, ACTIVE_FILE = Path("params/recipes"), Path("params/active.yaml")
 PATH_KEYS = (  # values that may name a local file or folder
@@ -202,64 +206,6 @@ def _within(key: str, keys: Iterable[str]) -> bool:
     return any(key in (other, f"{other}.kind") for other in keys)
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested mappings under dotted keys; lists are leaves."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a mapping from a YAML file. Raises UserError where there is none."""
-    try:
-        tree = yaml.load(path.read_text(), _Loader)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected sections such as data:, student:; got {type(tree).__name__}")
-    return tree
-
-
-def parse_override(override: str) -> dict[str, Any]:
-    """Turn `a.b=value` into {"a": {"b": value}}, the value read as YAML. Raises UserError for other forms."""
-    key, equals, text = override.partition("=")
-    if not equals or not all(key.split(".")):
-        raise UserError(f"--set {override}: expected key=value, such as student.method.solver=euler")
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise UserError(f"--set {override}: {text!r} is not a YAML value") from None
-    return _nested(key, value)
-
-
-def _nested(key: str, value: Any) -> Any:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
-
-
-def merge(base: Any, layer: Any) -> Any:
-    """Lay `layer` over `base`, mappings key by key; where the layer names another `kind`, it starts afresh.
-
-    A bare word stands for {kind: word} where it meets a mapping with a kind.
-    """
-    if isinstance(base, dict) and "kind" in base and isinstance(layer, str):
-        layer = {"kind": layer}
-    if isinstance(base, str) and isinstance(layer, dict) and layer and "kind" not in layer:
-        base = {"kind": base}
-    if not isinstance(base, dict) or not isinstance(layer, dict):
-        return copy.deepcopy(layer)
-    if "kind" in layer and "kind" in base and layer["kind"] != base["kind"]:
-        return copy.deepcopy(layer)
-    return {**base, **{key: merge(base[key], value) if key in base else value for key, value in layer.items()}}
-
-
 def validate(tree: Mapping[str, Any], *, source: Path | str, origins: Sequence[str] = ()) -> Recipe:
     """Build the recipe from nested plain values; `origins` are the keys that came from --set.
 
@@ -339,10 +285,6 @@ def _nearest(key: str, model: type[Params]) -> str:
     return f", did you mean {close[0]}?" if close else ""
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as in YAML 1.2 and in every paper."""
-
-
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*[eE][-+]?\d+$"), list("-+0123456789")
 )
@@ -357,3 +299,19 @@ def _recipe_path(name: str, root: Path) -> Path:
             f"no recipe {name!r}; there are {', '.join(recipe_names(root))}, or give a path to a .yaml file"
         )
     return path
+
+
+def recipe_name(recipe: "Recipe", root: Path) -> str:
+    """Return the name of the recipe page that resolves to `recipe`, or "edited"."""
+    from flows.recipes.recipe import recipe_names
+
+    return next((name for name in recipe_names(root) if _resolves_to(name, recipe, root)), "edited")
+
+
+def _resolves_to(name: str, recipe: "Recipe", root: Path) -> bool:
+    from flows.recipes.recipe import load_recipe
+
+    try:
+        return load_recipe(name, root=root) == recipe
+    except UserError:  # another page, half edited, is no reason to stop
+        return False

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flows.atomic import replace_text
 from flows.monitor import Monitor
-from flows.tracking.tracker import StageRun
+from flows.tracking.stage_run import StageRun
 from flows.workspace.clone import PROGRESS_VARIABLE
 
 LINE_EVERY, FILE_EVERY = 5.0, 0.5  # seconds between two lines of progress, two writes of the progress file

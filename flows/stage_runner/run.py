@@ -15,23 +15,18 @@ from flows.checkpoints.store import drop_finished, hold_state, mark_finished, sh
 from flows.distributed.devices import SHARED
 from flows.distributed.launch import join_stage, several_processes
 from flows.errors import UserError
-from flows.recipes.recipe import Recipe, flatten, load_active
+from flows.recipes.overrides import flatten
+from flows.recipes.recipe import Recipe, load_active, recipe_name
 from flows.stage_runner.progress import StageMonitor
 from flows.stage_runner.signals import StageSignals, end_with_caller
-from flows.tracking.tracker import (
-    MODEL_FILES,
-    MODEL_NAME,
-    Belonging,
-    StageRun,
-    Tracker,
-    describe_run,
-    files_below,
-    recipe_name,
-    shown_files,
-)
-from flows.workspace.clone import LIFELINE_VARIABLE, cache_of, describe_code, origin
+from flows.tracking.run_context import Belonging
+from flows.tracking.stage_run import StageRun
+from flows.tracking.tracker import MODEL_FILES, MODEL_NAME, Tracker, describe_run, files_below, shown_files
+from flows.workspace.clone import LIFELINE_VARIABLE
 from flows.workspace.data_versions import fetch_versioned
 from flows.workspace.dvc_files import Stage, dvc_md5, read_stages, stage_facts, stage_key, version
+from flows.workspace.git import describe_code
+from flows.workspace.locations import cache_of, shared_root
 
 PREPARED, FACTS_FILE = "out/prepare", "dataset.json"
 TRAINS = ("features", "teacher", "student")
@@ -130,7 +125,7 @@ def fill_parameters(function: Callable, given: Mapping[str, Any], recipe: Recipe
 @contextmanager
 def _state(stage: Stage, root: Path, inputs: Mapping[str, str], monitor: StageMonitor) -> Iterator[Path]:
     """Yield the folder of the training in flight, after removing those whose outputs are safely stored."""
-    home = origin(root)
+    home = shared_root(root)
     drop_finished(home, cache_of(root).holds)
     share_kernels(home)
 
@@ -158,7 +153,7 @@ def _tracked_run(stage: Stage, root: Path, recipe: Recipe, inputs: Mapping[str, 
             tracker.log_dataset(run_id, root / PREPARED / FACTS_FILE, inputs[PREPARED], context)
 
     watch = stage.name in TRAINS
-    with StageRun(origin(root), stage.name, belonging.parent_run_id, tags, watch_machine=watch) as run:
+    with StageRun(shared_root(root), stage.name, belonging.parent_run_id, tags, watch_machine=watch) as run:
         run.submit(log_inputs)
         yield run
 

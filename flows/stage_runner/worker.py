@@ -12,12 +12,11 @@ from tempfile import TemporaryDirectory
 
 from cm_core.parallel import ranks
 from flows.distributed.launch import BEREFT, Place
-from flows.errors import UserError
+from flows.errors import USER_ERROR, UserError
 from flows.monitor import Monitor
 from flows.recipes.recipe import load_active
 from flows.stage_runner.run import fill_parameters, stage_function
 from flows.stages.training import StageStopped
-from flows.workspace.clone import USER_ERROR
 
 WRITE_TOGETHER = ("sample",)  # stages whose processes, on the main node, fill the same files
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import nn
 
 from cm_core.distances import Distance, Lpips
-from cm_core.methods.base import Method, Models
+from cm_core.methods.base import Method
 from cm_core.methods.cd import CD
 from cm_core.methods.cm_inf import CMInf
 from cm_core.methods.ct import CT
@@ -28,6 +28,7 @@ from cm_core.randomness import derive_seed
 from cm_core.sampling import ImageNoise
 from cm_core.tensors import to_pixels
 from cm_core.training.loop import Train, TrainState
+from cm_core.types import Models
 from flows.data.dataset import Dataset, load_dataset
 from flows.errors import UserError
 from flows.monitor import Monitor

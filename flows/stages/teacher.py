@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from cm_core.augment import LABEL_DIM
-from cm_core.methods.base import Models
 from cm_core.methods.edm import EDM
 from cm_core.model import ModelSpec, build_seeded
 from cm_core.networks import Network
@@ -20,6 +19,7 @@ from cm_core.sampling import ImageNoise, TeacherSampler
 from cm_core.tensors import to_pixels
 from cm_core.training.loop import Train, TrainState
 from cm_core.training.optimizers import Adam
+from cm_core.types import Models
 from flows.data.dataset import load_dataset
 from flows.monitor import Monitor
 from flows.stages.models import ABSENT_FILE, GRID_IMAGES, fixed_labels, pick_device

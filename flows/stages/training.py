@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cm_core.methods.base import Method, Models
+from cm_core.methods.base import Method
 from cm_core.model import ModelSpec, save_model
 from cm_core.networks.layers import compile_blocks
 from cm_core.parallel import ranks, sharding
@@ -22,6 +22,7 @@ from cm_core.training.checkpoint import list_states
 from cm_core.training.cost import Speed, advice
 from cm_core.training.loop import Train, TrainState, fit
 from cm_core.training.profiling import profiled
+from cm_core.types import Models
 from flows.atomic import replace_text
 from flows.data.dataset import Dataset
 from flows.errors import UserError

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.errors import UserError
-from flows.storage.fetch import s3_address, s3_client, s3_errors
+from flows.storage.s3 import s3_address, s3_client, s3_errors
 
 PART = 8 * 2**20  # bytes; larger files travel in such parts, several at once
 PART_WORKERS = 4

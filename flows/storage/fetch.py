@@ -11,28 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
 from flows.errors import UserError
 from flows.monitor import Monitor
+from flows.storage.s3 import S3_WORKERS, TIMEOUT, public_uri, s3_address, s3_client, s3_errors
 
 CHUNK = 1 << 20  # bytes between two reports of progress
-TIMEOUT = 30  # seconds without an answer
-S3_WORKERS = 16  # objects of a prefix that are downloaded at once
-DENIED = "access denied; see AWS_PROFILE or AWS_ACCESS_KEY_ID, and the policy of the bucket"
-S3_CAUSES = {
-    "NoSuchKey": "no such object",
-    "404": "no such object",
-    "NoSuchBucket": "no such bucket",
-    "AccessDenied": DENIED,
-    "403": DENIED,
-    "SlowDown": "the store asks to slow down, after several tries",
-    "503": "the store is not available, after several tries",
-    "507": "no space left in the store",
-    "QuotaExceeded": "no space left in the store",
-    "EntityTooLarge": "the store takes no objects as large as this",
-    "RequestTimeTooSkewed": "the clock of this machine differs from the store's; set it right",
-}
 
 
 def fetch(
@@ -123,14 +108,6 @@ def local_path(uri: str) -> Path:
     return Path(unquote(parts.path))
 
 
-def public_uri(uri: str) -> str:
-    """Return `uri` without user, password and query, which may hold a secret."""
-    if not uri.startswith(("http://", "https://")):
-        return uri
-    parts = urlsplit(uri)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-
-
 def _existing_file(uri: str) -> Path:
     path = local_path(uri)
     if path.is_file():
@@ -217,49 +194,6 @@ def _http_errors(uri: str) -> Iterator[None]:
         raise UserError(f"{public_uri(uri)}: cannot be reached ({error.reason})") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise UserError(f"{public_uri(uri)}: {str(error) or type(error).__name__}") from error
-
-
-@contextmanager
-def s3_errors(uri: str) -> Iterator[None]:
-    """Turn whatever goes wrong with a store into a UserError of one line."""
-    try:
-        import botocore.exceptions as boto
-        from boto3.exceptions import Boto3Error
-        from s3transfer.exceptions import RetriesExceededError
-    except ImportError as error:
-        raise UserError(f"{public_uri(uri)}: s3:// needs the package boto3") from error
-    try:
-        yield
-    except boto.ClientError as error:
-        code, message = error.response["Error"]["Code"], error.response["Error"].get("Message", "")
-        raise UserError(f"{public_uri(uri)}: {S3_CAUSES.get(code) or f'{code} {message}'.strip()}") from error
-    except (boto.BotoCoreError, Boto3Error, RetriesExceededError, OSError, ValueError) as error:
-        raise UserError(f"{public_uri(uri)}: {' '.join(str(error).split())}") from error
-
-
-def s3_address(uri: str) -> tuple[str, str]:
-    """Split s3://bucket/key, the key taken literally (a `?` or `#` belongs to it)."""
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    if not uri.startswith("s3://") or not bucket:
-        raise UserError(f"{public_uri(uri)}: not an S3 address; write s3://bucket/key")
-    return bucket, key
-
-
-def s3_client() -> Any:
-    """Return a client for AWS_ENDPOINT_URL, or AWS; without credentials it reads public buckets."""
-    import boto3
-    from botocore import UNSIGNED
-    from botocore.config import Config
-
-    session = boto3.session.Session()
-    config = Config(
-        connect_timeout=10,
-        read_timeout=TIMEOUT,
-        retries={"mode": "standard", "total_max_attempts": 3},
-        max_pool_connections=S3_WORKERS,
-        signature_version=None if session.get_credentials() else UNSIGNED,
-    )
-    return session.client("s3", config=config)
 
 
 def _list_keys(client: Any, bucket: str, prefix: str) -> Iterator[str]:

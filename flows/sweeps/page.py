@@ -16,7 +16,8 @@ from pydantic import ValidationError, model_validator
 
 from cm_core.params import Params
 from flows.errors import UserError
-from flows.recipes.recipe import Recipe, flatten, parse_override, read_yaml, vary
+from flows.recipes.overrides import flatten, parse_override, read_yaml
+from flows.recipes.recipe import Recipe, vary
 
 SWEEPS_DIR = Path("params/sweeps")
 MEASURED_ALIKE = ("data", "features", "evaluate", "sample.num_images", "sample.seed", "sample.precision")

@@ -8,29 +8,22 @@ import json
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from flows.errors import UserError
-from flows.tracking.system_metrics import SystemMetrics
-from flows.workspace.dvc_files import version
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
     from cm_core.model import ModelSpec
     from cm_core.precond import Precond
-    from flows.recipes.recipe import Recipe
 
 EXPERIMENT = "consistency-models"
 MODEL_NAME, MODEL_FILES = "student", ("ema.safetensors", "model.json")
-PARENT_VARIABLE, TAGS_VARIABLE = "CM_PARENT_RUN_ID", "CM_RUN_TAGS"  # how a flow's stages learn what they belong to
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
@@ -219,202 +212,6 @@ def _dataset_source(source: str) -> tuple[str, dict[str, Any]]:
     return "code", {"tags": {"mlflow.source.name": first}}
 
 
-@dataclass(frozen=True)
-class Belonging:
-    """What a stage's run belongs to: the flow's parent run and the tags it shares, from the environment."""
-
-    parent_run_id: str | None = None
-    tags: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls) -> "Belonging":
-        """Read what a flow passed on; a stage started by `dvc repro` belongs to nothing."""
-        return cls(os.environ.get(PARENT_VARIABLE), json.loads(os.environ.get(TAGS_VARIABLE, "{}")))
-
-    def variables(self) -> dict[str, str]:
-        """Return the environment variables that `read` reads."""
-        parent = {PARENT_VARIABLE: self.parent_run_id} if self.parent_run_id else {}
-        return {**parent, TAGS_VARIABLE: json.dumps(self.tags)}
-
-    @contextmanager
-    def in_environment(self) -> Iterator[None]:
-        """Let what this process starts meanwhile belong to it."""
-        before = {name: os.environ.get(name) for name in self.variables()}
-        os.environ.update(self.variables())
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name)
-                if value is not None:
-                    os.environ[name] = value
-
-
-Action = Callable[[Tracker, str], None]  # something to do with a run, given by its id
-
-
-class StageRun:
-    """The MLflow run of one stage, written by a thread of its own: neither MLflow's start nor its store slows a step.
-
-    Where MLflow cannot be opened, the next report raises it; what fails later is tried again when the stage has ended,
-    and raised only then, because no training should end for it.
-    """
-
-    def __init__(
-        self,
-        origin: Path,
-        stage: str,
-        parent_run_id: str | None,
-        tags: Callable[[], dict[str, str]],
-        *,
-        watch_machine: bool = False,
-    ) -> None:
-        self._origin, self._stage, self._parent_run_id, self._make_tags = origin, stage, parent_run_id, tags
-        self._watch_machine = watch_machine
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
-        self._written: deque[tuple[Action, Future[None]]] = deque()
-
-    def __enter__(self) -> "StageRun":
-        self._opened = self._thread.submit(self._open)
-        return self
-
-    def _open(self) -> None:
-        tracker = Tracker(self._origin)
-        self.tags = {**self._make_tags(), "stage": self._stage}
-        parent = {"mlflow.parentRunId": self._parent_run_id} if self._parent_run_id else {}
-        tags = {**self.tags, **parent, **code_tags(self.tags, f"cm stage {self._stage}")}
-        run = tracker.client.create_run(tracker.experiment_id, run_name=self._stage, tags=tags)
-        self._tracker, self._run_id = tracker, run.info.run_id
-        self._machine = SystemMetrics() if self._watch_machine else None
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        written = self._thread.submit(self._write_again) if error is None else self._opened
-        closed = self._thread.submit(self._close, error)
-        self._thread.shutdown()
-        if error is None:
-            for future in (self._opened, written, closed):
-                future.result()
-
-    def _write_again(self) -> None:
-        """Do what failed once more, in its order: MLflow may have been away for a while only."""
-        for action, future in self._written:
-            if future.exception():
-                action(self._tracker, self._run_id)
-
-    def _close(self, error: BaseException | None) -> None:
-        self._tracker.set_tags(self._run_id, error_tags(error))
-        self._tracker.client.set_terminated(self._run_id, status_after(error))
-
-    def submit(self, action: Action) -> None:
-        """Have `action` done after everything submitted before. Raises what kept MLflow from being opened."""
-        if self._opened.done():
-            self._opened.result()
-        while self._written and (done := self._written[0][1]).done() and done.exception() is None:
-            self._written.popleft()
-        self._written.append((action, self._thread.submit(lambda: action(self._tracker, self._run_id))))
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log numbers of a step, and what the machine does meanwhile."""
-
-        def log(tracker: Tracker, run_id: str) -> None:
-            machine = self._machine.read() if self._machine else {}
-            tracker.log_numbers(run_id, {**values, **machine}, step=step)
-
-        self.submit(log)
-
-    def image(self, key: str, path: Path, step: int) -> None:
-        """Log a picture of a step; MLflow shows those of one key with a slider, side by side for several runs."""
-        from PIL import Image
-
-        with Image.open(path) as picture:
-            picture.load()  # now: the file may change before it is its turn
-        self.submit(lambda tracker, run_id: tracker.client.log_image(run_id, picture, key=key, step=step))
-
-
-class PipelineRun:
-    """The parent run of a flow: its children are the runs of the stages that really ran for it.
-
-    With `stage="sweep"` it is the parent of the pipeline runs of a sweep, each of which finds it in the environment.
-    """
-
-    def __init__(
-        self,
-        tracker: Tracker,
-        name: str,
-        tags: Mapping[str, str],
-        params: Mapping[str, Any],
-        *,
-        stage: str = "pipeline",
-    ) -> None:
-        self.tracker, self.tags, self._name, self._params = tracker, {**tags, "stage": stage}, name, params
-
-    def __enter__(self) -> "PipelineRun":
-        above = Belonging.read().parent_run_id
-        parent = {"mlflow.parentRunId": above} if above else {}
-        code = code_tags(self.tags, "consistency")
-        tags = {**self.tags, **parent, **code, "mlflow.note.content": describe_run(self.tags, {})}
-        run = self.tracker.client.create_run(self.tracker.experiment_id, run_name=self._name, tags=tags)
-        self.run_id = run.info.run_id
-        self.tracker.log_params(self.run_id, self._params)
-        return self
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        self.tracker.set_tags(self.run_id, error_tags(error))
-        self._end_children()
-        self.tracker.client.set_terminated(self.run_id, status_after(error))
-
-    def _end_children(self) -> None:
-        """Say of stages that were killed that they do not run any more."""
-        query = f"tags.`mlflow.parentRunId` = '{self.run_id}' and attributes.status = 'RUNNING'"
-        for child in self.tracker.client.search_runs([self.tracker.experiment_id], query):
-            self.tracker.client.set_terminated(child.info.run_id, "KILLED")
-
-    def belonging(self) -> Belonging:
-        """Return what the stages of this flow belong to."""
-        return Belonging(self.run_id, {key: value for key, value in self.tags.items() if key != "stage"})
-
-    def log_stages(self, outs: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-        """Record what each stage came to, {stage: {path: hash}}, and the run that computed it, whoever's that was.
-
-        Return the run ids by stage; a stage that was computed where this MLflow did not see it has none.
-        """
-        versions = {stage: version(made) for stage, made in outs.items()}
-        found = {stage: self.tracker.find_stage_run(stage, made) for stage, made in versions.items()}
-        run_ids = {stage: run_id for stage, run_id in found.items() if run_id}
-        tags = {f"dvc.out.{stage}": made for stage, made in versions.items()}
-        tags |= {f"run_id.{stage}": run_id for stage, run_id in run_ids.items()}
-        everything = {path: md5 for made in outs.values() for path, md5 in made.items()}
-        self.tracker.set_tags(self.run_id, {**tags, "mlflow.note.content": describe_run(self.tags, everything)})
-        return run_ids
-
-    def log_results(self, metrics: Mapping[str, Any], files: Mapping[str, Path]) -> None:
-        """Log the final numbers and the files worth a look."""
-        self.tracker.log_numbers(self.run_id, dict(flat_numbers(metrics)))
-        self.tracker.log_files(self.run_id, files)
-
-    def log_dataset(self, facts: Path, outs: Mapping[str, str]) -> None:
-        """Log the data set of this dataset.json as an input."""
-        self.tracker.log_dataset(self.run_id, facts, version(outs), "training")
-
-    def log_student(
-        self,
-        files: Mapping[str, Path],
-        outs: Mapping[str, str],
-        metrics: Mapping[str, Any],
-        run_id: str | None,
-        mid_sigmas: Sequence[Sequence[float]],
-    ) -> str:
-        """Link the student's model, logged now if need be, give it the metrics of its own images, return its id.
-
-        `run_id` is the run that trained it; `files` holds its weights as student/NAME.
-        """
-        own = {name: files[f"{MODEL_NAME}/{name}"] for name in MODEL_FILES}
-        model_id = self.tracker.student_model(run_id or self.run_id, own, version(outs), {}, mid_sigmas)
-        self.tracker.link_model(self.run_id, model_id)
-        self.tracker.log_numbers(self.run_id, student_numbers(metrics), model_id=model_id)
-        return model_id
-
-
 def shown_files(files: Mapping[str, Path]) -> dict[str, Path]:
     """Return those of {name: path} that are worth looking at in MLflow: pictures, tables, reports, and small."""
     return {name: path for name, path in files.items() if Path(name).suffix in SHOWN and path.stat().st_size <= SMALL}
@@ -472,19 +269,3 @@ def describe_run(tags: Mapping[str, str], outs: Mapping[str, str]) -> str:
 
 def _linked(text: str, url: str | None) -> str:
     return f"[{text}]({url})" if url else f"`{text}`"
-
-
-def recipe_name(recipe: "Recipe", root: Path) -> str:
-    """Return the name of the recipe page that resolves to `recipe`, or "edited"."""
-    from flows.recipes.recipe import recipe_names
-
-    return next((name for name in recipe_names(root) if _resolves_to(name, recipe, root)), "edited")
-
-
-def _resolves_to(name: str, recipe: "Recipe", root: Path) -> bool:
-    from flows.recipes.recipe import load_recipe
-
-    try:
-        return load_recipe(name, root=root) == recipe
-    except UserError:  # another page, half edited, is no reason to stop
-        return False

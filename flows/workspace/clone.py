@@ -19,22 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.errors import UserError
-from flows.locks import try_lock
-from flows.workspace.dvc_files import LOCK_FILE, PARAMS_FILE, STAGES_FILE, Cache, locked_outs, read_lock, update_lock
+from flows.atomic import try_lock
+from flows.errors import USER_ERROR, RunEnding, StageFailed, UserError
+from flows.workspace.dvc_files import DVC, LOCK_FILE, locked_outs, read_lock, update_lock
+from flows.workspace.git import commit_edits, git, revision, uncommitted_patch
+from flows.workspace.locations import HOME_VARIABLE, cache_of, shared_remote, shared_root
 from flows.workspace.process import Process
 
-HOME_VARIABLE = "CM_HOME"  # in the environment of a clone: the workspace it was cloned from
 PROGRESS_VARIABLE = "CM_PROGRESS_FILE"  # where a stage says how far it is
 LIFELINE_VARIABLE = "CM_LIFELINE"  # set: a stage ends when its standard input does, for then its flow is gone
 CLONE, EDITS_FILE, LIVE_FILE, DONE_FILE = "workspace", "edits.patch", "live", "done"
-# What git must know to run the code again; the recipe in force and DVC's record of it are a run's own.
-SOURCES = ("--", ".", f":(exclude){LOCK_FILE}", f":(exclude){PARAMS_FILE}")
 KEPT_DONE, KEPT_FAILED = 2, 5  # folders of finished runs; a failed one serves debugging
-MAX_UNTRACKED = 50 * 2**20  # bytes of new files that a run may capture
 MAX_NAME = 60  # characters of a run's name in its folder's; overrides can make it longer than a file system takes
-USER_ERROR = 2  # the exit code of `cm` for bad input
-DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
 DVC_CHATTER = (  # advice and bookkeeping that says nothing about the stage
     "Generating lock file",
     "Updating lock file",
@@ -46,68 +42,6 @@ DVC_CHATTER = (  # advice and bookkeeping that says nothing about the stage
     "Data and pipelines are up to date.",
     "> cm stage",
 )
-
-
-def home(start: Path | None = None) -> Path:
-    """Return the workspace that the current (or another) folder lies in. Raises UserError where there is none."""
-    start = (start or Path.cwd()).resolve()
-    for folder in (start, *start.parents):
-        if (folder / STAGES_FILE).is_file() and (folder / "params").is_dir():
-            return folder
-    raise UserError(f"{start}: not inside a workspace (no folder above holds {STAGES_FILE} and params/)")
-
-
-def origin(root: Path) -> Path:
-    """Return where the things that all runs share are: mlflow.db, .cm/. A clone's are in the workspace it came from."""
-    return Path(os.environ.get(HOME_VARIABLE) or root).resolve()
-
-
-def cache_of(root: Path) -> Cache:
-    """Return the DVC cache of a workspace, wherever its configuration puts it."""
-    from dvc.config import Config
-
-    folder = Config(str(root / ".dvc")).get("cache", {}).get("dir")
-    return Cache(Path(folder or root / ".dvc" / "cache"))
-
-
-def remote_address(root: Path) -> str | None:
-    """Return the address of DVC's default remote, if there is one."""
-    from dvc.config import Config
-
-    config = Config(str(root / ".dvc"))
-    name = config["core"].get("remote")
-    return str(config["remote"][name]["url"]) if name else None
-
-
-def shared_remote(root: Path) -> str | None:
-    """Return the address of DVC's default remote, unless it lies in the workspace, where nobody else looks."""
-    url = remote_address(root)
-    return None if url is None or ("://" not in url and Path(url).is_relative_to(origin(root))) else url
-
-
-def describe_code(root: Path) -> dict[str, str]:
-    """Return tags that name the code of a workspace: revision, whether it was edited, a page that shows it."""
-    try:
-        revision = _revision(root)
-    except UserError:
-        return {}
-    edited = {"git.edits": "uncommitted"} if _git(root, "status", "--porcelain", *SOURCES) else {}
-    return {"git.revision": revision, **edited, **_code_page(root, revision)}
-
-
-def _code_page(root: Path, revision: str) -> dict[str, str]:
-    """Return the web page of a revision where the remote `origin` has one: https, or git@host:owner/name."""
-    remotes = dict(line.split("\t") for line in _git(root, "remote", "-v").decode().splitlines())
-    found = re.match(r"(?:https://|git@|ssh://git@)([^/:@]+)[/:](.+?)(?:\.git)?(?: |$)", remotes.get("origin", ""))
-    return {"git.url": f"https://{found[1]}/{found[2]}/commit/{revision}"} if found else {}
-
-
-class StageFailed(RuntimeError):
-    """A stage ended with an error that is not the user's; the message is the end of its output."""
-
-
-class RunEnding(RuntimeError):
-    """A stage was ended, or not begun, because its run ends."""
 
 
 @dataclass(frozen=True)
@@ -131,19 +65,19 @@ def clone(root: Path, run_name: str) -> "Workspace":
     Raises:
         UserError: `root` is not the top of a git repository with a commit, or holds edits too large to capture.
     """
-    revision = _revision(root)
+    commit = revision(root)
     folder = _make_folder(root / ".cm" / "runs", run_name)
     target = folder / CLONE
-    _git(root, "clone", "--quiet", "--local", "--no-checkout", str(root), str(target))
-    _git(target, "checkout", "--quiet", "--detach", revision)
-    edits = _uncommitted(root)
+    git(root, "clone", "--quiet", "--local", "--no-checkout", str(root), str(target))
+    git(target, "checkout", "--quiet", "--detach", commit)
+    edits = uncommitted_patch(root)
     if edits:
         (folder / EDITS_FILE).write_bytes(edits)
-        _commit_edits(target, folder / EDITS_FILE, run_name)
+        commit_edits(target, folder / EDITS_FILE, run_name)
     if (root / LOCK_FILE).exists():
         shutil.copyfile(root / LOCK_FILE, target / LOCK_FILE)
     _share_dvc(root, target)
-    return Workspace(folder, origin(root), revision)
+    return Workspace(folder, shared_root(root), commit)
 
 
 def _make_folder(runs: Path, run_name: str) -> Path:
@@ -170,52 +104,6 @@ def is_live(folder: Path) -> bool:
             return not try_lock(file)
     except FileNotFoundError:  # another run is removing it at this moment
         return True
-
-
-def _git(cwd: Path, *arguments: str, **variables: str) -> bytes:
-    """Run git, unimpressed by hooks and by the repository of a surrounding git command."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")} | variables
-    command = ["git", "-c", "core.hooksPath=/dev/null", *arguments]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, check=False)
-    if done.returncode:
-        raise UserError(f"{cwd}: git {arguments[0]} failed: {' '.join(done.stderr.decode().split())}")
-    return done.stdout
-
-
-def _revision(root: Path) -> str:
-    try:
-        top, revision = _git(root, "rev-parse", "--show-toplevel", "HEAD").decode().split("\n")[:2]
-    except UserError:
-        raise UserError(
-            f"{root}: a run records the revision of its code; make it a git repository with a commit"
-        ) from None
-    if Path(top).resolve() != root.resolve():
-        raise UserError(f"{root}: the workspace must be the top of its git repository, which is {top}")
-    return revision
-
-
-def _uncommitted(root: Path) -> bytes:
-    """Return the edits of tracked files and the new files that git does not ignore, as a patch."""
-    new = [Path(os.fsdecode(name)) for name in _git(root, "ls-files", "-zo", "--exclude-standard").split(b"\0") if name]
-    largest = max(new, key=lambda path: (root / path).lstat().st_size, default=None)
-    if sum((root / path).lstat().st_size for path in new) > MAX_UNTRACKED:
-        raise UserError(
-            f"{root / largest}: new files of more than {MAX_UNTRACKED // 2**20} MB are neither committed nor ignored; "
-            f"put them into .gitignore, or commit them"
-        )
-    with tempfile.TemporaryDirectory() as scratch:  # the user's own index stays as it is
-        own = _git(root, "rev-parse", "--path-format=absolute", "--git-path", "index").decode().strip()
-        index = shutil.copy(own, scratch)
-        _git(root, "add", "--intent-to-add", ".", GIT_INDEX_FILE=index)
-        prefixes = ("--src-prefix=a/", "--dst-prefix=b/")
-        diff = ("diff", "--binary", "--no-ext-diff", "--no-textconv", *prefixes, "HEAD")
-        return _git(root, *diff, *SOURCES, GIT_INDEX_FILE=index)
-
-
-def _commit_edits(target: Path, patch: Path, run_name: str) -> None:
-    _git(target, "apply", "--index", "--whitespace=nowarn", str(patch))
-    identity = ("-c", "user.name=cm", "-c", "user.email=cm@localhost", "-c", "commit.gpgSign=false")
-    _git(target, *identity, "commit", "--quiet", "-m", f"Uncommitted edits of the run {run_name}")
 
 
 def _share_dvc(root: Path, target: Path) -> None:

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flows.errors import UserError
-from flows.workspace.clone import DVC
-from flows.workspace.dvc_files import load_yaml
+from flows.workspace.dvc_files import DVC, load_yaml
 
 FOLDER = Path("data")
 

@@ -1,20 +1,15 @@
-"""Write the derived parts of dvc.yaml and prefect.yaml: `python -m flows.workspace.declare`.
+"""Generate the derived parts of dvc.yaml: `python -m flows.workspace.declare`.
 
-dvc.yaml: a stage's signature gives params and input artifacts, the static import closure gives the code files;
+A stage's signature gives params and input artifacts, the static import closure gives the code files;
 outputs are written by hand. Nothing is imported for it, so that the code in a folder is judged, not the installed one.
-prefect.yaml: one deployment a recipe, every value spelled out, because they fill the form.
 """
 
 import ast
 from pathlib import Path
-from typing import Any
 
-from flows.workspace.dvc_files import GPU, PARAMS_FILE, STAGES_FILE
+from flows.workspace.dvc_files import PARAMS_FILE, STAGES_FILE
 from flows.workspace.import_closure import import_closure
 
-DEPLOYMENTS_FILE = "prefect.yaml"
-WORK_POOL = GPU  # of a recipe: its heavy stages need one
-NIGHTLY = {"cron": "0 2 * * *", "timezone": "UTC", "active": False}  # for whoever switches it on
 NOT_DECLARED = ("out_dir", "state_dir", "monitor")  # given to a stage, but no reason to run it again
 
 
@@ -51,40 +46,6 @@ def write_declarations(root: Path) -> bool:
     return path.read_text() != before
 
 
-def deployment_entries(root: Path) -> list[dict[str, Any]]:
-    """Return what prefect.yaml says of each deployment, one a recipe."""
-    from flows.recipes.recipe import load_recipe, recipe_names
-
-    return [
-        {
-            "name": name,
-            "description": _first_comment(root / "params" / "recipes" / f"{name}.yaml"),
-            "entrypoint": "flows/pipeline.py:consistency",
-            "parameters": {"recipe": load_recipe(name, root=root).model_dump(mode="json"), "name": name},
-            "work_pool": {"name": WORK_POOL},
-            "schedules": [dict(NIGHTLY)],
-        }
-        for name in recipe_names(root)
-    ]
-
-
-def deployments(root: Path) -> str:
-    """Return the text of prefect.yaml."""
-    import yaml
-
-    tree = {"name": "consistency", "deployments": deployment_entries(root)}
-    head = (
-        "# One deployment a recipe; written by `python -m flows.workspace.declare` from params/recipes/, not by hand.\n"
-    )
-    return head + yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
-
-
-def _first_comment(page: Path) -> str:
-    return page.read_text().partition("\n")[0].removeprefix("#").strip()
-
-
 if __name__ == "__main__":
     changed = write_declarations(Path.cwd())
     print(f"{STAGES_FILE}: {'rewritten' if changed else 'up to date'}")
-    Path(DEPLOYMENTS_FILE).write_text(deployments(Path.cwd()))
-    print(f"{DEPLOYMENTS_FILE}: written")

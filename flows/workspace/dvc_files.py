@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 from flows.errors import UserError
 
 STAGES_FILE, LOCK_FILE, PARAMS_FILE = "dvc.yaml", "dvc.lock", "params/active.yaml"
+DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
 GPU, CPU = "gpu", "cpu"  # what a stage may need, as `meta: {needs: ...}` in dvc.yaml
 
 

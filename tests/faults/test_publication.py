@@ -13,8 +13,8 @@ import pytest
 from flows.checkpoints import s3_store, store
 from flows.storage.bucket import Bucket
 from miniature import REPOSITORY
+from s3_states import KEY, NAME, URI, take_over
 from servers import s3_server
-from test_state import KEY, NAME, URI, take_over
 
 pytestmark = pytest.mark.slow
 LOCAL_KILLS, S3_KILLS = 20, 10

@@ -11,7 +11,8 @@ from cm_core.params import Params
 from flows.data.sources import MAX_CLASSES, Contents, array_items
 from flows.errors import UserError
 from flows.monitor import Monitor
-from flows.storage.fetch import download_dir, fetch, public_uri
+from flows.storage.fetch import download_dir, fetch
+from flows.storage.s3 import public_uri
 
 IMAGE_KEYS = ("images", "arr_0")  # arr_0, arr_1: what np.savez calls unnamed arrays, as in the ADM references
 LABEL_KEYS = ("labels", "arr_1")

@@ -13,7 +13,8 @@ from flows.data.archives import Files, archive_files, contents
 from flows.data.sources import Contents, array_items
 from flows.errors import UserError
 from flows.monitor import Monitor
-from flows.storage.fetch import download_dir, fetch_first, public_uri
+from flows.storage.fetch import download_dir, fetch_first
+from flows.storage.s3 import public_uri
 
 
 class Cifar10(Params):

@@ -15,7 +15,8 @@ from flows.data.images import EXTENSIONS, open_image
 from flows.data.sources import MAX_CLASSES, Contents, Item
 from flows.errors import UserError
 from flows.monitor import Monitor
-from flows.storage.fetch import download_dir, fetch, fetch_prefix, is_local, local_path, public_uri
+from flows.storage.fetch import download_dir, fetch, fetch_prefix, is_local, local_path
+from flows.storage.s3 import public_uri
 
 LABEL_FILE = "dataset.json"
 HELDOUT_FOLDERS = ("test", "val", "valid", "validation", "heldout")  # beside train/, the first that exists is held out

@@ -1,0 +1,47 @@
+"""What a training step passes around: a batch, the networks, the place in the training, the losses."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cm_core.noise import Noise
+
+
+class Batch(NamedTuple):
+    """A training batch on the device."""
+
+    x0: Tensor  # [B, C, H, W] float32 in -1..1
+    labels: Tensor | None  # [B] int64, -1 for none; None for unconditional networks
+
+
+@dataclass(frozen=True)
+class Models:
+    """The networks of one training step. Gradients reach the student and the weighting alone."""
+
+    student: nn.Module
+    target: nn.Module  # the student itself where the method keeps no averaged copy
+    teacher: nn.Module | None = None
+    distance: Callable[[Tensor, Tensor], Tensor] | None = None
+    weighting: nn.Module | None = None  # sigma [B] -> log-weight [B], learned with the student
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Where in the training a step is, and its randomness."""
+
+    step: int
+    num_steps: int
+    noise: Noise
+    generator: torch.Generator  # on the batch's device; draws times and noise
+    dropout_seed: int  # entered by the student's pass and by the target's, so both see one mask
+
+
+class Loss(NamedTuple):
+    """Weighted losses and what the method wants logged."""
+
+    per_sample: Tensor  # [B]
+    sigma: Tensor  # [B], the (larger) noise level of each sample
+    scalars: Mapping[str, float] = {}

@@ -1,0 +1,72 @@
+"""Layers of a recipe before they are validated: YAML files, --set options, and how they are merged."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flows.errors import UserError
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings under dotted keys; lists are leaves."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a mapping from a YAML file. Raises UserError where there is none."""
+    try:
+        tree = yaml.load(path.read_text(), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected sections such as data:, student:; got {type(tree).__name__}")
+    return tree
+
+
+def parse_override(override: str) -> dict[str, Any]:
+    """Turn `a.b=value` into {"a": {"b": value}}, the value read as YAML. Raises UserError for other forms."""
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"--set {override}: expected key=value, such as student.method.solver=euler")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: {text!r} is not a YAML value") from None
+    return _nested(key, value)
+
+
+def _nested(key: str, value: Any) -> Any:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def merge(base: Any, layer: Any) -> Any:
+    """Lay `layer` over `base`, mappings key by key; where the layer names another `kind`, it starts afresh.
+
+    A bare word stands for {kind: word} where it meets a mapping with a kind.
+    """
+    if isinstance(base, dict) and "kind" in base and isinstance(layer, str):
+        layer = {"kind": layer}
+    if isinstance(base, str) and isinstance(layer, dict) and layer and "kind" not in layer:
+        base = {"kind": base}
+    if not isinstance(base, dict) or not isinstance(layer, dict):
+        return copy.deepcopy(layer)
+    if "kind" in layer and "kind" in base and layer["kind"] != base["kind"]:
+        return copy.deepcopy(layer)
+    return {**base, **{key: merge(base[key], value) if key in base else value for key, value in layer.items()}}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number, as in YAML 1.2 and in every paper."""

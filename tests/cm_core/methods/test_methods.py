@@ -1,0 +1,536 @@
+"""Training methods: their losses on the exact solution, where gradients go, and that training reaches the solution."""
+
+import copy
+import dataclasses
+import functools
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from cm_core.curricula import ct_num_scales
+from cm_core.distances import L1, L2, PseudoHuber
+from cm_core.log_weight import LogWeight
+from cm_core.methods.base import draw_eps
+from cm_core.methods.cd import CD
+from cm_core.methods.cm_inf import CMInf, hessian_product, warp
+from cm_core.methods.ct import CT
+from cm_core.methods.ect import ECT
+from cm_core.methods.edm import EDM
+from cm_core.methods.ict import ICT
+from cm_core.methods.pd import PD, two_step_estimate
+from cm_core.methods.scm import SCM
+from cm_core.model import ModelSpec, build_seeded
+from cm_core.networks import MLPParams
+from cm_core.noise import Noise, add_noise, draw_lognormal
+from cm_core.precond import Precond
+from cm_core.sampling import ImageNoise, euler_steps
+from cm_core.solvers import euler_step
+from cm_core.tensors import expand_like
+from cm_core.training.ema import ConstantEma
+from cm_core.training.loop import Train, TrainState, fit
+from cm_core.training.optimizers import Adam
+from cm_core.types import Batch, Models, StepContext
+from flows.stages.student import build_weighting
+from oracles import DropoutNet, GaussianConsistency, GaussianDenoiser, HalfAngleNet
+
+NOISE, CPU = Noise(), torch.device("cpu")
+STUDENT_METHODS = {
+    "cd": CD(),
+    "cd-ema": CD(target_decay=0.9),
+    "ct": CT(s1=20),
+    "ict": ICT(s1=80),
+    "ect": ECT(),
+    "ect-const-edm": ECT(mapping="const", weighting="edm"),
+    "ect-distil": ECT(solver="heun"),
+    "pd": PD(start_steps=8),
+    "scm": SCM(),
+    "scm-distil": SCM(distil=True, tangent="clip"),
+    "cm_inf": CMInf(),
+    "cm_inf-isolated": CMInf(distil=False, distance=PseudoHuber()),
+    "cm_inf-through": CMInf(stop_gradient=False, distance=L1()),
+}
+every_method = pytest.mark.parametrize("method", STUDENT_METHODS.values(), ids=STUDENT_METHODS)
+
+
+def context(step=0, num_steps=100, noise=NOISE, seed=0):
+    return StepContext(step, num_steps, noise, torch.Generator().manual_seed(seed), dropout_seed=seed)
+
+
+def gaussian_batch(size=4096, shape=(1, 2, 2), dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    return Batch(0.5 * torch.randn(size, *shape, generator=generator, dtype=dtype), None)
+
+
+def oracle_models(method):
+    exact = GaussianConsistency(NOISE)
+    return Models(exact, exact, GaussianDenoiser(), method.distance.build((1, 2, 2)))
+
+
+@pytest.mark.parametrize(("solver", "factor"), [("euler", 4), ("heun", 8)])
+def test_cd_residual_of_the_exact_solution_falls_with_the_solvers_order(solver, factor):
+    residuals = []
+    for num_scales in (200, 399):  # 399 points halve every interval
+        method = CD(num_scales=num_scales, solver=solver, distance=L1())
+        loss = method.loss(oracle_models(method), gaussian_batch(20_000), context())
+        residuals.append(loss.per_sample.mean().item())
+    assert residuals[0] / residuals[1] == pytest.approx(factor, rel=0.1)
+
+
+@pytest.mark.parametrize(("num_scales", "worst"), [(18, 0.01994), (40, 0.00163)])
+def test_cd_heun_pairs_deviate_from_the_exact_flow_as_printed(num_scales, worst):
+    from cm_core.solvers import heun_step
+
+    sigmas, f = NOISE.grid(num_scales), GaussianConsistency(NOISE)
+    t, r, x_t = sigmas[:-1], sigmas[1:], torch.ones(num_scales - 1, 1, dtype=torch.float64)
+    x_r = heun_step(GaussianDenoiser(), x_t, t, r)
+    assert (f(x_r, r) / f(x_t, t) - 1).abs().max().item() == pytest.approx(worst, rel=5e-3)
+
+
+def test_edm_loss_of_the_exact_denoiser_is_the_irreducible_one():
+    # E|D - x0|^2 is the posterior variance, sigma^2 sd^2 / (sigma^2 + sd^2): times the weight it is 1 at every sigma
+    exact = ExactDenoiser()
+    loss = EDM().loss(Models(exact, exact), gaussian_batch(50_000), context())
+    assert loss.per_sample.mean().item() == pytest.approx(1.0, rel=0.01)
+    low = loss.per_sample[loss.sigma < 0.3].mean().item()
+    assert low == pytest.approx(1.0, rel=0.02)
+
+
+class ExactDenoiser(GaussianDenoiser):
+    def forward(self, x, sigma, labels=None, augment_labels=None):
+        return super().forward(x, sigma)
+
+
+def test_ict_weights_are_the_inverse_gaps():
+    method = ICT()
+    models, batch = oracle_models(method), gaussian_batch(512)
+    loss = method.loss(models, batch, context())
+    sigmas = NOISE.grid(11)
+    gaps = {round(float(t), 4): float(1 / (t - r)) for t, r in zip(sigmas[:-1], sigmas[1:], strict=True)}
+    unweighted = loss.per_sample / torch.tensor([gaps[round(float(t), 4)] for t in loss.sigma])
+    assert (unweighted <= models.distance(torch.ones(1, 1, 2, 2), -torch.ones(1, 1, 2, 2))).all()
+    assert loss.scalars["num_scales"] == 11
+
+
+@every_method
+def test_gradients_reach_the_student_alone(method):
+    student, target, teacher = (precond(seed, form) for seed, form in enumerate([method.form, method.form, "denoiser"]))
+    models = Models(student, target, teacher, distance_of(method), method.build_weighting())
+    method.loss(models, gaussian_batch(64, dtype=torch.float32), context()).per_sample.mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters() if p.requires_grad)
+    assert any(p.grad.abs().sum() > 0 for p in student.parameters())
+    assert all(p.grad is None for network in (target, teacher) for p in network.parameters())
+
+
+def distance_of(method, shape=(1, 2, 2)):
+    return method.distance.build(shape) if hasattr(method, "distance") else None
+
+
+def precond(seed, form):
+    spec = ModelSpec(form=form, network=MLPParams(width=16, depth=1), noise=NOISE, image_shape=(1, 2, 2))
+    model = build_seeded(spec, seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
+    return model
+
+
+@every_method
+def test_student_and_target_drop_the_same_activations(method):
+    seen = []
+    model = Precond(DropoutNet(), sigma_min=NOISE.sigma_min, sigma_data=NOISE.sigma_data).train()
+    model.net.register_forward_hook(lambda module, args, out: seen.append(out.detach() == 0))
+    models = Models(model, model, GaussianDenoiser(), distance_of(method, (1, 8, 8)))
+    method.loss(models, gaussian_batch(16, (1, 8, 8), torch.float32), context())
+    assert all(torch.equal(mask, seen[0]) for mask in seen)
+    passes = len(seen)
+    assert passes == (1 if method.form == "euler" or getattr(method, "stop_gradient", None) is False else 2)
+    method.loss(models, gaussian_batch(16, (1, 8, 8), torch.float32), context(seed=5))
+    assert not torch.equal(seen[0], seen[passes])
+
+
+def test_dropout_leaves_the_global_generator_where_it_was():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    test_student_and_target_drop_the_same_activations(CT(s1=20))
+    assert torch.equal(torch.rand(3), expected)
+
+
+GUIDED = {
+    "cd": CD(guidance=3),
+    "ect": ECT(solver="euler", guidance=3),
+    "pd": PD(start_steps=8, guidance=3),
+    "scm": SCM(distil=True, guidance=3),
+    "cm_inf": CMInf(guidance=3),
+}
+
+
+@pytest.mark.parametrize("method", GUIDED.values(), ids=GUIDED)
+def test_distillation_follows_the_guided_teacher(method):
+    """A teacher that adds half the label to its estimate: guidance 3 adds one and a half, whatever the method."""
+
+    class Labelled(GaussianDenoiser):
+        def forward(self, x, sigma, labels):
+            shift = 0.5 * (labels + 1).to(x.dtype)  # label 0 against none, which is -1
+            return super().forward(x, sigma) + expand_like(shift, x)
+
+    class Shifted(GaussianDenoiser):
+        def forward(self, x, sigma, labels):
+            return super().forward(x, sigma) + 1.5
+
+    batch = gaussian_batch(64, (1, 1, 2))._replace(labels=torch.zeros(64, dtype=torch.int64))
+    model = build_seeded(spec_of(method), 0).double()
+    plain = method.model_copy(update={"guidance": 1.0})
+    losses = [
+        m.loss(Models(model, model, teacher, distance_of(m, (1, 1, 2))), batch, context()).per_sample
+        for m, teacher in ((method, Labelled()), (plain, Shifted()), (plain, Labelled()))
+    ]
+    torch.testing.assert_close(losses[0], losses[1])
+    assert not torch.allclose(losses[0], losses[2])
+
+
+def test_pd_guides_by_the_first_teacher_alone():
+    asked = []
+
+    class Spy(GaussianDenoiser):
+        def forward(self, x, sigma, labels):
+            asked.append(len(x))
+            return super().forward(x, sigma)
+
+    method = PD(start_steps=4, guidance=2)
+    batch = gaussian_batch(8, (1, 1, 2))._replace(labels=torch.zeros(8, dtype=torch.int64))
+    for step in (0, 99):
+        models = Models(GaussianConsistency(NOISE), GaussianConsistency(NOISE), Spy(), distance_of(method, (1, 1, 2)))
+        method.loss(models, batch, context(step=step))
+    assert asked == [16, 16, 8, 8]
+
+
+def test_ct_pairs_share_their_noise():
+    seen = {}
+
+    class Spy(GaussianConsistency):
+        def forward(self, x, t, labels=None):
+            seen["r" if "t" in seen else "t"] = (x, t)
+            return super().forward(x, t)
+
+    method, batch = CT(), gaussian_batch(64)
+    spy = Spy(NOISE)
+    method.loss(Models(spy, spy, None, L2().build((1, 2, 2))), batch, context(step=50))
+    (x_t, t), (x_r, r) = seen["t"], seen["r"]
+    eps_t, eps_r = (x_t - batch.x0) / t[:, None, None, None], (x_r - batch.x0) / r[:, None, None, None]
+    torch.testing.assert_close(eps_t, eps_r, rtol=1e-6, atol=1e-6)
+    grid = NOISE.grid(ct_num_scales(50, num_steps=100, s0=2, s1=150)).float()
+    where = torch.searchsorted(-grid, -t.float())
+    torch.testing.assert_close(grid[where + 1], r.float())
+
+
+def test_label_dropout_hides_the_asked_share():
+    seen = []
+
+    class Spy(ExactDenoiser):
+        def forward(self, x, sigma, labels=None, augment_labels=None):
+            seen.append(labels)
+            return super().forward(x, sigma)
+
+    batch = Batch(gaussian_batch(10_000).x0, torch.ones(10_000, dtype=torch.int64))
+    EDM(label_dropout=0.2).loss(Models(Spy(), Spy()), batch, context())
+    assert (seen[0] == -1).float().mean().item() == pytest.approx(0.2, abs=0.02)
+    assert set(seen[0].tolist()) == {-1, 1}
+
+
+def test_ect_mapping_matches_the_printed_values():
+    def closer(t, stage, **changes):
+        return ECT(**changes).closer(torch.tensor([t], dtype=torch.float64), stage).item()
+
+    printed = [(0.821, 1, 0.114035), (1, 1, 0.212117), (2, 1, 1.023188), (80, 1, 60), (0.1, 7, 0.098125)]
+    for t, stage, r in [*printed, (1, 7, 0.987689), (80, 7, 79.6875)]:
+        assert closer(t, stage) == pytest.approx(r, abs=6e-7)
+    assert closer(1.9459, 0) == 0 and closer(1.946, 0) > 0  # below ln 7 the first stage is plain denoising
+    assert closer(1.0, 0, q=256) == pytest.approx(closer(1.0, 7), rel=1e-12)
+    for stage, same in enumerate((1, 3, 5, 7)):
+        assert closer(1.0, stage, q=4) == pytest.approx(closer(1.0, same), rel=1e-12)
+    assert closer(1.0, 0, mapping="const") == 0.5
+
+
+def test_ect_at_r_zero_is_denoising_and_the_network_is_never_asked_there():
+    seen = []
+
+    class Spy(GaussianConsistency):
+        def forward(self, x, t, labels=None):
+            seen.append(t)
+            return super().forward(x, t)
+
+    spy, batch, method = Spy(NOISE), gaussian_batch(512), ECT(p_mean=-3.0, distance=L2())
+    loss = method.loss(Models(spy, spy, None, L2().build((1, 2, 2))), batch, context())
+    t, asked = seen
+    assert (method.closer(t, 0) == 0).float().mean() > 0.9 and (asked >= NOISE.sigma_min).all()
+    denoising = t < math.log(7)
+    eps = draw_again(batch, method)
+    expected = (spy(add_noise(batch.x0, eps, t), t) - batch.x0).square().flatten(1).mean(1) / t
+    torch.testing.assert_close(loss.per_sample[denoising], expected[denoising])
+
+
+def draw_again(batch, method):
+    generator = context().generator
+    draw_lognormal(len(batch.x0), p_mean=method.p_mean, p_std=method.p_std, generator=generator, device=CPU)
+    return draw_eps(batch.x0, generator)
+
+
+def test_one_pd_step_lands_where_two_teacher_steps_land():
+    sigmas, teacher = NOISE.grid(2 * 6 + 1), GaussianDenoiser()
+    t, middle, r = sigmas[:-2:2], sigmas[1:-1:2], sigmas[2::2]
+    x_t = torch.randn(6, 1, 2, 2, dtype=torch.float64) * t[:, None, None, None]
+    estimate = two_step_estimate(teacher, x_t, t, middle, r)
+    landed = euler_step(lambda x, sigma: estimate, x_t, t, r)
+    expected = euler_step(teacher, euler_step(teacher, x_t, t, middle), middle, r)
+    torch.testing.assert_close(landed, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_pd_halvings_replace_teacher_optimiser_and_averages():
+    method = PD(start_steps=8)
+    rounds = [method.halving_at(step, 60) for step in range(60)]
+    assert [r.num_intervals for r in rounds] == [8] * 10 + [4] * 10 + [2] * 20 + [1] * 20
+    assert [step for step in range(60) if method.replaces_teacher_at(step, 60)] == [10, 20, 40]
+    factors = [method.learning_rate_factor(step, 60) for step in (0, 5, 9, 10, 20, 39)]
+    assert factors == pytest.approx([1, 0.5, 0.1, 1, 1, 0.05])
+
+
+def test_pd_trained_on_gaussian_data_samples_in_one_step_what_its_teacher_samples_in_many():
+    method = PD(start_steps=4)
+    teacher, model = copy.deepcopy(trained_denoiser(SHORT)), build_seeded(spec_of(method), 0)
+    model.load_state_dict(teacher.state_dict())
+    train = short_training(1200, learning_rate=2e-3)
+    state = TrainState(model, train, teacher=teacher)
+    models = Models(model, model, teacher, distance_of(method, (1, 1, 2)))
+    for _ in fit(state, method, models, GaussianBatches(train.batch_size), noise=SHORT, seed=0):
+        pass
+    model.load_state_dict(state.averaged())
+    noise = ImageNoise(0, range(2048), (1, 1, 2), CPU)
+    with torch.no_grad():
+        x = euler_steps(model.eval(), noise, [SHORT.sigma_max, SHORT.sigma_min])
+    x_t = SHORT.sigma_max * ImageNoise(0, range(2048), (1, 1, 2), CPU).draw()
+    exact = GaussianConsistency(SHORT)(x_t, torch.full((2048,), SHORT.sigma_max)).clamp(-1, 1)
+    # Eight Euler steps shrink the samples to 0.9 of the exact ones; the last student must land within that.
+    assert ((x - exact).square().mean() / exact.square().mean()).sqrt().item() < 0.2
+
+
+@pytest.mark.parametrize("c_noise", ["angle", "log_sigma"])
+def test_scm_tangent_agrees_with_central_differences(c_noise):
+    model = spec_of(SCM(), noise=NOISE.model_copy(update={"c_noise": c_noise})).build().double()
+    shake(model)
+    sigma = torch.tensor([0.01, 0.1, 0.5, 2.0, 20.0], dtype=torch.float64)
+    batch = Batch(torch.randn(5, 1, 1, 2, dtype=torch.float64), None)
+    angle = (sigma / 0.5).atan()
+    method = SCM()
+    _, _, g = method.tangent_at(Models(model, model), batch, context(), sigma, 1.0)
+    eps = draw_eps(batch.x0, context().generator)
+    step = 1e-6
+    ahead, behind = (f_at_angle(model, batch.x0, eps, angle + change) for change in (step, -step))
+    expected = angle.cos()[:, None, None, None] * (ahead - behind) / (2 * step)
+    torch.testing.assert_close(g, expected, rtol=1e-5, atol=1e-8)
+
+
+def f_at_angle(model, x0, eps, angle):
+    """f at another angle of the straight path from x0 through eps, whose TrigFlow form is cos x0 + sin sd eps."""
+    sigma = 0.5 * angle.tan()
+    return model(add_noise(x0, eps, sigma), sigma)
+
+
+def test_scm_tangent_vanishes_for_the_exact_function_on_the_teachers_trajectories():
+    exact = Precond(HalfAngleNet(), sigma_min=0.0, sigma_data=0.5, c_noise="angle")
+    x, sigma = torch.randn(8, 1, 2, 2, dtype=torch.float64), torch.logspace(-2, 1.5, 8, dtype=torch.float64)
+    zero_boundary = NOISE.model_copy(update={"sigma_min": 0.0})
+    torch.testing.assert_close(exact(x, sigma), GaussianConsistency(zero_boundary)(x, sigma))
+    batch = gaussian_batch(8)
+    _, _, g = SCM(distil=True).tangent_at(Models(exact, exact, GaussianDenoiser()), batch, context(), sigma, 1.0)
+    assert g.abs().max().item() < 1e-12
+    _, _, isolated = SCM().tangent_at(Models(exact, exact), batch, context(), sigma, 1.0)
+    assert isolated.abs().max().item() > 0.1  # single noise paths are no trajectories; only their mean is
+
+
+def test_scm_bounds_its_tangent():
+    g = 100 * torch.randn(6, 3, 4, 4)
+    norms = SCM().bound(g).flatten(1).norm(dim=1)
+    assert (norms < 1).all() and (norms > 0.99).all()
+    assert SCM(tangent="clip").bound(g).abs().max() == 1
+
+
+def test_log_weight_learns_the_inverse_error():
+    torch.manual_seed(0)
+    weight = LogWeight()
+    sigma = torch.logspace(-2, 1.9, 64)
+    error = 0.1 + sigma.log().sin().square()
+    optimizer = torch.optim.Adam(weight.parameters(), lr=0.05)
+    for _ in range(1500):
+        w = weight(sigma)
+        (w.exp() * error - w).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close((-weight(sigma)).exp(), error, rtol=0.15, atol=0.05)
+
+
+def test_cm_inf_derivative_vanishes_for_the_exact_function():
+    exact, batch = GaussianConsistency(NOISE), gaussian_batch(256)
+    for method in (CMInf(), CMInf(stop_gradient=False), CMInf(stop_gradient=False, distance=L1())):
+        models = Models(exact, exact, GaussianDenoiser(), distance_of(method))
+        losses = method.loss(models, batch, context()).per_sample
+        assert losses.abs().max().item() < 1e-4  # sigma is float32
+
+
+def test_hessian_products_match_the_closed_forms():
+    at, v = torch.randn(2, 5, 3, 2, 2, dtype=torch.float64)
+    torch.testing.assert_close(hessian_product(L2().build((3, 2, 2)), at, v), 2 * v / 12)
+    c = PseudoHuber().c_per_sqrt_dim * math.sqrt(12)
+    torch.testing.assert_close(hessian_product(PseudoHuber().build((3, 2, 2)), at, v), v / c)
+
+
+def test_cm_inf_gradient_is_the_limit_of_the_discrete_one():
+    # (d/dtheta) d(f(x_t, t), sg f(x_r, r)) / (t - r) -> <df/dtheta, H df/dsigma> as r -> t, on the same trajectory
+    model = spec_of(CMInf()).build().double()
+    shake(model)
+    batch, method = gaussian_batch(32, (1, 1, 2)), CMInf()
+    models = Models(model, model, GaussianDenoiser(), L2().build((1, 1, 2)))
+    loss = method.loss(models, batch, context())
+    found = torch.autograd.grad(loss.per_sample.mean(), list(model.parameters()))
+    t = loss.sigma.double()
+    generator = context().generator
+    torch.rand(32, generator=generator)
+    x_t = add_noise(batch.x0, draw_eps(batch.x0, generator), t)
+    r = t * (1 - 1e-6)
+    x_r = euler_step(GaussianDenoiser(), x_t, t, r)
+    discrete = models.distance(model(x_t, t), model(x_r, r).detach()) / (t - r)
+    expected = torch.autograd.grad(discrete.mean(), list(model.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_cm_inf_draws_the_density_of_the_karras_grid():
+    u = torch.linspace(0, 1, 18, dtype=torch.float64)
+    torch.testing.assert_close(warp(u, NOISE).flip(0), NOISE.grid(18), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"distance": {"kind": "l1"}}, "distance l1 has no Hessian"),
+        ({"distance": {"kind": "pseudo_huber"}, "stop_gradient": False}, "not defined with stop_gradient=false"),
+        ({"distil": False, "stop_gradient": False}, "exists with stop_gradient=true only"),
+    ],
+)
+def test_cm_inf_refuses_what_the_paper_does_not_define(changes, words):
+    with pytest.raises(ValidationError, match=words):
+        CMInf(**changes)
+
+
+def test_pd_refuses_steps_that_do_not_halve():
+    with pytest.raises(ValidationError, match="start_steps=6 must be end_steps=1 times a power of two"):
+        PD(start_steps=6)
+
+
+def spec_of(method, noise=None):
+    return ModelSpec(
+        form=method.form, network=MLPParams(width=32, depth=1), noise=noise or SHORT, image_shape=(1, 1, 2)
+    )
+
+
+def shake(model):
+    """Give a fresh network, whose last layers are zero, a function of its own."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype))
+
+
+def short_training(num_steps, learning_rate=5e-3):
+    return Train(
+        num_steps=num_steps,
+        batch_size=256,
+        optimizer=Adam(learning_rate=learning_rate),
+        emas=(ConstantEma(decay=0.98),),
+        log_every=400,
+        save_every=400,
+        grid_every=400,
+    )
+
+
+@functools.cache
+def trained_denoiser(noise):
+    model = build_seeded(spec_of(EDM(), noise=noise), 0)
+    state = TrainState(model, short_training(800))
+    for _ in fit(state, EDM(p_mean=0.0), Models(model, model), GaussianBatches(256), noise=SHORT, seed=0):
+        pass
+    model.load_state_dict(state.averaged())
+    return model.eval().requires_grad_(False)
+
+
+SHORT = Noise(sigma_min=0.05, sigma_max=5.0)  # few scales carry the boundary to the top within seconds
+TRAINED = [
+    pytest.param(CD(num_scales=8, distance=L2()), 0.1, id="cd-l2"),
+    pytest.param(CD(num_scales=8, solver="euler", distance=PseudoHuber()), 0.3, id="cd-euler-huber"),
+    pytest.param(CT(s0=2, s1=16, distance=L2()), 0.2, id="ct"),
+    pytest.param(ICT(s0=4, s1=16, p_mean=0.0, p_std=1.5), 0.3, id="ict"),
+    # In two dimensions the norm's gradient does not shrink with the error, so ect is tried with l2 here.
+    pytest.param(ECT(num_stages=4, p_mean=0.0, p_std=1.5, distance=L2()), 0.2, id="ect"),
+    pytest.param(ECT(num_stages=4, p_mean=0.0, p_std=1.5, solver="heun"), 0.3, id="ect-distil"),
+    pytest.param(SCM(p_mean=0.0, p_std=1.0, warmup_steps=400), 0.2, id="scm", marks=pytest.mark.slow),
+    pytest.param(
+        SCM(p_mean=0.0, p_std=1.0, warmup_steps=400, distil=True, adaptive_weight=False),
+        0.2,
+        id="scm-distil",
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(CMInf(), 0.3, id="cm_inf", marks=pytest.mark.slow),
+    pytest.param(CMInf(stop_gradient=False), 0.3, id="cm_inf-through", marks=pytest.mark.slow),
+    pytest.param(CMInf(distil=False), 0.3, id="cm_inf-isolated", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("method", "tolerance"), TRAINED)
+def test_training_reaches_the_exact_consistency_function(method, tolerance):
+    """A small MLP on Gaussian data: relative RMS error of f over the noise levels of training."""
+    f = train_on_gaussian(method)
+    generator = torch.Generator().manual_seed(7)
+    errors = []
+    for sigma in SHORT.grid(12)[:-1].float():
+        level = sigma.expand(2048)
+        x_t = (sigma**2 + 0.25).sqrt() * torch.randn(2048, 1, 1, 2, generator=generator)
+        exact = GaussianConsistency(boundary_of(method))(x_t, level)
+        errors.append(((f(x_t, level) - exact).square().mean() / exact.square().mean()).sqrt().item())
+    assert max(errors) < tolerance, errors
+
+
+def boundary_of(method):
+    """The noise range of the exact function: one with EDM's scalings ends at 0, not at sigma_min."""
+    return SHORT.model_copy(update={"sigma_min": 0.0}) if method.form == "unshifted" else SHORT
+
+
+def train_on_gaussian(method):
+    tuned = isinstance(method, ECT | SCM)  # what tunes a denoiser starts from one, at a lower rate
+    noise = SHORT.model_copy(update={"c_noise": "angle"}) if isinstance(method, SCM) else SHORT
+    model, target = (build_seeded(spec_of(method, noise=noise), 0) for _ in range(2))
+    if tuned:
+        model.load_state_dict(trained_denoiser(noise).state_dict())
+    train = short_training(1600 if method.forward_mode and tuned else 800, learning_rate=1e-3 if tuned else 5e-3)
+    state = TrainState(
+        model, train, target=target if method.keeps_target else None, weighting=build_weighting(method, 0, CPU)
+    )
+    distance = distance_of(method, (1, 1, 2))
+    models = Models(model, target if method.keeps_target else model, GaussianDenoiser(), distance, state.weighting)
+    for _ in fit(state, method, models, GaussianBatches(train.batch_size), noise=SHORT, seed=0):
+        pass
+    model.load_state_dict(state.averaged())
+    return model.eval().requires_grad_(False)
+
+
+@dataclasses.dataclass
+class GaussianBatches:
+    """Endless fresh samples of N(0, 0.5^2), in place of a data set."""
+
+    batch_size: int
+    device: torch.device = torch.device("cpu")
+
+    def at(self, step):
+        generator = torch.Generator().manual_seed(step)
+        return Batch(0.5 * torch.randn(self.batch_size, 1, 1, 2, generator=generator), None)

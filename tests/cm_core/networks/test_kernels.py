@@ -1,0 +1,33 @@
+"""The GPU's kernels, interpreted on the CPU where Triton is installed (`make triton`), against PyTorch's."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from miniature import REPOSITORY, SUPPORT, python_path
+
+TRITON = Path(sys.prefix, "triton")  # beside the other packages, which it would slow down and make talk
+pytestmark = pytest.mark.skipif(
+    not (TRITON.is_dir() or find_spec("triton")), reason="CPU builds of PyTorch bring no Triton: make triton"
+)
+
+
+@pytest.fixture(scope="module")
+def errors():
+    path = python_path(TRITON, REPOSITORY)
+    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    script = SUPPORT / "interpreted_kernels.py"
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("kind", ["norm", "join", "halve", "double", "project and join", "network"])
+def test_kernels_compute_outputs_and_gradients_of_the_formulas(errors, kind):
+    found = {name: error for name, error in errors.items() if name.startswith(kind)}
+    assert found and max(found.values()) < 1e-5, found

@@ -1,0 +1,197 @@
+"""What only a GPU can show: kernels, graphs and masks. Skipped where there is none; a minute where there is one."""
+
+import copy
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+
+from cm_core.methods.cd import CD
+from cm_core.methods.cm_inf import CMInf
+from cm_core.methods.ct import CT
+from cm_core.methods.ect import ECT
+from cm_core.methods.edm import EDM
+from cm_core.methods.ict import ICT
+from cm_core.methods.pd import PD
+from cm_core.methods.scm import SCM
+from cm_core.model import ModelSpec
+from cm_core.networks.layers import plain_layers
+from cm_core.noise import Noise
+from cm_core.parallel import ranks
+from cm_core.parallel.graphs import replay_passes
+from cm_core.philox import normals
+from cm_core.randomness import derive_seed, dropout_seed
+from cm_core.sampling import ImageNoise
+from cm_core.training.batches import Batches
+from cm_core.training.loop import Train, TrainState, fit
+from cm_core.types import Batch, Models, StepContext
+from flows.stages.models import to_device
+from flows.stages.student import build_weighting
+from small_networks import relative, small_networks
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+CUDA, SHAPE, BATCH = torch.device("cuda"), (3, 32, 32), 32
+NETWORKS = small_networks(channels=32, attend_at=16)
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """No TF32, which would hide differences."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def build(network, *, form="unshifted", dropout=0.0, autocast=None, noise=None):
+    """A model whose residual branches are not near zero, as they are at the start, so that everything shows."""
+    noise = noise or Noise()
+    params = network.model_copy(update={"dropout": dropout})
+    spec = ModelSpec(form=form, network=params, noise=noise, image_shape=SHAPE)
+    model = spec.build(autocast=autocast)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.05 * torch.randn(p.shape, generator=generator) + (p if p.ndim == 1 else 0))
+    return to_device(model, CUDA)
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    x0 = torch.randn(BATCH, *SHAPE, generator=generator).to(CUDA)
+    return x0, torch.logspace(-2, 1.8, BATCH).to(CUDA)
+
+
+def pass_through(model, seed=3):
+    x, sigma = inputs()
+    model.zero_grad()
+    with dropout_seed(seed, CUDA):
+        out = model(x, sigma)
+    out.square().mean().backward()
+    return [out.detach().clone(), *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("autocast", "tolerance"), [(None, 1e-5), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"])
+def test_kernels_compute_what_the_plain_network_computes(name, autocast, tolerance):
+    model = build(NETWORKS[name], dropout=0.0)
+    with plain_layers():
+        expected = pass_through(model)
+    model.autocast = autocast
+    found = pass_through(model)
+    assert relative(found[:1], expected[:1]) < tolerance
+    assert relative(found[1:], expected[1:]) < tolerance
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_passes_with_and_without_gradients_recorded_or_not_drop_the_same(autocast):
+    model = build(NETWORKS["ddpmpp"], dropout=0.5, autocast=autocast).train()
+    x, sigma = inputs()
+    first = None
+    for replayed in (False, True):
+        if replayed:
+            replay_passes(model.net)
+        for _ in range(3):  # once plainly, once recording, once replaying
+            with dropout_seed(3, CUDA):
+                trained = model(x, sigma).detach()
+            with torch.no_grad(), dropout_seed(3, CUDA):
+                target = model(x, sigma)
+            first = trained if first is None else first
+            torch.testing.assert_close(trained, first, rtol=1e-2, atol=1e-2)
+            torch.testing.assert_close(target, first, rtol=1e-2, atol=1e-2)
+    with dropout_seed(4, CUDA):
+        assert (model(x, sigma) - first).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_recorded_gradients_are_those_of_a_plain_pass_in_one_piece_or_many(processes, autocast, monkeypatch):
+    model, sent = build(NETWORKS["ddpmpp"], autocast=autocast), []
+    expected = pass_through(model)
+    monkeypatch.setattr(ranks, "count", lambda: processes)  # this one alone is here: a sum is what it sends
+    monkeypatch.setattr(ranks, "PIECE", 100_000)
+    monkeypatch.setattr(ranks, "exchanges", lambda: nullcontext(sent.append))
+    replay_passes(model.net)
+    pass_through(model)
+    for _ in range(2):
+        sent.clear()
+        found = pass_through(model)  # with the memory that the graphs write poisoned by what came before
+        assert len(sent) == 0 if processes == 1 else len(sent) > 2
+        assert relative(found, expected) < (1e-5 if autocast is None else 1e-2)
+        for p in model.parameters():
+            p.grad.fill_(float("nan"))
+    if processes == 2:
+        assert sum(piece.numel() for piece in sent) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_derivative_sees_the_mask_of_the_pass_that_is_trained(autocast):
+    """sCM's forward-mode pass runs the plain layers, its trained pass the kernels: the same activations must go."""
+    model = build(NETWORKS["ddpmpp"], dropout=0.5, autocast=autocast, noise=Noise(c_noise="angle")).train()
+    x0, sigma = inputs()
+    context = StepContext(0, 1, Noise(), torch.Generator(CUDA).manual_seed(0), dropout_seed=5)
+    with torch.no_grad():
+        x_in, f_minus, g = SCM().tangent_at(Models(model, model), Batch(x0, None), context, sigma, 1.0)
+    with dropout_seed(5, CUDA):
+        f = -model.raw(x_in, sigma)
+    assert g.isfinite().all()
+    assert relative([f.detach()], [f_minus]) < (1e-4 if autocast is None else 3e-2)
+
+
+METHODS = {
+    "edm": EDM(),
+    "cd": CD(target_decay=0.9),
+    "ct": CT(),
+    "ict": ICT(),
+    "ect": ECT(),
+    "scm": SCM(),
+    "scd": SCM(distil=True),
+    "pd": PD(start_steps=4),
+    "cm_inf": CMInf(),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_with_recorded_passes_as_without(name):
+    losses = [take_steps(METHODS[name], recorded) for recorded in (False, True)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def take_steps(method, recorded):
+    """Return the losses of six steps of a small network with dropout in bf16."""
+    network, dropout = NETWORKS["ddpmpp"], 0.2
+    model = build(network, form=method.form, dropout=dropout, autocast=torch.bfloat16)
+    teacher = build(network, form="denoiser", autocast=torch.bfloat16).eval().requires_grad_(False)
+    target = copy.deepcopy(model) if method.keeps_target else None
+    train = Train(num_steps=6, batch_size=16, log_every=1, save_every=6, grid_every=6, precision="bf16")
+    weighting = build_weighting(method, 0, CUDA)
+    state = TrainState(
+        model, train, target=target, teacher=teacher if method.replaces_teacher else None, weighting=weighting
+    )
+    distance = method.distance.build(SHAPE) if hasattr(method, "distance") else None
+    models = Models(model, target or model, teacher, distance, weighting)
+    if recorded:
+        for net in {id(m): m for m in (model, models.target, teacher)}.values():
+            replay_passes(net.net)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
+    batches = Batches(pixels, None, batch_size=16, seed=0, device=CUDA)
+    return [entry["loss"] for entry in fit(state, method, models, batches, noise=Noise(), seed=0)]
+
+
+def test_the_network_agrees_with_the_cpu():
+    model = build(NETWORKS["ddpmpp"])
+    x, sigma = inputs()
+    with torch.no_grad():
+        found, expected = model(x, sigma).cpu(), copy.deepcopy(model).cpu()(x.cpu(), sigma.cpu())
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_noise_of_an_image_is_the_same_on_every_device():
+    indices = range(2**32 - 20, 2**32 + 20)
+    a, b = (ImageNoise(7, indices, SHAPE, torch.device(device)) for device in ("cpu", "cuda"))
+    for draw in range(2):
+        noise = b.draw()
+        plainly = normals(torch.tensor(indices, device=CUDA), draw, noise[0].numel(), derive_seed(7, "image"))
+        assert torch.equal(noise.flatten(1), plainly)  # the kernel's are PyTorch's to the bit
+        torch.testing.assert_close(a.draw(), noise.cpu(), rtol=1e-6, atol=1e-6)

@@ -1,0 +1,193 @@
+"""Recipes: every page constructs, every field is described, bad values are refused in one clear line."""
+
+from pathlib import Path
+from types import UnionType
+from typing import Union, get_args, get_origin
+
+import pytest
+import yaml
+
+from cm_core.params import Params
+from flows.errors import UserError
+from flows.recipes.overrides import flatten, merge, parse_override
+from flows.recipes.recipe import (
+    Recipe,
+    dump_recipe,
+    explain,
+    load_active,
+    load_recipe,
+    recipe_names,
+    with_absolute_paths,
+    write_active,
+)
+
+ROOT = Path(__file__).parents[3]
+TINY = "data: {source: digits}\nnetwork: {kind: song_unet, channels: 8, channel_mult: [1]}\n"
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "params" / "recipes").mkdir(parents=True)
+    (tmp_path / "params" / "recipes" / "tiny.yaml").write_text(TINY)
+    return tmp_path
+
+
+def sections(annotation):
+    """Every Params class reachable from an annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, Params):
+        yield annotation
+        for field in annotation.model_fields.values():
+            yield from sections(field.annotation)
+    elif get_origin(annotation) in (Union, UnionType, tuple):
+        for part in get_args(annotation):
+            yield from sections(part)
+
+
+ALL_SECTIONS = sorted(set(sections(Recipe)), key=lambda section: section.__name__)
+
+
+@pytest.mark.parametrize("name", recipe_names(ROOT))
+def test_every_page_constructs_and_says_what_to_expect(name):
+    recipe = load_recipe(name, root=ROOT)
+    assert Recipe.model_validate(yaml.safe_load(dump_recipe(recipe))) == recipe
+    header = (ROOT / "params" / "recipes" / f"{name}.yaml").read_text().split("\n\n")[0]
+    assert f"cm run {name}" in header and "Expected" in header or "expected" in header
+
+
+def test_the_active_recipe_is_a_page_resolved():
+    active = load_active(ROOT)
+    assert active in [load_recipe(name, root=ROOT) for name in recipe_names(ROOT)]
+
+
+@pytest.mark.parametrize("section", ALL_SECTIONS, ids=lambda section: section.__name__)
+def test_every_field_is_described(section):
+    undescribed = [name for name, field in section.model_fields.items() if not field.description]
+    assert not undescribed
+    assert section.__doc__
+
+
+def test_the_form_keeps_the_order_of_the_fields():
+    schema = Recipe.model_json_schema()
+    for definition in (schema, *schema["$defs"].values()):
+        positions = [field["position"] for field in definition.get("properties", {}).values()]
+        assert positions == list(range(len(positions)))
+
+
+def test_unions_are_tabs_with_titles():
+    methods = Recipe.model_json_schema()["$defs"]["Student"]["properties"]["method"]["anyOf"]
+    titles = [Recipe.model_json_schema()["$defs"][method["$ref"].rsplit("/", 1)[1]]["title"] for method in methods]
+    assert {"cd", "ct"} <= set(titles)
+
+
+REFUSED = [
+    ("student.method.solverr=euler", "--set student.method.solverr", "did you mean solver?"),
+    ("student.method.num_scales=1", "--set student.method.num_scales=1", "greater than or equal to 2"),
+    ("student.method.num_scales=many", "--set student.method.num_scales=many", "valid integer"),
+    ("student.method.kind=foo", "--set student.method.kind=foo", "cd, ct"),
+    ("student.method.solver=rk4", "--set student.method.solver=rk4", "'euler' or 'heun'"),
+    ("noise.sigma_min=90", "noise", "sigma_min=90.0 must lie below sigma_max=80.0"),
+    ("teacher=null", "recipe", "student.method.kind=cd distils a teacher, and teacher is null"),
+    ("student.method.distance=lpips", "recipe", "lpips needs RGB images of at least 16x16, got 1x8x8"),
+    ("network.channel_mult=[1,1,1,1,1]", "recipe", "halve the image 4 times"),
+    ("student.train.save_every=30", "student.train", "save_every=30 must be a multiple of log_every=100"),
+    ("sample.mid_sigmas=[[90]]", "recipe", "must decrease and stay above sigma_min"),
+    ("sample.teacher_sampler.guidance=2", "recipe", "guidance=2 needs labels, and conditional is false"),
+    ("edit.factor=3", "recipe", "edit.factor=3 does not divide images of 8x8 pixels"),
+    ("edit.tasks=[paint]", "--set edit.tasks", "'inpaint', 'colorize'"),
+    ("student=3", "--set student=3", "must be a section with keys method"),
+    ("teacher.train.emas=[]", "--set teacher.train.emas", "at least 1"),
+    ("features=resnet", "--set features", "inception-v3-compat"),
+    ("data.source=imagenet", "--set data.source", "digits, cifar10, images, array"),
+    ("colour=red", "--set colour", "unknown key"),
+    ("seed", "--set seed", "expected key=value"),
+    ("seed=[1", "--set seed=[1", "not a YAML value"),
+]
+
+
+@pytest.mark.parametrize("key", ["sample.teacher_sampler", "teacher.grid_sampler", "student.method"])
+def test_guidance_needs_a_teacher_that_dropped_labels(root, key):
+    guidance = ["conditional=true", f"{key}.guidance=1.5"]
+    with pytest.raises(UserError, match=rf"{key}\.guidance=1\.5 needs a teacher.*label_dropout is 0"):
+        load_recipe("tiny", guidance, root=root)
+    assert load_recipe("tiny", [*guidance, "teacher.method.label_dropout=0.1"], root=root)
+
+
+@pytest.mark.parametrize(("override", "place", "reason"), REFUSED, ids=[case[0] for case in REFUSED])
+def test_bad_values_are_refused_in_one_line(root, override, place, reason):
+    with pytest.raises(UserError) as refused:
+        load_recipe("tiny", [override], root=root)
+    line = str(refused.value)
+    assert place in line and reason in line and "\n" not in line
+
+
+def test_a_bad_page_is_named_with_its_key(root):
+    page = root / "params" / "recipes" / "bad.yaml"
+    page.write_text("student:\n  method: {kind: ct, s1: -3}\n")
+    with pytest.raises(UserError, match=r"bad\.yaml: student\.method\.s1=-3: must be greater than or equal to 2"):
+        load_recipe("bad", root=root)
+    page.write_text("student: [")
+    with pytest.raises(UserError, match=r"bad\.yaml: not valid YAML"):
+        load_recipe("bad", root=root)
+
+
+def test_unknown_recipe_lists_what_there_is(root):
+    with pytest.raises(UserError, match=r"no recipe 'tny'; there are tiny"):
+        load_recipe("tny", root=root)
+
+
+def test_overrides_are_laid_over_the_page(root):
+    recipe = load_recipe(
+        "tiny", ["student.method.solver=euler", "student.train.optimizer.learning_rate=1e-4"], root=root
+    )
+    assert recipe.student.method.solver == "euler"
+    assert recipe.student.train.optimizer.learning_rate == 1e-4
+    assert recipe.network.channels == 8
+
+
+def test_another_kind_starts_its_section_afresh():
+    base = {"method": {"kind": "cd", "solver": "euler", "distance": {"kind": "lpips", "pooling": "avg"}}}
+    assert merge(base, parse_override("method.kind=ct")) == {"method": {"kind": "ct"}}
+    assert merge(base, parse_override("method.distance=l2"))["method"]["distance"] == {"kind": "l2"}
+    assert merge(base, parse_override("method.kind=cd")) == base
+    assert merge({"a": "cd"}, parse_override("a.solver=heun")) == {"a": {"kind": "cd", "solver": "heun"}}
+
+
+def test_resolved_values_say_where_they_come_from(root):
+    rows = {key: (value, source) for key, value, source in explain("tiny", ["seed=4"], root=root)}
+    assert rows["seed"] == (4, "--set")
+    assert rows["network.channels"][0] == 8 and rows["network.channels"][1].endswith("tiny.yaml")
+    assert rows["data.source.kind"][1].endswith("tiny.yaml")
+    assert rows["noise.sigma_max"] == (80.0, "default")
+
+
+def test_active_recipe_round_trips(root):
+    recipe = load_recipe("tiny", ["teacher=null", "student.method.kind=ct"], root=root)
+    path = write_active(recipe, root)
+    assert load_active(root) == recipe
+    tree = yaml.safe_load(path.read_text())
+    assert tree["teacher"] is None
+    assert set(flatten(tree)) == set(flatten(recipe.model_dump(mode="json")))
+    before = path.stat().st_mtime_ns
+    write_active(recipe, root)
+    assert path.stat().st_mtime_ns == before
+
+
+def test_local_paths_become_absolute_because_runs_work_in_a_clone(root, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    source = "data.source={kind: images, path: %s}"
+    found = {
+        path: with_absolute_paths(load_recipe("tiny", [source % path], root=root), root).data.source.path
+        for path in ("pictures.zip", "~/pictures", "/data/x", "s3://bucket/x/")
+    }
+    assert found == {
+        "pictures.zip": str(root / "pictures.zip"),
+        "~/pictures": "/home/someone/pictures",
+        "/data/x": "/data/x",
+        "s3://bucket/x/": "s3://bucket/x/",
+    }
+    plain = load_recipe("tiny", root=root)
+    assert with_absolute_paths(plain, root) == plain
+
+
+def test_scientific_notation_is_a_number(root):
+    assert load_recipe("tiny", ["noise.sigma_min=2e-3"], root=root).noise.sigma_min == 0.002

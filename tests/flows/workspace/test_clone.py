@@ -1,0 +1,354 @@
+"""A run's clone: what it captures, how DVC works in it, and that nothing of it is left running."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from flows.errors import RunEnding, StageFailed, UserError
+from flows.workspace import clone, dvc_files, locations, process
+from flows.workspace.git import describe_code
+from miniature import REPOSITORY, commit, git, make_workspace
+from processes import runs, wait_for
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_workspace(tmp_path_factory.mktemp("mini"))
+
+
+@pytest.fixture
+def fresh(tmp_path):
+    return make_workspace(tmp_path / "fresh")
+
+
+def test_home_is_found_from_below_and_refused_elsewhere(root, tmp_path):
+    below = root / "params" / "recipes"
+    below.mkdir(exist_ok=True)
+    assert locations.workspace_root(below) == root
+    with pytest.raises(UserError, match="not inside a workspace"):
+        locations.workspace_root(tmp_path)
+
+
+def test_origin_is_the_workspace_a_clone_came_from(root, monkeypatch, tmp_path):
+    assert locations.shared_root(root) == root
+    monkeypatch.setenv("CM_HOME", str(tmp_path))
+    assert locations.shared_root(root) == tmp_path
+
+
+def test_clone_captures_uncommitted_edits_as_a_commit_and_a_patch(fresh):
+    (fresh / "gone.txt").write_text("tracked")
+    (fresh / "moved.txt").write_text("tracked")
+    git(fresh, "add", "gone.txt", "moved.txt")
+    commit(fresh)
+    (fresh / "gone.txt").unlink()
+    (fresh / "stage.py").write_text("edited")
+    (fresh / "new.bin").write_bytes(bytes(range(256)))
+    (fresh / "staged.txt").write_text("staged")
+    git(fresh, "add", "staged.txt")
+    (fresh / "out").mkdir()
+    (fresh / "out" / "ignored.txt").write_text("ignored")
+    before = git(fresh, "status", "--porcelain")
+    assert describe_code(fresh)["git.edits"] == "uncommitted"
+
+    with clone.clone(fresh, "run one/ä") as copy:
+        assert git(fresh, "status", "--porcelain") == before
+        assert not (copy.root / "gone.txt").exists() and not (copy.root / "out").exists()
+        assert (copy.root / "stage.py").read_text() == "edited"
+        assert (copy.root / "new.bin").read_bytes() == bytes(range(256))
+        assert (copy.root / "staged.txt").read_text() == "staged"
+        assert git(copy.root, "status", "--porcelain") == ""
+        assert git(copy.root, "rev-parse", "HEAD~").strip() == copy.revision == git(fresh, "rev-parse", "HEAD").strip()
+        assert "new.bin" in (copy.folder / "edits.patch").read_text()
+
+
+def test_clone_without_edits_of_the_code_is_at_the_origins_revision(fresh):
+    (fresh / "params/active.yaml").write_text("seed: 2\n")
+    dvc_files.update_lock(fresh, {"prepare": {"cmd": "x"}})
+    assert "git.edits" not in describe_code(fresh)
+    with clone.clone(fresh, "clean") as copy:
+        assert git(copy.root, "rev-parse", "HEAD").strip() == copy.revision
+        assert not copy.edits()
+        assert dvc_files.read_lock(copy.root) == {"prepare": {"cmd": "x"}}
+
+
+@pytest.mark.parametrize(
+    ("remote", "page"),
+    [
+        ("git@host.example:owner/name.git", "https://host.example/owner/name/commit/"),
+        ("https://host.example/owner/name", "https://host.example/owner/name/commit/"),
+        ("/srv/git/name.git", None),
+    ],
+)
+def test_code_is_described_by_a_page_where_its_remote_has_one(fresh, remote, page):
+    git(fresh, "remote", "add", "origin", remote)
+    revision = git(fresh, "rev-parse", "HEAD").strip()
+    assert describe_code(fresh).get("git.url") == (page and page + revision)
+
+
+def test_clone_refuses_large_new_files_and_names_one(fresh, monkeypatch):
+    monkeypatch.setattr("flows.workspace.git.MAX_UNTRACKED", 2**20)
+    (fresh / "large.bin").write_bytes(bytes(2**20 + 1))
+    with pytest.raises(UserError, match=r"large\.bin.*\.gitignore"):
+        clone.clone(fresh, "large")
+
+
+def test_clone_refuses_what_git_cannot_record(tmp_path):
+    with pytest.raises(UserError, match="with a commit"):
+        clone.clone(tmp_path, "run")
+    root = make_workspace(tmp_path / "repository")
+    with pytest.raises(UserError, match="top of its git repository"):
+        clone.clone(root / "params", "run")
+
+
+def test_old_runs_are_dropped_but_live_ones_never(fresh, monkeypatch):
+    monkeypatch.setattr(clone, "KEPT_DONE", 1)
+    monkeypatch.setattr(clone, "KEPT_FAILED", 0)
+    live = clone.clone(fresh, "live")
+    done = [clone.clone(fresh, f"done{index}") for index in range(3)]
+    for copy in done:
+        copy.__exit__(None)
+        time.sleep(0.02)
+    with pytest.raises(ZeroDivisionError), clone.clone(fresh, "failed") as failed:
+        raise ZeroDivisionError
+    last = clone.clone(fresh, "last")
+    assert [copy.folder.exists() for copy in (live, *done, failed, last)] == [True, False, False, True, False, True]
+
+
+def test_what_one_door_computed_the_other_finds(root):
+    """A run computes, another run and `dvc repro` find it; inputs known by their lock entry alone are fetched."""
+    said, entries = [], {}
+    with clone.clone(root, "first") as first:
+        for stage in dvc_files.read_stages(first.root):
+            result = first.bring_up(stage, on_line=said.append)
+            entries[stage] = result.entry
+            assert not result.cached
+            assert result.outs == {path: dvc_files.dvc_md5(first.root / path) for path in result.outs}
+        assert "hello from teacher" in said and not any("git add" in line for line in said)
+        clone.take_over(root, entries)
+    repro = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=root, capture_output=True, text=True, check=True)
+    assert repro.stdout.count("didn't change, skipping") == 4
+    assert dvc_files.dvc_md5(root / "out/teacher") == dvc_files.locked_outs(entries["teacher"])["out/teacher"]
+
+    git(root, "checkout", "--quiet", "params/active.yaml")
+    (root / "dvc.lock").unlink()
+    with clone.clone(root, "second") as second:
+        dvc_files.update_lock(second.root, {"prepare": entries["prepare"]})
+        result = second.bring_up("teacher")  # out/prepare is not in this clone, only in the cache
+        assert result.cached and result.entry == entries["teacher"]
+
+
+def test_key_follows_code_params_and_inputs_alone(fresh):
+    stages = dvc_files.read_stages(fresh)
+    known = {"out/prepare": "0" * 32}
+
+    def key(**changed):
+        return dvc_files.stage_key(fresh, stages["features"], {**known, **changed})
+
+    first = key()
+    active = (fresh / "params/active.yaml").read_text()
+    (fresh / "params/active.yaml").write_text(active.replace("unrelated: 1", "unrelated: 2"))
+    assert key() == first
+    assert key(**{"out/prepare": "1" * 32}) != first
+    (fresh / "params/active.yaml").write_text(active.replace("1.0e-05", "2.0e-05"))
+    assert key() != first
+    (fresh / "params/active.yaml").write_text(active)
+    (fresh / "stage.py").write_text("other code")
+    assert key() != first
+
+
+def test_stages_come_after_what_they_read(tmp_path):
+    (tmp_path / "dvc.yaml").write_text(
+        "stages:\n"
+        "  last: {cmd: x, deps: [b, c], outs: [d]}\n"
+        "  middle: {cmd: x, deps: [a], outs: [b, {c: {cache: true}}]}\n"
+        "  first: {cmd: x, outs: [a]}\n"
+    )
+    assert list(dvc_files.read_stages(tmp_path)) == ["first", "middle", "last"]
+
+
+def test_rewriting_the_lock_keeps_small_numbers_numbers(tmp_path):
+    (tmp_path / "dvc.lock").write_text("schema: '2.0'\nstages:\n  a:\n    params: {x: 1e-05, y: null}\n")
+    before = dvc_files.read_lock(tmp_path)
+    dvc_files.update_lock(tmp_path, {"b": {"cmd": "x"}})
+    assert dvc_files.read_lock(tmp_path) == {**before, "b": {"cmd": "x"}}
+    assert before["a"]["params"]["x"] == 1e-05
+
+
+def test_cache_holds_an_output_only_with_all_its_files(fresh):
+    with clone.clone(fresh, "run") as copy:
+        outs = copy.bring_up("prepare").outs
+    cache = locations.cache_of(fresh)
+    assert cache.folder == fresh / ".dvc" / "cache" and cache.holds(outs)
+    files = cache.files(outs["out/prepare"])
+    assert files["result.txt"].read_text().startswith("prepare")
+    files["result.txt"].unlink()
+    assert not cache.holds(outs)
+    assert not cache.holds({"out/prepare": "0" * 32 + ".dir"})
+
+
+def test_independent_stages_run_side_by_side(fresh, monkeypatch, tmp_path):
+    trace = tmp_path / "trace"
+    monkeypatch.setenv("MINI_TRACE", str(trace))
+    with clone.clone(fresh, "run") as copy:
+        copy.bring_up("prepare")
+        monkeypatch.setenv("MINI_SECONDS", "3")
+        threads = [threading.Thread(target=copy.bring_up, args=[stage]) for stage in ("features", "teacher")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert {"features", "teacher"} <= set(dvc_files.read_lock(copy.root))
+    begun = {name: float(at) for name, at, _ in map(str.split, trace.read_text().splitlines())}
+    assert abs(begun["features"] - begun["teacher"]) < 3, "one waited for the other"
+
+
+def test_errors_of_the_user_and_crashes_are_told_apart(fresh, monkeypatch):
+    with clone.clone(fresh, "run") as copy:
+        monkeypatch.setenv("MINI_REFUSES", "prepare")
+        with pytest.raises(UserError) as refused:
+            copy.bring_up("prepare")
+        assert str(refused.value) == "params/active.yaml: seed=1: must be larger"
+        monkeypatch.setenv("MINI_REFUSES", "")
+        monkeypatch.setenv("MINI_CRASHES", "prepare")
+        with pytest.raises(StageFailed, match="ZeroDivisionError"):
+            copy.bring_up("prepare")
+
+
+def test_leaving_the_workspace_ends_what_runs_in_it(fresh, monkeypatch, tmp_path):
+    trace = tmp_path / "trace"
+    monkeypatch.setenv("MINI_TRACE", str(trace))
+    monkeypatch.setenv("MINI_SECONDS", "60")
+    failures = []
+
+    def bring_up():
+        with pytest.raises(RunEnding) as failure:
+            copy.bring_up("prepare")
+        failures.append(failure)
+
+    with clone.clone(fresh, "run") as copy:
+        thread = threading.Thread(target=bring_up)
+        thread.start()
+        wait_for(trace.exists)
+    thread.join(5)
+    assert failures and not thread.is_alive()
+    assert not runs(int(trace.read_text().split()[2]))
+    with pytest.raises(RunEnding):
+        copy.bring_up("prepare")
+
+
+STUBBORN = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_process_deaf_to_sigterm_is_killed_after_the_grace(monkeypatch, tmp_path):
+    monkeypatch.setattr(process, "GRACE", 0.3)
+    running = process.Process([sys.executable, "-c", STUBBORN], cwd=tmp_path, env={})
+    pid = int(next(running.lines()))
+    started = time.monotonic()
+    assert running.end() == -9
+    assert 0.3 <= time.monotonic() - started < 5 and not runs(pid)
+
+
+def test_a_process_left_behind_by_its_parent_is_ended(monkeypatch, tmp_path):
+    monkeypatch.setattr(process, "GRACE", 0.3)
+    left = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {STUBBORN!r}])"
+    running = process.Process([sys.executable, "-c", left], cwd=tmp_path, env={})
+    pid = int(next(iter(running.lines())))
+    assert running.end() == 0
+    wait_for(lambda: not runs(pid))
+
+
+def test_ticks_come_while_the_command_is_silent(monkeypatch, tmp_path):
+    monkeypatch.setattr(process, "TICK", 0.05)
+    ticks = []
+    running = process.Process(["sleep", "0.5"], cwd=tmp_path, env={"PATH": "/usr/bin:/bin"})
+    assert list(running.lines(on_tick=lambda: ticks.append(1))) == [] and running.end() == 0
+    assert len(ticks) > 3
+
+
+def test_progress_is_passed_on_when_it_changes(tmp_path):
+    seen = []
+    progress = clone._Progress(Path(tmp_path / "progress.json"), seen.append)
+    progress.look()
+    progress.path.write_text('{"done": 1}')
+    progress.look()
+    progress.look()
+    assert seen == [{"done": 1}]
+
+
+def test_a_run_of_many_overrides_has_a_folder_all_the_same(tmp_path):
+    folder = clone._make_folder(tmp_path, "cifar10-cd " + "data.source.path=/a/b/c " * 40)
+    assert folder.is_dir() and len(folder.name) < 80
+
+
+LISTENER = """
+import sys, time
+from pathlib import Path
+from flows.stage_runner.signals import StageSignals, end_with_caller
+
+with StageSignals(deferred=True) as signals:
+    end_with_caller()
+    print("begun", flush=True)
+    while not signals.received():
+        time.sleep(0.02)
+    print("nobody reads this", flush=True)
+    Path(sys.argv[1]).write_text("saved")
+"""
+
+
+def test_a_stage_whose_flow_is_gone_saves_and_ends(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", LISTENER, str(tmp_path / "state")]
+    stage = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert stage.stdout.readline() == b"begun\n"
+    stage.stdout.close()
+    stage.stdin.close()
+    assert stage.wait(timeout=20) == 0 and (tmp_path / "state").read_text() == "saved"
+
+
+COLLIDER = """
+import io, os, signal, sys
+from pathlib import Path
+from flows.stage_runner.progress import StageMonitor
+from flows.stage_runner.signals import StageSignals
+
+class SignallingStream(io.RawIOBase):
+    sent = False
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        if not self.sent:
+            self.sent = True
+            os.kill(os.getpid(), signal.SIGTERM)  # its handler runs here, where the buffer above is in use
+        return os.write(1, data)
+
+sys.stdout = io.TextIOWrapper(io.BufferedWriter(SignallingStream()))
+with StageSignals(deferred=True) as signals:
+    monitor = StageMonitor("teacher", None, signals.received)
+    monitor.progress(1, 1, "steps")
+    assert monitor.stop_requested()
+    assert monitor.stop_requested()
+    Path(sys.argv[1]).write_text("saved")
+"""
+
+
+def test_a_signal_in_the_middle_of_a_print_stops_the_stage_with_its_state_saved(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", COLLIDER, str(tmp_path / "state")]
+    stage = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert stage.returncode == 0, stage.stderr
+    assert (tmp_path / "state").read_text() == "saved"
+    progress, announcement = stage.stdout.splitlines()
+    assert progress == "teacher: 1 of 1 steps"
+    assert announcement.startswith("teacher: stopping") and "training state" in announcement
