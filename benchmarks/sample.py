@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.common import NOISE, hardware, network, parser, report, seconds, told
 from cm_core.model import ModelSpec, build_seeded
 from cm_core.networks.layers import plain_layers
-from cm_core.parallel.graphs import replay_passes
+from cm_core.parallel.graphs import with_cuda_graphs
 from cm_core.sampling import ImageNoise, TeacherSampler, multistep
 from flows.stages.models import pick_device, to_device
 from flows.stages.sample import write_images
@@ -34,7 +34,7 @@ def measure(args: Any, name: str, variant: str, device: torch.device) -> dict[st
     f = build_seeded(spec, 0, autocast=None if variant == "fp32" else torch.bfloat16).eval().requires_grad_(False)
     f = to_device(f, device) if variant == "fused" else f.to(device)
     if variant == "fused":
-        replay_passes(f.net)
+        with_cuda_graphs(f.net)
     sample = partial(multistep, f, sigmas=sigmas, sigma_min=NOISE.sigma_min) if sigmas else _teacher(f)
     images = args.images if calls == 1 else max(args.batch_size, args.images // calls)
 

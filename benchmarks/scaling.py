@@ -23,7 +23,7 @@ from benchmarks.common import NOISE, hardware, network, parser, report, seconds,
 from benchmarks.train_step import METHODS, Step
 from cm_core.model import ModelSpec, build_seeded
 from cm_core.parallel import ranks
-from cm_core.parallel.graphs import replay_passes
+from cm_core.parallel.graphs import with_cuda_graphs
 from cm_core.sampling import ImageNoise, multistep
 from flows.stages.models import pick_device, to_device
 from flows.stages.sample import write_images
@@ -67,7 +67,7 @@ def _work(
 
 def _train(args: argparse.Namespace, device: torch.device, batch: int, wait_for_all: Callable[[], object]) -> float:
     step = Step(argparse.Namespace(**vars(args) | {"batch_size": batch}), METHODS["ict"], "fused", device)
-    ranks.divide_rows(step.models.student.net)
+    ranks.split_rows(step.models.student.net)
     for _ in range(WARM_UP):
         step()
     wait_for_all()
@@ -78,7 +78,7 @@ def _train(args: argparse.Namespace, device: torch.device, batch: int, wait_for_
 def _sample(args: argparse.Namespace, folder: Path, device: torch.device) -> float:
     spec = ModelSpec(form="skip", network=network(args), noise=NOISE, image_shape=(3, args.size, args.size))
     f = to_device(build_seeded(spec, 0, autocast=torch.bfloat16).eval().requires_grad_(False), device)
-    replay_passes(f.net)
+    with_cuda_graphs(f.net)
 
     def draw(indices: range) -> Tensor:
         return multistep(f, ImageNoise(0, indices, spec.image_shape, device), [80.0], sigma_min=NOISE.sigma_min)

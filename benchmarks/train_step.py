@@ -27,7 +27,7 @@ from cm_core.methods.edm import EDM
 from cm_core.methods.ict import ICT
 from cm_core.model import ModelSpec, build_seeded
 from cm_core.networks.layers import compile_blocks, plain_layers
-from cm_core.parallel.graphs import replay_passes
+from cm_core.parallel.graphs import with_cuda_graphs
 from cm_core.precond import Precond
 from cm_core.randomness import make_generator
 from cm_core.training.batches import Batches
@@ -65,7 +65,7 @@ class Step:
             model.net = DiffusersUNet(self.spec)
         model = model.to(device) if variant in ("fp32", "autocast") else to_device(model, device)
         if variant == "fused":
-            replay_passes(model.net)
+            with_cuda_graphs(model.net)
         elif variant == "blocks":
             compile_blocks(model)
         elif variant == "compile":

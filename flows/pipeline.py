@@ -23,7 +23,7 @@ from flows.distributed.launch import processes_for
 from flows.errors import StageFailed
 from flows.orchestration.artifacts import ProgressArtifact, show_metrics, show_pictures, show_tracking
 from flows.orchestration.embedded import embedded_prefect
-from flows.orchestration.gpu_slots import gpu_turn
+from flows.orchestration.gpu_slots import gpu_slot
 from flows.orchestration.recovery import end_earlier_starts
 from flows.recipes.overrides import flatten
 from flows.recipes.recipe import Recipe, recipe_name, write_active
@@ -115,7 +115,7 @@ def bring_up_all(workspace: Workspace, parent: PipelineRun) -> dict[str, dict[st
     futures: dict[str, PrefectFuture] = {}
     for stage in stages.values():
         inputs = {earlier.name: futures[earlier.name] for earlier in upstream(stage, stages)}
-        named = bring_up.with_options(name=stage.name, task_run_name=stage.name)  # the first: while it waits
+        named = reproduce.with_options(name=stage.name, task_run_name=stage.name)  # the first: while it waits
         shared = {"OMP_NUM_THREADS": str(threads_for(stage, stages)), **variables}
         futures[stage.name] = named.submit(stage.name, inputs, workspace, shared)
     try:
@@ -161,12 +161,12 @@ def is_worth_a_retry(_: Task, __: TaskRun, state: State) -> bool:
     retry_condition_fn=is_worth_a_retry,
     log_prints=True,
 )
-def bring_up(stage: str, inputs: dict[str, Any], workspace: Workspace, variables: dict[str, str]) -> Any:
+def reproduce(stage: str, inputs: dict[str, Any], workspace: Workspace, variables: dict[str, str]) -> Any:
     """Bring one stage up to date and return its entry of dvc.lock; `inputs` are the entries of those it reads."""
     update_lock(workspace.root, inputs)  # where Prefect skipped their tasks, DVC does not know them yet
     progress = ProgressArtifact(stage)
-    with gpu_turn(read_stages(workspace.root)[stage], workspace, _say) as device:
-        result = workspace.bring_up(stage, variables={**variables, **device}, on_line=_say, on_progress=progress.show)
+    with gpu_slot(read_stages(workspace.root)[stage], workspace, _say) as device:
+        result = workspace.reproduce(stage, variables={**variables, **device}, on_line=_say, on_progress=progress.show)
     if result.cached:
         return Completed(name="Cached", message="DVC's cache had it", data=result.entry)
     return result.entry

@@ -21,7 +21,7 @@ from cm_core.methods.scm import SCM
 from cm_core.model import ModelSpec
 from cm_core.networks import SongUNetParams, layers
 from cm_core.noise import Noise
-from cm_core.parallel.memory import recompute_blocks, split_passes
+from cm_core.parallel.memory import checkpoint_blocks, split_passes
 from cm_core.philox import normals, philox
 from cm_core.randomness import dropout_seed
 from cm_core.training.cost import StepCost, advice, step_cost
@@ -72,7 +72,7 @@ def test_the_fused_form_of_the_layers_computes_the_same(monkeypatch, name):
 def test_recomputed_blocks_give_the_same_gradients_to_the_bit(name):
     net = build(NETWORKS[name].model_copy(update={"dropout": 0.3}))
     expected = pass_through(net)
-    recompute_blocks(net)
+    checkpoint_blocks(net)
     for found, true in zip(pass_through(net), expected, strict=True):
         assert torch.equal(found, true)
 
@@ -82,7 +82,7 @@ def test_a_batch_in_parts_gives_the_gradients_of_the_whole(parts):
     net = build(NETWORKS["adm"])
     expected = pass_through(net)
     split = copy.deepcopy(net)
-    recompute_blocks(split)
+    checkpoint_blocks(split)
     split_passes(split, parts)
     for found, true in zip(pass_through(split), expected, strict=True):
         torch.testing.assert_close(found, true, rtol=1e-3, atol=1e-6)

@@ -20,7 +20,7 @@ TILE, WARPS = 4096, 4  # elements a program holds at a time where an image is pa
 CHANNELS = 32  # a program of the norm takes whole groups, of about so many channels: 64 bytes of bf16
 HELD = {1: 32_768, 2: 16_384}  # pixels times channels that a program holds at most, with one array and with two
 EACH = {1: 64, 2: 32}  # of them in a thread
-JOIN_ROWS = 512  # pixels whose bias gradients one program sums
+BIAS_GRADIENT_ROWS = 512  # pixels whose bias gradients one program sums
 # The product of a projection: pixels, channels out and channels in of a tile (`least` at least), and how it is run.
 PROJECT = {"pixels": 128, "out": 128, "in": 64, "least": 16, "stages": 3, "warps": 4}
 
@@ -44,32 +44,32 @@ def norm_act(
     return _NormAct.apply(x, beside, bias, before, scale, shift, groups, eps, silu)
 
 
-def halve(x: Tensor, factor: float) -> Tensor:
+def downsample(x: Tensor, factor: float) -> Tensor:
     """Return the sum of each 2 x 2 pixels times `factor`, channels last."""
     return _Resample.apply(x, factor, True)
 
 
-def double(x: Tensor, factor: float) -> Tensor:
+def upsample(x: Tensor, factor: float) -> Tensor:
     """Return each pixel four times, times `factor`, channels last."""
     return _Resample.apply(x, factor, False)
 
 
-def join(x: Tensor, h: Tensor, bias: Tensor, factor: float) -> Tensor:
+def residual_add(x: Tensor, h: Tensor, bias: Tensor, factor: float) -> Tensor:
     """Return (x + h + bias) * factor for x, h [B, C, H, W] and bias [C], channels last."""
-    return _Join.apply(x, h, bias, factor)
+    return _ResidualAdd.apply(x, h, bias, factor)
 
 
 def projects(x: Tensor, beside: Tensor) -> bool:
-    """Whether `project_join` takes these: 16-bit tensors whose channels come in whole tiles."""
+    """Whether `project_residual_add` takes these: 16-bit tensors whose channels come in whole tiles."""
     return x.dtype.itemsize == 2 and not (x.shape[1] % PROJECT["least"] or beside.shape[1] % PROJECT["least"])
 
 
-def project_join(x: Tensor, beside: Tensor, weight: Tensor, h: Tensor, bias: Tensor, factor: float) -> Tensor:
+def project_residual_add(x: Tensor, beside: Tensor, weight: Tensor, h: Tensor, bias: Tensor, factor: float) -> Tensor:
     """Return (weight @ [x, beside] + h + bias) * factor, channels last.
 
     Of x [B, c, H, W], beside [B, C - c, H, W], weight [D, C], h [B, D, H, W] and bias [D].
     """
-    return _ProjectJoin.apply(x, beside, weight, h, bias, factor)
+    return _ProjectResidualAdd.apply(x, beside, weight, h, bias, factor)
 
 
 class _NormAct(torch.autograd.Function):
@@ -143,13 +143,13 @@ def _passed(d: Tensor | None, like: Tensor | None) -> Tensor | None:
     return torch.zeros_like(like) if d is None else _channels_last(d)
 
 
-class _Join(torch.autograd.Function):
+class _ResidualAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, h: Tensor, bias: Tensor, factor: float) -> Tensor:
         x, h = (t.contiguous(memory_format=torch.channels_last) for t in (x, h))
         out = torch.empty_like(h)
         count = out.numel()
-        _join_forward[(triton.cdiv(count, TILE),)](
+        _residual_add_forward_kernel[(triton.cdiv(count, TILE),)](
             *(x, h, bias, out, count, out.shape[1], factor), tile=TILE, num_warps=2 * WARPS
         )
         ctx.factor, ctx.bias_dtype = factor, bias.dtype
@@ -157,11 +157,11 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
-        dx, d_bias = _unjoin(dy, ctx.factor)
+        dx, d_bias = _residual_add_backward(dy, ctx.factor)
         return dx, dx, d_bias.to(ctx.bias_dtype), None
 
 
-class _ProjectJoin(torch.autograd.Function):
+class _ProjectResidualAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, beside: Tensor, weight: Tensor, h: Tensor, bias: Tensor, factor: float) -> Tensor:
         x, beside, h = _channels_last(x), _channels_last(beside), h.contiguous(memory_format=torch.channels_last)
@@ -169,7 +169,7 @@ class _ProjectJoin(torch.autograd.Function):
         out, first, second = torch.empty_like(h), x.shape[1], beside.shape[1]
         rows, channels = out.numel() // out.shape[1], out.shape[1]
         grid = (triton.cdiv(rows, PROJECT["pixels"]) * triton.cdiv(channels, PROJECT["out"]),)
-        _project_join[grid](
+        _project_residual_add_kernel[grid](
             *(x, beside, weight, h, bias, out),
             *(rows, channels, first, second, _pixel_stride(x), _pixel_stride(beside), factor),
             height=PROJECT["pixels"],
@@ -185,7 +185,7 @@ class _ProjectJoin(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
         x, beside, weight = ctx.saved_tensors
-        dh, d_bias = _unjoin(dy, ctx.factor)
+        dh, d_bias = _residual_add_backward(dy, ctx.factor)
         rows = [t.permute(0, 2, 3, 1).flatten(0, 2) for t in (x, beside, dh)]  # [B H W, channels], views
         d_parts = [rows[2] @ part for part in weight.split([x.shape[1], beside.shape[1]], dim=1)]
         d_x, d_beside = (
@@ -196,20 +196,20 @@ class _ProjectJoin(torch.autograd.Function):
         return d_x, d_beside, d_weight, dh, d_bias.to(ctx.bias_dtype), None
 
 
-def _unjoin(dy: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+def _residual_add_backward(dy: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     """Return the gradients of a joined tensor, and of the bias [C] in float32."""
     dy = _channels_last(dy)
     channels, rows = dy.shape[1], dy.numel() // dy.shape[1]
     width = min(128, triton.next_power_of_2(channels))
-    grid = (triton.cdiv(rows, JOIN_ROWS), triton.cdiv(channels, width))
+    grid = (triton.cdiv(rows, BIAS_GRADIENT_ROWS), triton.cdiv(channels, width))
     partial = dy.new_empty(grid[0], channels, dtype=torch.float32)
     dx = dy if factor == 1 else torch.empty_like(dy, memory_format=torch.channels_last)
-    _join_backward[grid](
+    _residual_add_backward_kernel[grid](
         *(dy, dx, partial, rows, channels, _pixel_stride(dy), factor),
         scaled=factor != 1,
         height=TILE // width,
         width=width,
-        rows_each=JOIN_ROWS,
+        rows_each=BIAS_GRADIENT_ROWS,
         num_warps=2 * WARPS,
     )
     return dx, _sum_rows(partial[None])[0]
@@ -246,7 +246,9 @@ def _resample(x: Tensor, factor: float, halves: bool) -> Tensor:
     rows = images * height * width
     grid = (triton.cdiv(rows, TILE // tile), triton.cdiv(channels, tile))  # the second may be 65,535 at most
     sizes = (rows, channels, height, width, _pixel_stride(x))
-    (_halve if halves else _double)[grid](x, out, *sizes, factor, rows_each=TILE // tile, tile=tile, num_warps=WARPS)
+    (_downsample_kernel if halves else _upsample_kernel)[grid](
+        x, out, *sizes, factor, rows_each=TILE // tile, tile=tile, num_warps=WARPS
+    )
     return out
 
 
@@ -585,7 +587,7 @@ def _store_pixels(
 
 
 @triton.jit
-def _halve(
+def _downsample_kernel(
     x_ptr, out_ptr, rows, channels, height, width, x_stride, factor, rows_each: tl.constexpr, tile: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * rows_each + tl.arange(0, rows_each)  # pixels of the halved images
@@ -603,7 +605,7 @@ def _halve(
 
 
 @triton.jit
-def _double(
+def _upsample_kernel(
     x_ptr, out_ptr, rows, channels, height, width, x_stride, factor, rows_each: tl.constexpr, tile: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * rows_each + tl.arange(0, rows_each)  # pixels of the doubled images
@@ -617,7 +619,7 @@ def _double(
 
 
 @triton.jit
-def _join_forward(x_ptr, h_ptr, bias_ptr, out_ptr, count, channels, factor, tile: tl.constexpr):
+def _residual_add_forward_kernel(x_ptr, h_ptr, bias_ptr, out_ptr, count, channels, factor, tile: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)
     mask = index < count
     x = tl.load(x_ptr + index, mask=mask, other=0.0).to(tl.float32)
@@ -627,7 +629,7 @@ def _join_forward(x_ptr, h_ptr, bias_ptr, out_ptr, count, channels, factor, tile
 
 
 @triton.jit
-def _project_join(
+def _project_residual_add_kernel(
     x_ptr, beside_ptr, weight_ptr, h_ptr, bias_ptr, out_ptr,
     rows, channels, first, second, x_stride, beside_stride, factor,
     height: tl.constexpr, width: tl.constexpr, depth: tl.constexpr,
@@ -652,7 +654,7 @@ def _project_join(
 
 
 @triton.jit
-def _join_backward(
+def _residual_add_backward_kernel(
     dy_ptr, dx_ptr, partial_ptr, rows, channels, dy_stride, factor,
     scaled: tl.constexpr, height: tl.constexpr, width: tl.constexpr, rows_each: tl.constexpr,
 ):  # fmt: skip

@@ -147,9 +147,9 @@ class BoxDown(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if fuses(x):
-            from cm_core.networks.kernels import halve
+            from cm_core.networks.kernels import downsample
 
-            return halve(x, 1 / 4)
+            return downsample(x, 1 / 4)
         return F.avg_pool2d(x, 2)
 
 
@@ -158,9 +158,9 @@ class BoxUp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if fuses(x):
-            from cm_core.networks.kernels import double
+            from cm_core.networks.kernels import upsample
 
-            return double(x, 1.0)
+            return upsample(x, 1.0)
         return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
@@ -250,11 +250,11 @@ class Attention(nn.Module):
         return out.reshape(batch, height, width, channels // 3).permute(0, 3, 1, 2)
 
     def _fused(self, x: Tensor) -> Tensor:
-        from cm_core.networks.kernels import join
+        from cm_core.networks.kernels import residual_add
 
         h, x, _ = fused_norm(self.norm, x, silu=False)
         qkv = F.linear(h.permute(0, 2, 3, 1), self.qkv.weight.flatten(1), self.qkv.bias).permute(0, 3, 1, 2)
-        return join(x, conv_without_bias(self.proj, self.attend(qkv)), self.proj.bias, self.skip_scale)
+        return residual_add(x, conv_without_bias(self.proj, self.attend(qkv)), self.proj.bias, self.skip_scale)
 
 
 class Block(nn.Module):
@@ -315,19 +315,19 @@ class Block(nn.Module):
         h, x, beside = fused_norm(self.norm0, x, silu=True, beside=beside)
         h = conv_without_bias(self.conv0, self.resample(h))
         h = self.drop(self._fused_modulate(h, emb))
-        return self.attention(self._fused_join(x, beside, conv_without_bias(self.conv1, h)))
+        return self.attention(self._fused_residual_add(x, beside, conv_without_bias(self.conv1, h)))
 
-    def _fused_join(self, x: Tensor, beside: Tensor | None, h: Tensor) -> Tensor:
-        from cm_core.networks.kernels import join, project_join, projects
+    def _fused_residual_add(self, x: Tensor, beside: Tensor | None, h: Tensor) -> Tensor:
+        from cm_core.networks.kernels import project_residual_add, projects, residual_add
 
         bias = self.conv1.bias
         if isinstance(self.skip, nn.Identity):
-            return join(self.resample(with_channels(x, beside)), h, bias, self.skip_scale)
+            return residual_add(self.resample(with_channels(x, beside)), h, bias, self.skip_scale)
         bias = bias + self.skip.bias
         if beside is not None and projects(x, beside):
-            return project_join(x, beside, self.skip.weight.flatten(1), h, bias, self.skip_scale)
+            return project_residual_add(x, beside, self.skip.weight.flatten(1), h, bias, self.skip_scale)
         skip = conv_without_bias(self.skip, self.resample(with_channels(x, beside)))
-        return join(skip, h, bias, self.skip_scale)
+        return residual_add(skip, h, bias, self.skip_scale)
 
     def _fused_modulate(self, h: Tensor, emb: Tensor) -> Tensor:
         from cm_core.networks.kernels import norm_act

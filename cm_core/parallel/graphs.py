@@ -12,7 +12,7 @@ from cm_core.networks.layers import fuses
 from cm_core.parallel import ranks
 
 
-def replay_passes(net: nn.Module) -> None:
+def with_cuda_graphs(net: nn.Module) -> None:
     """Let `net` record each kind of pass when it comes for the second time, and replay it from then on.
 
     A pass is of one kind with another if shapes, mode and precision agree; grids and last batches of other sizes run as
@@ -35,7 +35,7 @@ def replay_passes(net: nn.Module) -> None:
             return plain(*args)
         parameters = trained if torch.is_grad_enabled() else []
         if any(p.grad is not None for p in parameters) or (kind in recorded and recorded[kind].awaits_backward):
-            if ranks.count() > 1:
+            if ranks.world_size() > 1:
                 raise RuntimeError("of a network that several processes share, one pass at a time may have gradients")
             return plain(*args)
         if kind not in recorded:
@@ -149,7 +149,7 @@ class _BackwardPass:
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._pieces: list[Tensor | None] = []
         self._pool = pool
-        pieces = ranks.GradientPieces(self._cut)
+        pieces = ranks.GradientBuckets(self._cut)
         torch.cuda.synchronize()
         with torch.cuda.stream(stream), torch.autocast("cuda", enabled=False):
             self._begin()

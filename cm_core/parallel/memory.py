@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from cm_core.networks.layers import Block, is_plain
 
 
-def recompute_blocks(net: nn.Module) -> None:
+def checkpoint_blocks(net: nn.Module) -> None:
     """Keep only the inputs of a U-Net's blocks, and compute the rest again in the backward pass (1604.06174)."""
     for module in net.modules():
         if isinstance(module, Block):

@@ -20,7 +20,7 @@ TIMEOUT = timedelta(minutes=5)  # of one exchange; the first process draws grids
 PIECE = 64 * 2**20  # bytes of gradients that are exchanged at a time, at least
 
 
-def count() -> int:
+def world_size() -> int:
     """Return how many processes share this training."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -30,7 +30,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def is_first() -> bool:
+def is_main() -> bool:
     """Whether this is the process that logs, draws and saves for all."""
     return rank() == 0
 
@@ -87,7 +87,7 @@ def exchange() -> Iterator[None]:
 
 def agree(flag: bool) -> bool:
     """Return whether any process says so; all must ask."""
-    if count() == 1:
+    if world_size() == 1:
         return flag
     said = torch.tensor(int(flag))
     with exchange():
@@ -100,39 +100,39 @@ def wait_for_all() -> None:
     agree(False)
 
 
-def from_first(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def broadcast_from_main(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield the first process's tensors by name, to the bit, on devices of its kind; those of the others do not count.
 
     All must ask for all of them. They come one by one: nobody needs memory for all.
     """
-    if count() == 1:
+    if world_size() == 1:
         yield from tensors.items()
         return
     listing = [{name: (tensor.shape, tensor.dtype, tensor.device.type) for name, tensor in tensors.items()}]
     with exchange():
         dist.broadcast_object_list(listing)
     for name, (shape, dtype, kind) in listing[0].items():
-        tensor = tensors[name].contiguous() if is_first() else torch.empty(shape, dtype=dtype, device=kind)
+        tensor = tensors[name].contiguous() if is_main() else torch.empty(shape, dtype=dtype, device=kind)
         with exchange():
             dist.broadcast(tensor, 0)
         yield name, tensor
 
 
-def hand_to_first(rows: Tensor, owner: int) -> None:
+def send_to_main(rows: Tensor, owner: int) -> None:
     """Fill the first process's `rows` with those of process `owner`; both must call, others may."""
     with exchange():
-        if is_first() and owner:
+        if is_main() and owner:
             dist.recv(rows, owner)
         elif owner == rank() != 0:
             dist.send(rows, 0)
 
 
-def divide_rows(module: nn.Module) -> None:
+def split_rows(module: nn.Module) -> None:
     """Let each process compute its own rows of what passes through `module`; the others are zeros, and get no gradient.
 
     Gradients, and forward-mode derivatives, of the parameters are then those of a process's own rows.
     """
-    if count() == 1:
+    if world_size() == 1:
         return
     plain = module.forward
 
@@ -144,19 +144,19 @@ def divide_rows(module: nn.Module) -> None:
 
 def own_rows(whole: Tensor) -> Tensor:
     """Return the rows that this process computes, a view; raises ValueError where they do not come out even."""
-    if len(whole) % count():
-        raise ValueError(f"{len(whole)} rows cannot be divided among {count()} processes")
-    size = len(whole) // count()
+    if len(whole) % world_size():
+        raise ValueError(f"{len(whole)} rows cannot be divided among {world_size()} processes")
+    size = len(whole) // world_size()
     return whole.narrow(0, rank() * size, size)
 
 
 def gathered_rows(whole: Tensor) -> Tensor:
     """Return a tensor of which each process has put in its own rows."""
-    if count() == 1:
+    if world_size() == 1:
         return whole
     rows = torch.empty_like(whole)
     with exchange():
-        dist.all_gather(list(rows.chunk(count())), own_rows(whole).contiguous())
+        dist.all_gather(list(rows.chunk(world_size())), own_rows(whole).contiguous())
     return rows
 
 
@@ -167,7 +167,7 @@ def summed_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     They are exchanged in pieces while it goes on. There must be none before.
     """
     with exchanges() as begin:
-        pieces = GradientPieces(begin)
+        pieces = GradientBuckets(begin)
         with pieces.taken_from(parameters):
             yield
         rest = pieces.rest()
@@ -193,7 +193,7 @@ def exchanges() -> Iterator[Callable[[Tensor], None]]:
             work.wait()
 
 
-class GradientPieces:
+class GradientBuckets:
     """Brings gradients together in pieces of memory, to be exchanged; they are parts of these from then on."""
 
     def __init__(self, on_full: Callable[[Tensor], None]) -> None:
@@ -209,7 +209,7 @@ class GradientPieces:
         which the pass was computed: their gradients become those of the parameters, also in a process that is alone.
         """
         stand_ins = stand_ins or {}
-        taken = [p for p in (parameters if count() > 1 else stand_ins) if p.requires_grad]
+        taken = [p for p in (parameters if world_size() > 1 else stand_ins) if p.requires_grad]
         leaves = [stand_ins.get(p, p) for p in taken]
         hooks = [
             leaf.register_post_accumulate_grad_hook(functools.partial(self._take, p))
@@ -223,7 +223,7 @@ class GradientPieces:
 
     def _take(self, p: nn.Parameter, leaf: nn.Parameter) -> None:
         """Take a parameter's gradient; what was there before is handed on if it is large enough to be exchanged."""
-        if self._bytes >= PIECE and count() > 1:
+        if self._bytes >= PIECE and world_size() > 1:
             self._on_full(self._brought_together())
         self._waiting.append((p, leaf))
         self._bytes += p.nbytes
@@ -231,7 +231,7 @@ class GradientPieces:
     def rest(self) -> Tensor | None:
         """Return the last piece; None where there is nobody to exchange it with, or no gradient came."""
         last = self._brought_together() if self._waiting else None
-        return last if count() > 1 else None
+        return last if world_size() > 1 else None
 
     def _brought_together(self) -> Tensor:
         taken, self._waiting, self._bytes = self._waiting, [], 0
@@ -260,7 +260,7 @@ class _Place(torch.autograd.Function):
 
     @staticmethod
     def forward(rows: Tensor) -> Tensor:
-        whole = rows.new_zeros(count() * rows.shape[0], *rows.shape[1:])
+        whole = rows.new_zeros(world_size() * rows.shape[0], *rows.shape[1:])
         own_rows(whole).copy_(rows)
         return whole
 

@@ -19,7 +19,7 @@ VARIABLE = "CM_SHARD"  # 1: divide the weights; a fact of the machines and no pa
 
 def is_wanted(processes: int | None = None) -> bool:
     """Whether weights are to be divided among so many processes, or those of this training."""
-    return (processes or ranks.count()) > 1 and os.environ.get(VARIABLE) == "1"
+    return (processes or ranks.world_size()) > 1 and os.environ.get(VARIABLE) == "1"
 
 
 def shard(net: nn.Module, device: torch.device) -> None:
@@ -30,7 +30,7 @@ def shard(net: nn.Module, device: torch.device) -> None:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 
-    net.load_state_dict(dict(ranks.from_first(net.state_dict())))
+    net.load_state_dict(dict(ranks.broadcast_from_main(net.state_dict())))
     mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
     for module in [*(module for module in net.modules() if isinstance(module, Block)), net]:
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
@@ -46,14 +46,14 @@ def _with_channels_last(_: nn.Module, args: tuple[Tensor | None, ...]) -> tuple[
     return image.contiguous(memory_format=torch.channels_last) if image.ndim == 4 else image, *others
 
 
-def is_divided(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     """Whether processes hold a part each of this tensor."""
     return hasattr(tensor, "full_tensor")  # a DTensor; to import that class takes a second
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Return a divided tensor whole, any other as it is; all processes must call."""
-    if not is_divided(tensor):
+    if not is_sharded(tensor):
         return tensor
     with ranks.exchange():
         return tensor.full_tensor()
@@ -64,16 +64,16 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {}
     for name, tensor in tensors.items():
         together = whole(tensor.detach())
-        if not is_divided(tensor):
+        if not is_sharded(tensor):
             found[name] = together
-        elif ranks.is_first():
+        elif ranks.is_main():
             found[name] = together.cpu()
     return found
 
 
 def put(place: Tensor, tensor: Tensor) -> None:
     """Copy a whole tensor, which every process has, into one that may be divided; nothing is sent."""
-    if is_divided(place):
+    if is_sharded(place):
         from torch.distributed.tensor import distribute_tensor
 
         tensor = distribute_tensor(tensor, place.device_mesh, place.placements, src_data_rank=None)

@@ -14,7 +14,7 @@ from cm_core.methods.base import Method, grid_on
 from cm_core.model import ModelSpec
 from cm_core.networks.layers import Attention, Block
 from cm_core.parallel import ranks, sharding
-from cm_core.training.loop import Train, why_not_divided
+from cm_core.training.loop import Train, why_not_sharded
 from cm_core.types import Batch, Models, StepContext
 
 FP32 = 4  # bytes a value
@@ -71,7 +71,7 @@ def advice(
     if needed <= memory:
         return None
     problem = f"does not fit: about {needed / 2**30:.0f} GiB of {memory / 2**30:.0f}"
-    can_divide = processes > 1 and not divided and why_not_divided(method, train) is None
+    can_divide = processes > 1 and not divided and why_not_sharded(method, train) is None
     if can_divide and cost.peak_bytes_among(processes, train, divided=True) <= memory:
         return f"{problem}; it would with the environment variable {sharding.VARIABLE}=1"
     rows = train.batch_size // processes
@@ -172,7 +172,7 @@ class Speed:
         self.cost: StepCost | None = None
         if device.type == "cuda":
             self.cost = step_cost(method, spec, num_emas=len(train.emas), bytes_per_value=2 if train.autocast else FP32)
-            self._limit = ranks.count() * matmul_rate(device) / self.cost.flops_per_image
+            self._limit = ranks.world_size() * matmul_rate(device) / self.cost.flops_per_image
 
     def measured(self, step: int) -> dict[str, float]:
         """Return the numbers since the last call, `step` steps after the training's beginning."""

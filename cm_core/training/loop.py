@@ -71,7 +71,7 @@ class Train(Params):
         return torch.bfloat16 if self.precision == "bf16" else None
 
 
-def why_not_divided(method: Method, train: Train) -> str | None:
+def why_not_sharded(method: Method, train: Train) -> str | None:
     """Return the setting under which the weights cannot be divided among processes, and why; None where they can."""
     if method.forward_mode:
         return f"method.kind={method.kind} takes forward-mode derivatives, whose gradients FSDP2 gets wrong"
@@ -122,14 +122,14 @@ class TrainState:
         return [p for module in (self.model, self.weighting) if module is not None for p in module.parameters()]
 
     @property
-    def is_divided(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether each process holds a part of the weights, moments and averages."""
-        return sharding.is_divided(next(self.model.parameters()))
+        return sharding.is_sharded(next(self.model.parameters()))
 
     def save(self, folder: Path) -> None:
         """Write the state, whole, to `folder/step-<step>` atomically; all processes must call, the first one writes."""
         tensors = sharding.gathered({**self._tensors(), **self._window_tensors()})
-        if ranks.is_first():
+        if ranks.is_main():
             save_state(folder, self.step, tensors, {})
 
     def restore(self, state: Path | None) -> None:
@@ -138,18 +138,18 @@ class TrainState:
         Of several processes all must call. The first alone names the state, and all then hold it.
         """
         tensors = {}
-        if ranks.is_first():
+        if ranks.is_main():
             tensors, values = load_state(state)
             tensors["step"] = torch.tensor(values["step"])
-        self._take(ranks.from_first(tensors), whence=str(state or "what the first process sent"))
+        self._take(ranks.broadcast_from_main(tensors), whence=str(state or "what the first process sent"))
 
     def share(self) -> None:
         """Let every process hold the first one's state, bitwise; all must call. A divided one all hold together."""
-        if ranks.count() == 1 or self.is_divided:
+        if ranks.world_size() == 1 or self.is_sharded:
             return
         mine = {**self._tensors(), **self._window_tensors(), "step": torch.tensor(self.step)}
-        tensors = dict(ranks.from_first(mine))
-        if not ranks.is_first():
+        tensors = dict(ranks.broadcast_from_main(mine))
+        if not ranks.is_main():
             self._take(tensors.items(), whence="what the first process sent")
 
     def _take(self, whole: Iterable[tuple[str, Tensor]], *, whence: str) -> None:
@@ -236,8 +236,8 @@ def train_step(
 ) -> tuple[Loss, Tensor]:
     """Take one optimiser step, move the averages and the target; return the losses and the gradient's norm."""
     train = state.train
-    whole = [p for p in state.parameters() if not sharding.is_divided(p)]  # else FSDP2 sums the gradients
-    with ranks.exchange() if state.is_divided else nullcontext():
+    whole = [p for p in state.parameters() if not sharding.is_sharded(p)]  # else FSDP2 sums the gradients
+    with ranks.exchange() if state.is_sharded else nullcontext():
         loss = method.loss(models, batches.at(context.step), context)
         with ranks.summed_gradients(whole):
             (ranks.own_rows(loss.per_sample).sum() / len(loss.per_sample)).backward()

@@ -307,7 +307,7 @@ class _Transfer:
             self._say(f"{self._verb} the training state: {self._done >> 20} of {self._total >> 20} MiB")
 
 
-class Courier:
+class CheckpointUploader:
     """Keeps the lease, and carries states to the bucket while the training goes on; of those waiting the newest."""
 
     def __init__(self, training: Training, outbox: Path, say: Say) -> None:
@@ -317,7 +317,7 @@ class Courier:
         self._ending, self._failing = False, False
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._renew, self._carry)]
 
-    def __enter__(self) -> "Courier":
+    def __enter__(self) -> "CheckpointUploader":
         for thread in self._threads:
             thread.start()
         return self
@@ -416,7 +416,7 @@ def hold_in_bucket(
     shutil.rmtree(outbox, ignore_errors=True)  # of a run that was killed
     try:
         training.restore(folder)
-        with Courier(training, outbox, say) as courier:
+        with CheckpointUploader(training, outbox, say) as courier:
             yield lambda: courier.send(folder)
     finally:
         if _hand_back(training, folder, outbox, say, finished()):

@@ -62,7 +62,7 @@ def search(args: Namespace) -> None:
     name = textwrap.shorten(" ".join(["search", Path(args.recipe).stem, *args.overrides]), MAX_NAME, placeholder=" ...")
     with clone(root, name) as workspace:
         write_active(recipe, workspace.root)
-        entries = bring_up(workspace)
+        entries = reproduce(workspace)
         found = find(recipe, grid, args, workspace, entries)
     report(recipe, found, args)
 
@@ -78,13 +78,13 @@ def make_grid(recipe: "Recipe", nfe: int, num_scales: int | None) -> list[float]
     return [float(f"{sigma:.{DIGITS}g}") for sigma in recipe.noise.grid(count).tolist()]
 
 
-def bring_up(workspace: Workspace) -> dict[str, dict[str, Any]]:
+def reproduce(workspace: Workspace) -> dict[str, dict[str, Any]]:
     """Bring what a search needs up to date, nothing twice; return the entries of dvc.lock."""
     stages = read_stages(workspace.root)
     wanted = {*NEEDED, *(name for needed in NEEDED for name in ancestors(stages[needed], stages))}
     entries = {}
     for name in (name for name in stages if name in wanted):
-        result = workspace.bring_up(name, on_line=_to_stderr)
+        result = workspace.reproduce(name, on_line=_to_stderr)
         _to_stderr(f"{name}: cached" if result.cached else f"{name}: done in {workspace.seconds[name]:.1f} s")
         entries[name] = result.entry
     return entries

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from cm_core.parallel import ranks, sharding
-from cm_core.training.loop import why_not_divided
+from cm_core.training.loop import why_not_sharded
 from flows.distributed import rendezvous
 from flows.distributed.devices import COUNT_VARIABLE, devices_for, nodes_for
 from flows.errors import StageFailed, UserError
@@ -29,7 +29,7 @@ from flows.monitor import Monitor
 
 GRACE = 30.0  # seconds for an exchange with a lost process to fail by itself, and for the others to end
 NOTICE = 2.0  # seconds after which it is known who was lost, when an exchange has failed
-BEREFT = 75  # exit code of a process whose exchange failed: another was lost
+EXIT_PEER_LOST = 75  # exit code of a process whose exchange failed: another was lost
 LOOK = 0.1  # seconds between two looks for an end that is near
 
 
@@ -46,7 +46,7 @@ class Place:
 
 
 @dataclass
-class _Crew:
+class WorkerGroup:
     """The processes that this one started, from rank `first` on, and the nodes that it knows."""
 
     first: int
@@ -57,7 +57,7 @@ class _Crew:
         """Return which process or node was lost, and how; None where all are well."""
         for rank, process in enumerate(self.processes, start=self.first):
             code = process.poll()
-            if code and code != BEREFT:
+            if code and code != EXIT_PEER_LOST:
                 how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
                 return f"process {rank} {how}"
         return next((link.lost for link in self.links if link.lost), None)
@@ -124,7 +124,7 @@ def several_processes(
     store = ranks.listen(host)
     rendezvous.welcome(links, store.port)
     places = [Place(host, store.port, rank, count, rank) for rank in range(1, devices)]
-    crew = _Crew(1, [_start(stage, root, state_dir, place) for place in places], links)
+    crew = WorkerGroup(1, [_start(stage, root, state_dir, place) for place in places], links)
     over = threading.Event()
     threading.Thread(target=_watch, args=(stage, crew, over), daemon=True).start()
     try:
@@ -161,7 +161,7 @@ def _check_sharding(stage: str, section: Any, count: int) -> None:
     value = os.environ.get(sharding.VARIABLE, "0")
     if value not in ("0", "1"):
         raise UserError(f"{sharding.VARIABLE}={value}: must be 1, to divide weights among processes, or 0")
-    obstacle = why_not_divided(section.method, section.train)
+    obstacle = why_not_sharded(section.method, section.train)
     if value == "1" and count > 1 and obstacle:
         raise UserError(f"{sharding.VARIABLE}=1: {stage}.{obstacle}; allowed there: {sharding.VARIABLE}=0")
 
@@ -206,7 +206,7 @@ def join_stage(stage: str, section: Any, root: Path, facts: rendezvous.Facts, sa
     places = [Place(host, welcome.port, first + device, count, device) for device in range(devices)]
     state_dir = root / ".cm" / "joined" / stage  # holds no states: they come from the main node
     state_dir.mkdir(parents=True, exist_ok=True)
-    crew = _Crew(first, [_start(stage, root, state_dir, place) for place in places], [link])
+    crew = WorkerGroup(first, [_start(stage, root, state_dir, place) for place in places], [link])
     try:
         lost = _wait(crew)
         if lost is not None:
@@ -220,7 +220,7 @@ def join_stage(stage: str, section: Any, root: Path, facts: rendezvous.Facts, sa
         crew.end()
 
 
-def _wait(crew: _Crew) -> str | None:
+def _wait(crew: WorkerGroup) -> str | None:
     """Wait for the end of all processes of this node; return what went wrong, if something did."""
     lost, deadline = None, None
     while any(process.poll() is None for process in crew.processes):
@@ -241,7 +241,7 @@ def _start(stage: str, root: Path, state_dir: Path | None, place: Place) -> subp
     return subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE)  # the pipe ends when this process does
 
 
-def _watch(stage: str, crew: _Crew, over: threading.Event) -> None:
+def _watch(stage: str, crew: WorkerGroup, over: threading.Event) -> None:
     """End this process when another was lost and the exchange with it does not fail: a GPU may wait for it in vain."""
     while not over.wait(1.0):
         lost = crew.lost()

@@ -22,7 +22,7 @@ LOOK_EVERY = 2.0  # seconds between two looks for a free slot
 
 
 @contextmanager
-def gpu_turn(stage: Stage, workspace: Workspace, say: Callable[[str], None]) -> Iterator[dict[str, str]]:
+def gpu_slot(stage: Stage, workspace: Workspace, say: Callable[[str], None]) -> Iterator[dict[str, str]]:
     """Hold the slots and devices of a stage that needs GPUs while it is brought up to date; yield its variables.
 
     With Prefect embedded there is no other flow to queue with, and nothing is held. Raises RunEnding when the run

@@ -19,7 +19,7 @@ from flows.recipes.overrides import flatten
 from flows.recipes.recipe import Recipe, load_active, recipe_name
 from flows.stage_runner.progress import StageMonitor
 from flows.stage_runner.signals import StageSignals, end_with_caller
-from flows.tracking.run_context import Belonging
+from flows.tracking.run_context import RunContext
 from flows.tracking.stage_run import StageRun
 from flows.tracking.tracker import MODEL_FILES, MODEL_NAME, Tracker, describe_run, files_below, shown_files
 from flows.workspace.clone import LIFELINE_VARIABLE
@@ -140,7 +140,7 @@ def _state(stage: Stage, root: Path, inputs: Mapping[str, str], monitor: StageMo
 @contextmanager
 def _tracked_run(stage: Stage, root: Path, recipe: Recipe, inputs: Mapping[str, str]) -> Iterator[StageRun]:
     """Open the stage's MLflow run, with all that is known before the stage starts."""
-    belonging = Belonging.read()
+    belonging = RunContext.read()
 
     def tags() -> dict[str, str]:
         whence = belonging.tags or {**describe_code(root), "recipe": recipe_name(recipe, root)}

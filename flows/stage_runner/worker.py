@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from cm_core.parallel import ranks
-from flows.distributed.launch import BEREFT, Place
+from flows.distributed.launch import EXIT_PEER_LOST, Place
 from flows.errors import USER_ERROR, UserError
 from flows.monitor import Monitor
 from flows.recipes.recipe import load_active
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"cm: {error}", file=sys.stderr, flush=True)
         os._exit(USER_ERROR)
     except ranks.ProcessLost:
-        os._exit(BEREFT)  # whoever watches over all of them says which was lost
+        os._exit(EXIT_PEER_LOST)  # whoever watches over all of them says which was lost
 
 
 def _end_with_caller() -> None:

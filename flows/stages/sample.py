@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cm_core.model import ModelSpec, load_model
 from cm_core.parallel import ranks
-from cm_core.parallel.graphs import replay_passes
+from cm_core.parallel.graphs import with_cuda_graphs
 from cm_core.params import Params
 from cm_core.precond import Precond
 from cm_core.sampling import ImageNoise, TeacherSampler, check_levels
@@ -88,11 +88,11 @@ def sample(
             row, sample, spec, device, out_dir, lambda n, before=done: monitor.progress(before + n, total, "images")
         )
         done += row.num_images
-        if ranks.is_first():
+        if ranks.is_main():
             images = np.load(out_dir / f"{row.name}.npy", mmap_mode="r")
             save_grid(images[:GRID_IMAGES], out_dir / f"{row.name}_grid.png")
             monitor.image(f"grid/{row.name}", out_dir / f"{row.name}_grid.png", 0)
-    if not ranks.is_first():
+    if not ranks.is_main():
         return
     _save_strips(spec, f, load_dataset(prepare_dir), device, out_dir / "strips.png")
     _write_index(sample, spec, rows, out_dir)
@@ -101,7 +101,7 @@ def sample(
 def _load(folder: Path, device: torch.device, autocast: torch.dtype | None) -> tuple[ModelSpec, Precond]:
     spec, model = load_model(folder, autocast=autocast)
     model = to_device(model, device)
-    replay_passes(model.net)
+    with_cuda_graphs(model.net)
     return spec, model
 
 
@@ -144,7 +144,7 @@ def _untrained_row(
     origin = json.loads((student_dir / "origin.json").read_text())
     f = to_device(initial_student(spec, **origin, teacher_dir=teacher_dir), device).eval().requires_grad_(False)
     f.autocast = autocast
-    replay_passes(f.net)
+    with_cuda_graphs(f.net)
     return _student_row("untrained", "untrained", sample, spec, f)
 
 
@@ -188,7 +188,7 @@ def write_images(
     """
     channels, height, width = spec.image_shape
     shape = (num_images, height, width, channels)
-    if ranks.is_first():
+    if ranks.is_main():
         np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     ranks.wait_for_all()
     apart = ranks.agree(not path.exists())  # on another node: its processes write files of their own
@@ -196,7 +196,7 @@ def write_images(
         np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     images = np.lib.format.open_memmap(path, mode="r+")
     pending: tuple[range, Tensor, torch.cuda.Event | None] | None = None
-    for start in range(0, num_images, batch_size)[ranks.rank() :: ranks.count()]:
+    for start in range(0, num_images, batch_size)[ranks.rank() :: ranks.world_size()]:
         indices = range(start, min(start + batch_size, num_images))
         ready = indices, *_to_host(to_pixels(draw(indices)))
         if pending:
@@ -208,14 +208,14 @@ def write_images(
         _hand_over(images, batch_size)
     images.flush()
     ranks.wait_for_all()
-    if ranks.count() > 1:  # the last batch may have been another's
+    if ranks.world_size() > 1:  # the last batch may have been another's
         progress(num_images)
 
 
 def _hand_over(images: np.ndarray, batch_size: int) -> None:
     """Bring everybody's batches into the first process's array."""
     for number, start in enumerate(range(0, len(images), batch_size)):
-        ranks.hand_to_first(torch.from_numpy(images[start : start + batch_size]), number % ranks.count())
+        ranks.send_to_main(torch.from_numpy(images[start : start + batch_size]), number % ranks.world_size())
 
 
 def _to_host(pixels: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -14,8 +14,8 @@ from cm_core.methods.base import Method
 from cm_core.model import ModelSpec, save_model
 from cm_core.networks.layers import compile_blocks
 from cm_core.parallel import ranks, sharding
-from cm_core.parallel.graphs import replay_passes
-from cm_core.parallel.memory import recompute_blocks, split_passes
+from cm_core.parallel.graphs import with_cuda_graphs
+from cm_core.parallel.memory import checkpoint_blocks, split_passes
 from cm_core.precond import Precond
 from cm_core.training.batches import Batches
 from cm_core.training.checkpoint import list_states
@@ -78,9 +78,9 @@ def run_training(
     """
     train = state.train
     _resume(state, state_dir, monitor)
-    log = TrainingLog((state_dir if ranks.is_first() else out_dir) / "log", before=state.step)
+    log = TrainingLog((state_dir if ranks.is_main() else out_dir) / "log", before=state.step)
     averaged = spec.build(autocast=train.autocast).eval().requires_grad_(False)
-    if ranks.is_first():  # which alone draws
+    if ranks.is_main():  # which alone draws
         averaged = to_device(averaged, batches.device)
     _keep_compiled(state_dir.parent / "compiled", batches.device)
     _prepare_passes(models, method, train)
@@ -103,7 +103,7 @@ def run_training(
                 monitor.progress(step, train.num_steps, "steps")
             if step % train.grid_every == 0 or step == train.num_steps:
                 weights = state.averaged()
-                if ranks.is_first():
+                if ranks.is_main():
                     averaged.load_state_dict(weights)
                     save_grid(draw(averaged, step), log.grid(step), columns=8)
                     monitor.image("samples", log.grid(step), step)
@@ -120,7 +120,7 @@ def run_training(
 def _profile_folder(section: str) -> Path | None:
     """Return where this training's profile goes, if one is asked for; the first process alone makes one."""
     given = os.environ.get(PROFILE_VARIABLE)
-    return Path(given) / section if given and ranks.is_first() else None
+    return Path(given) / section if given and ranks.is_main() else None
 
 
 def _note_speed(table: Path, step: int, measured: Mapping[str, float]) -> None:
@@ -137,7 +137,7 @@ def _checked_speed(state: TrainState, method: Method, spec: ModelSpec, device: t
     train, speed = state.train, Speed(method, spec, state.train, device, first=state.step)
     if speed.cost is not None:
         memory = torch.cuda.get_device_properties(device).total_memory
-        problem = advice(speed.cost, method, train, memory, section, ranks.count(), divided=state.is_divided)
+        problem = advice(speed.cost, method, train, memory, section, ranks.world_size(), divided=state.is_sharded)
         if problem:
             raise UserError(f"{torch.cuda.get_device_name(device)}: {problem}")
     return speed
@@ -156,20 +156,20 @@ def _prepare_passes(models: Models, method: Method, train: Train) -> None:
         if train.compile:
             compile_blocks(model.net)
         if train.checkpoint_activations:
-            recompute_blocks(model.net)
+            checkpoint_blocks(model.net)
         if train.accumulate > 1:
             split_passes(model.net, train.accumulate)
         recorded = not (train.compile or train.checkpoint_activations or train.accumulate > 1)
         if recorded and not sharding.is_wanted():
-            replay_passes(model.net)
-        ranks.divide_rows(model.net)
+            with_cuda_graphs(model.net)
+        ranks.split_rows(model.net)
     if isinstance(models.distance, nn.Module) and not method.forward_mode:  # LPIPS; of that loss it needs every row
-        ranks.divide_rows(models.distance)
+        ranks.split_rows(models.distance)
 
 
 def _resume(state: TrainState, state_dir: Path, monitor: Monitor) -> None:
     """Go on from the last saved state; of several processes the first alone has one, and all hold what it holds."""
-    saved = list_states(state_dir) if ranks.is_first() else []
+    saved = list_states(state_dir) if ranks.is_main() else []
     if ranks.agree(bool(saved)):
         state.restore(saved[-1] if saved else None)
         monitor.remark(f"resuming from step {state.step}")
@@ -180,7 +180,7 @@ def _resume(state: TrainState, state_dir: Path, monitor: Monitor) -> None:
 def _write_artifact(state: TrainState, spec: ModelSpec, out_dir: Path) -> None:
     for index in reversed(range(len(state.emas))):  # the first is the model's own weights file
         weights = state.averaged(index)
-        if ranks.is_first():
+        if ranks.is_main():
             save_model(out_dir / f"ema{index}" if index else out_dir, spec, weights)
 
 

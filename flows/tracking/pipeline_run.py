@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flows.tracking.run_context import Belonging
+from flows.tracking.run_context import RunContext
 from flows.tracking.tracker import (
     MODEL_FILES,
     MODEL_NAME,
@@ -37,7 +37,7 @@ class PipelineRun:
         self.tracker, self.tags, self._name, self._params = tracker, {**tags, "stage": stage}, name, params
 
     def __enter__(self) -> "PipelineRun":
-        above = Belonging.read().parent_run_id
+        above = RunContext.read().parent_run_id
         parent = {"mlflow.parentRunId": above} if above else {}
         code = code_tags(self.tags, "consistency")
         tags = {**self.tags, **parent, **code, "mlflow.note.content": describe_run(self.tags, {})}
@@ -57,9 +57,9 @@ class PipelineRun:
         for child in self.tracker.client.search_runs([self.tracker.experiment_id], query):
             self.tracker.client.set_terminated(child.info.run_id, "KILLED")
 
-    def belonging(self) -> Belonging:
+    def belonging(self) -> RunContext:
         """Return what the stages of this flow belong to."""
-        return Belonging(self.run_id, {key: value for key, value in self.tags.items() if key != "stage"})
+        return RunContext(self.run_id, {key: value for key, value in self.tags.items() if key != "stage"})
 
     def log_stages(self, outs: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
         """Record what each stage came to, {stage: {path: hash}}, and the run that computed it, whoever's that was.

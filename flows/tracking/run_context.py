@@ -10,14 +10,14 @@ PARENT_VARIABLE, TAGS_VARIABLE = "CM_PARENT_RUN_ID", "CM_RUN_TAGS"  # how a flow
 
 
 @dataclass(frozen=True)
-class Belonging:
+class RunContext:
     """What a stage's run belongs to: the flow's parent run and the tags it shares, from the environment."""
 
     parent_run_id: str | None = None
     tags: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def read(cls) -> "Belonging":
+    def read(cls) -> "RunContext":
         """Read what a flow passed on; a stage started by `dvc repro` belongs to nothing."""
         return cls(os.environ.get(PARENT_VARIABLE), json.loads(os.environ.get(TAGS_VARIABLE, "{}")))
 

@@ -144,7 +144,7 @@ class Workspace:
             (self.folder / DONE_FILE).touch()
         self._live.close()
 
-    def bring_up(
+    def reproduce(
         self,
         stage: str,
         *,
@@ -190,7 +190,7 @@ class Workspace:
     def _run(
         self, command: list[str], variables: Mapping[str, str], on_line: Callable[[str], None], on_tick: Callable
     ) -> tuple[int, list[str]]:
-        """Run a command in the clone and return its exit code and output; see `bring_up`."""
+        """Run a command in the clone and return its exit code and output; see `reproduce`."""
         lines, process = [], self._start(command, variables)
         try:
             for line in process.lines(on_tick=on_tick):

@@ -197,7 +197,7 @@ def test_stages_after_skipped_ones_find_their_inputs(run, root):
 
 @soak
 def test_a_crash_is_retried_and_bad_input_is_not(run, pipeline, monkeypatch, tmp_path):
-    monkeypatch.setattr(pipeline, "bring_up", pipeline.bring_up.with_options(retry_delay_seconds=0))
+    monkeypatch.setattr(pipeline, "reproduce", pipeline.reproduce.with_options(retry_delay_seconds=0))
     trace = tmp_path / "trace"
     monkeypatch.setenv("MINI_TRACE", str(trace))
     monkeypatch.setenv("MINI_CRASHES_ONCE", str(tmp_path / "teacher"))

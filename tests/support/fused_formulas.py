@@ -21,17 +21,17 @@ def projects(x, beside):
     return True
 
 
-def project_join(x, beside, weight, h, bias, factor):
-    return join(F.conv2d(torch.cat([x, beside], dim=1), weight[:, :, None, None]), h, bias, factor)
+def project_residual_add(x, beside, weight, h, bias, factor):
+    return residual_add(F.conv2d(torch.cat([x, beside], dim=1), weight[:, :, None, None]), h, bias, factor)
 
 
-def join(x, h, bias, factor):
+def residual_add(x, h, bias, factor):
     return (x + h + bias[:, None, None]) * factor
 
 
-def halve(x, factor):
+def downsample(x, factor):
     return 4 * factor * F.avg_pool2d(x, 2)
 
 
-def double(x, factor):
+def upsample(x, factor):
     return factor * F.interpolate(x, scale_factor=2.0, mode="nearest")

@@ -91,11 +91,11 @@ def all_errors():
     wide = draw(2, 24, 6, 4)
     found = dict(norm_errors())
     for factor in (1.0, 0.7):
-        found[f"join times {factor}"] = errors("join", {"x": x, "h": h, "bias": bias}, factor=factor)
-        found[f"halve times {factor}"] = errors("halve", {"x": wide}, factor=factor)
-        found[f"double times {factor}"] = errors("double", {"x": wide}, factor=factor)
+        found[f"residual_add times {factor}"] = errors("residual_add", {"x": x, "h": h, "bias": bias}, factor=factor)
+        found[f"downsample times {factor}"] = errors("downsample", {"x": wide}, factor=factor)
+        found[f"upsample times {factor}"] = errors("upsample", {"x": wide}, factor=factor)
         parts = {"x": draw(2, 32, 6, 4), "beside": x, "weight": draw(16, 48), "h": h, "bias": bias}
-        found[f"project and join times {factor}"] = errors("project_join", parts, factor=factor)
+        found[f"project_residual_add times {factor}"] = errors("project_residual_add", parts, factor=factor)
     return found | {f"network {name}": network_error(params) for name, params in small_networks().items()}
 
 

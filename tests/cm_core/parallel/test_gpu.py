@@ -19,7 +19,7 @@ from cm_core.model import ModelSpec
 from cm_core.networks.layers import plain_layers
 from cm_core.noise import Noise
 from cm_core.parallel import ranks
-from cm_core.parallel.graphs import replay_passes
+from cm_core.parallel.graphs import with_cuda_graphs
 from cm_core.philox import normals
 from cm_core.randomness import derive_seed, dropout_seed
 from cm_core.sampling import ImageNoise
@@ -91,7 +91,7 @@ def test_passes_with_and_without_gradients_recorded_or_not_drop_the_same(autocas
     first = None
     for replayed in (False, True):
         if replayed:
-            replay_passes(model.net)
+            with_cuda_graphs(model.net)
         for _ in range(3):  # once plainly, once recording, once replaying
             with dropout_seed(3, CUDA):
                 trained = model(x, sigma).detach()
@@ -109,10 +109,10 @@ def test_passes_with_and_without_gradients_recorded_or_not_drop_the_same(autocas
 def test_recorded_gradients_are_those_of_a_plain_pass_in_one_piece_or_many(processes, autocast, monkeypatch):
     model, sent = build(NETWORKS["ddpmpp"], autocast=autocast), []
     expected = pass_through(model)
-    monkeypatch.setattr(ranks, "count", lambda: processes)  # this one alone is here: a sum is what it sends
+    monkeypatch.setattr(ranks, "world_size", lambda: processes)  # this one alone is here: a sum is what it sends
     monkeypatch.setattr(ranks, "PIECE", 100_000)
     monkeypatch.setattr(ranks, "exchanges", lambda: nullcontext(sent.append))
-    replay_passes(model.net)
+    with_cuda_graphs(model.net)
     pass_through(model)
     for _ in range(2):
         sent.clear()
@@ -173,7 +173,7 @@ def take_steps(method, recorded):
     models = Models(model, target or model, teacher, distance, weighting)
     if recorded:
         for net in {id(m): m for m in (model, models.target, teacher)}.values():
-            replay_passes(net.net)
+            with_cuda_graphs(net.net)
     pixels = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
     batches = Batches(pixels, None, batch_size=16, seed=0, device=CUDA)
     return [entry["loss"] for entry in fit(state, method, models, batches, noise=Noise(), seed=0)]

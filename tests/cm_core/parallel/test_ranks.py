@@ -53,7 +53,7 @@ def train(rank, port, folder):
                     id(m): m.net for m in (training.models.student, training.models.target, training.models.teacher)
                 }
                 for net in nets.values():
-                    ranks.divide_rows(net)
+                    ranks.split_rows(net)
                 seeds = []
                 training.models.student.net.register_forward_pre_hook(
                     lambda *_, to=seeds: to.append(torch.initial_seed())
@@ -104,9 +104,9 @@ def test_all_hold_the_state_of_the_first_to_the_bit(trained, name):
 
 def test_alone_nothing_is_divided():
     module = torch.nn.Linear(2, 2)
-    ranks.divide_rows(module)
+    ranks.split_rows(module)
     assert "forward" not in vars(module)
-    assert ranks.is_first() and ranks.count() == 1
+    assert ranks.is_main() and ranks.world_size() == 1
     assert ranks.agree(True) and not ranks.agree(False)
 
 
@@ -115,10 +115,10 @@ def test_gradients_come_in_pieces_as_the_backward_pass_computes_them(monkeypatch
     net(torch.ones(2, 8)).square().sum().backward()
     expected = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
-    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
     monkeypatch.setattr(ranks, "PIECE", 300)
     sent = []
-    pieces = ranks.GradientPieces(lambda piece: sent.append((piece, net[0].weight.grad)))
+    pieces = ranks.GradientBuckets(lambda piece: sent.append((piece, net[0].weight.grad)))
     with pieces.taken_from(net.parameters()):
         net(torch.ones(2, 8)).square().sum().backward()
     assert len(sent) == 2 and all(first is None for _, first in sent)  # the first layer's gradient comes last
@@ -145,8 +145,8 @@ def test_gradients_of_half_precision_stand_ins_become_those_of_the_parameters(pr
             casting.update()
             out = net(x)
     assert list(net.parameters()) == parameters
-    monkeypatch.setattr(ranks, "count", lambda: processes)
-    stand_ins, pieces = casting.stand_ins, ranks.GradientPieces(lambda piece: None)
+    monkeypatch.setattr(ranks, "world_size", lambda: processes)
+    stand_ins, pieces = casting.stand_ins, ranks.GradientBuckets(lambda piece: None)
     assert set(stand_ins) == {conv.weight, net[2].weight}
     with pieces.taken_from(parameters, stand_ins):
         out.float().square().sum().backward(inputs=[stand_ins.get(p, p) for p in parameters])
@@ -172,11 +172,11 @@ def test_a_shared_network_refuses_a_second_pass_with_gradients_beside_a_recorded
     monkeypatch.setattr(graphs, "fuses", lambda x: True)
     monkeypatch.setattr(graphs, "_Pass", Recorded)
     net, x = torch.nn.Linear(2, 2), torch.ones(2, 2)
-    graphs.replay_passes(net)
+    graphs.with_cuda_graphs(net)
     net(x)  # the first of its kind runs plainly
     net(x)  # recorded
     net(x)  # alone, it is taken and this one runs plainly again
-    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
     with pytest.raises(RuntimeError, match="one pass at a time"):
         net(x)
     with torch.no_grad():

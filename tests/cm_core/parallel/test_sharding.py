@@ -46,9 +46,9 @@ def begin(training, folder):
 def held(training):
     """Return how many of the divided numbers this process holds, how many there are, and what is not divided."""
     tensors = training.state._tensors()
-    divided = [tensor for tensor in tensors.values() if sharding.is_divided(tensor)]
+    divided = [tensor for tensor in tensors.values() if sharding.is_sharded(tensor)]
     own, there = sum(tensor.to_local().numel() for tensor in divided), sum(tensor.numel() for tensor in divided)
-    return own, there, {name for name, tensor in tensors.items() if not sharding.is_divided(tensor)}
+    return own, there, {name for name, tensor in tensors.items() if not sharding.is_sharded(tensor)}
 
 
 def train(rank, port, folder):
@@ -167,4 +167,4 @@ def test_what_cannot_be_divided_is_refused_in_one_line(monkeypatch, value, overr
 def test_alone_nothing_is_divided(monkeypatch):
     with asked(monkeypatch, "1", "student.method=scm", devices="1"):
         assert not sharding.is_wanted()
-    assert not prepared("ct", {}).state.is_divided
+    assert not prepared("ct", {}).state.is_sharded

@@ -20,7 +20,7 @@ from flows.reports.figures import save_grid
 from flows.stage_runner import run as running
 from flows.stage_runner.progress import StageMonitor
 from flows.tracking.pipeline_run import PipelineRun
-from flows.tracking.run_context import Belonging
+from flows.tracking.run_context import RunContext
 from flows.tracking.stage_run import StageRun
 from flows.tracking.tracker import Tracker, flat_numbers, load_student
 from flows.workspace.dvc_files import dvc_md5
@@ -118,7 +118,7 @@ def test_everything_a_stage_did_is_in_mlflow(root, tracker, monkeypatch, tmp_pat
 
     parent = tracker.client.create_run(tracker.experiment_id).info.run_id
     given = {"recipe": "given", "git.revision": "1" * 40, "prefect.flow_run": "brave-owl"}
-    for name, value in Belonging(parent, given).variables().items():
+    for name, value in RunContext(parent, given).variables().items():
         monkeypatch.setenv(name, value)
     (root / "out/teacher").mkdir()
     (root / "out/teacher/old.txt").write_text("of an earlier run")

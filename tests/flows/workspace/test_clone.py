@@ -124,7 +124,7 @@ def test_what_one_door_computed_the_other_finds(root):
     said, entries = [], {}
     with clone.clone(root, "first") as first:
         for stage in dvc_files.read_stages(first.root):
-            result = first.bring_up(stage, on_line=said.append)
+            result = first.reproduce(stage, on_line=said.append)
             entries[stage] = result.entry
             assert not result.cached
             assert result.outs == {path: dvc_files.dvc_md5(first.root / path) for path in result.outs}
@@ -138,7 +138,7 @@ def test_what_one_door_computed_the_other_finds(root):
     (root / "dvc.lock").unlink()
     with clone.clone(root, "second") as second:
         dvc_files.update_lock(second.root, {"prepare": entries["prepare"]})
-        result = second.bring_up("teacher")  # out/prepare is not in this clone, only in the cache
+        result = second.reproduce("teacher")  # out/prepare is not in this clone, only in the cache
         assert result.cached and result.entry == entries["teacher"]
 
 
@@ -181,7 +181,7 @@ def test_rewriting_the_lock_keeps_small_numbers_numbers(tmp_path):
 
 def test_cache_holds_an_output_only_with_all_its_files(fresh):
     with clone.clone(fresh, "run") as copy:
-        outs = copy.bring_up("prepare").outs
+        outs = copy.reproduce("prepare").outs
     cache = locations.cache_of(fresh)
     assert cache.folder == fresh / ".dvc" / "cache" and cache.holds(outs)
     files = cache.files(outs["out/prepare"])
@@ -195,9 +195,9 @@ def test_independent_stages_run_side_by_side(fresh, monkeypatch, tmp_path):
     trace = tmp_path / "trace"
     monkeypatch.setenv("MINI_TRACE", str(trace))
     with clone.clone(fresh, "run") as copy:
-        copy.bring_up("prepare")
+        copy.reproduce("prepare")
         monkeypatch.setenv("MINI_SECONDS", "3")
-        threads = [threading.Thread(target=copy.bring_up, args=[stage]) for stage in ("features", "teacher")]
+        threads = [threading.Thread(target=copy.reproduce, args=[stage]) for stage in ("features", "teacher")]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -211,12 +211,12 @@ def test_errors_of_the_user_and_crashes_are_told_apart(fresh, monkeypatch):
     with clone.clone(fresh, "run") as copy:
         monkeypatch.setenv("MINI_REFUSES", "prepare")
         with pytest.raises(UserError) as refused:
-            copy.bring_up("prepare")
+            copy.reproduce("prepare")
         assert str(refused.value) == "params/active.yaml: seed=1: must be larger"
         monkeypatch.setenv("MINI_REFUSES", "")
         monkeypatch.setenv("MINI_CRASHES", "prepare")
         with pytest.raises(StageFailed, match="ZeroDivisionError"):
-            copy.bring_up("prepare")
+            copy.reproduce("prepare")
 
 
 def test_leaving_the_workspace_ends_what_runs_in_it(fresh, monkeypatch, tmp_path):
@@ -225,20 +225,20 @@ def test_leaving_the_workspace_ends_what_runs_in_it(fresh, monkeypatch, tmp_path
     monkeypatch.setenv("MINI_SECONDS", "60")
     failures = []
 
-    def bring_up():
+    def reproduce():
         with pytest.raises(RunEnding) as failure:
-            copy.bring_up("prepare")
+            copy.reproduce("prepare")
         failures.append(failure)
 
     with clone.clone(fresh, "run") as copy:
-        thread = threading.Thread(target=bring_up)
+        thread = threading.Thread(target=reproduce)
         thread.start()
         wait_for(trace.exists)
     thread.join(5)
     assert failures and not thread.is_alive()
     assert not runs(int(trace.read_text().split()[2]))
     with pytest.raises(RunEnding):
-        copy.bring_up("prepare")
+        copy.reproduce("prepare")
 
 
 STUBBORN = """

@@ -36,11 +36,11 @@ def share(root, url):
     (root / ".dvc" / "config.local").write_text(f"[core]\n    remote = team\n['remote \"team\"']\n    url = {url}\n")
 
 
-def bring_up(root, name, *stages):
+def reproduce(root, name, *stages):
     """Bring stages up in a run of its own; return {stage: result} and what was said."""
     said = []
     with clone.clone(root, name) as run:
-        results = {stage: run.bring_up(stage, on_line=said.append) for stage in stages}
+        results = {stage: run.reproduce(stage, on_line=said.append) for stage in stages}
         for result in results.values():
             assert result.outs == {path: dvc_md5(run.root / path) for path in result.outs}
     return results, said
@@ -50,9 +50,9 @@ def test_a_worker_that_has_nothing_takes_everything_from_the_remote(machines, s3
     first, second = machines
     for root in machines:
         share(root, f"s3://team/{tmp_path.name}")
-    made, said = bring_up(first, "first", "prepare", "teacher")
+    made, said = reproduce(first, "first", "prepare", "teacher")
     assert not any(result.cached for result in made.values()) and not any("not pushed" in line for line in said)
-    found, _ = bring_up(second, "second", "prepare", "teacher")
+    found, _ = reproduce(second, "second", "prepare", "teacher")
     assert all(result.cached for result in found.values())
     assert {stage: result.outs for stage, result in found.items()} == {s: result.outs for s, result in made.items()}
 
@@ -78,13 +78,13 @@ def test_a_remote_that_fails_loses_nothing_and_is_tried_again(machines, s3, monk
         proxy.strike(error(403, "AccessDenied"), method="PUT")
         said = []
         with clone.clone(first, "first") as run:
-            assert not run.bring_up("prepare", on_line=said.append).cached
+            assert not run.reproduce("prepare", on_line=said.append).cached
             (complaint,) = [line for line in said if "not pushed" in line]
             assert url in complaint and "AccessDenied" in complaint
             proxy.heal()
             run.push_again(said.append)
         assert sum("not pushed" in line for line in said) == 1
-        found, _ = bring_up(second, "second", "prepare")
+        found, _ = reproduce(second, "second", "prepare")
         assert found["prepare"].cached
 
 
@@ -93,12 +93,12 @@ def test_damaged_bytes_in_a_remote_are_never_taken_for_a_result(machines, tmp_pa
     remote = tmp_path / "remote"
     for root in machines:
         share(root, str(remote))
-    bring_up(first, "first", "prepare")
+    reproduce(first, "first", "prepare")
     for file in (remote / "files").rglob("*"):
         if file.is_file() and not file.name.endswith(".dir"):
             file.chmod(0o644)
             file.write_bytes(file.read_bytes() + b"x")
-    results, _ = bring_up(second, "second", "prepare")
+    results, _ = reproduce(second, "second", "prepare")
     assert not results["prepare"].cached, "computed again, and right"
 
 
