@@ -24,6 +24,7 @@ from benchmarks.train_step import METHODS, Step
 from cm_core.model import ModelSpec, build_seeded
 from cm_core.parallel import ranks
 from cm_core.parallel.graphs import with_cuda_graphs
+from cm_core.parallel.rows import split_rows
 from cm_core.sampling import ImageNoise, multistep
 from flows.stages.models import pick_device, to_device
 from flows.stages.sample import write_images
@@ -67,7 +68,7 @@ def _work(
 
 def _train(args: argparse.Namespace, device: torch.device, batch: int, wait_for_all: Callable[[], object]) -> float:
     step = Step(argparse.Namespace(**vars(args) | {"batch_size": batch}), METHODS["ict"], "fused", device)
-    ranks.split_rows(step.models.student.net)
+    split_rows(step.models.student.net)
     for _ in range(WARM_UP):
         step()
     wait_for_all()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cm_core.networks.layers import fuses
 from cm_core.parallel import ranks
+from cm_core.parallel.gradients import GradientBuckets, exchanges
 
 
 def with_cuda_graphs(net: nn.Module) -> None:
@@ -149,7 +150,7 @@ class _BackwardPass:
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._pieces: list[Tensor | None] = []
         self._pool = pool
-        pieces = ranks.GradientBuckets(self._cut)
+        pieces = GradientBuckets(self._cut)
         torch.cuda.synchronize()
         with torch.cuda.stream(stream), torch.autocast("cuda", enabled=False):
             self._begin()
@@ -161,7 +162,7 @@ class _BackwardPass:
             p.grad = None
 
     def replay(self) -> None:
-        with ranks.exchanges() as begin:
+        with exchanges() as begin:
             for graph, piece in zip(self._graphs, self._pieces, strict=True):
                 graph.replay()
                 if piece is not None:

@@ -5,19 +5,17 @@ others there are zeros where a network's output should be, and what a method mak
 for nobody, gradients and losses are exchanged once a step, and no method knows that it is not alone.
 """
 
-import functools
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 LOCAL = "127.0.0.1"
 TIMEOUT = timedelta(minutes=5)  # of one exchange; the first process draws grids and saves states while the others wait
-PIECE = 64 * 2**20  # bytes of gradients that are exchanged at a time, at least
 
 
 def world_size() -> int:
@@ -125,153 +123,3 @@ def send_to_main(rows: Tensor, owner: int) -> None:
             dist.recv(rows, owner)
         elif owner == rank() != 0:
             dist.send(rows, 0)
-
-
-def split_rows(module: nn.Module) -> None:
-    """Let each process compute its own rows of what passes through `module`; the others are zeros, and get no gradient.
-
-    Gradients, and forward-mode derivatives, of the parameters are then those of a process's own rows.
-    """
-    if world_size() == 1:
-        return
-    plain = module.forward
-
-    def forward(*args: Tensor | None) -> Tensor:
-        return _Place.apply(plain(*(None if arg is None else own_rows(arg) for arg in args)))
-
-    module.forward = forward
-
-
-def own_rows(whole: Tensor) -> Tensor:
-    """Return the rows that this process computes, a view; raises ValueError where they do not come out even."""
-    if len(whole) % world_size():
-        raise ValueError(f"{len(whole)} rows cannot be divided among {world_size()} processes")
-    size = len(whole) // world_size()
-    return whole.narrow(0, rank() * size, size)
-
-
-def gathered_rows(whole: Tensor) -> Tensor:
-    """Return a tensor of which each process has put in its own rows."""
-    if world_size() == 1:
-        return whole
-    rows = torch.empty_like(whole)
-    with exchange():
-        dist.all_gather(list(rows.chunk(world_size())), own_rows(whole).contiguous())
-    return rows
-
-
-@contextmanager
-def summed_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Sum over the processes the gradients that one backward pass within this context computes of divided passes.
-
-    They are exchanged in pieces while it goes on. There must be none before.
-    """
-    with exchanges() as begin:
-        pieces = GradientBuckets(begin)
-        with pieces.taken_from(parameters):
-            yield
-        rest = pieces.rest()
-        if rest is not None:  # else there are no others, or the pass was recorded and exchanges by itself (graphs.py)
-            begin(rest)
-
-
-@contextmanager
-def exchanges() -> Iterator[Callable[[Tensor], None]]:
-    """Yield what begins to sum a tensor over the processes in its place; afterwards all that was begun is done.
-
-    On a GPU it will be done before what is launched next.
-    """
-    under_way = []
-
-    def begin(piece: Tensor) -> None:
-        with exchange():
-            under_way.append(dist.all_reduce(piece, async_op=True))
-
-    yield begin
-    with exchange():
-        for work in under_way:
-            work.wait()
-
-
-class GradientBuckets:
-    """Brings gradients together in pieces of memory, to be exchanged; they are parts of these from then on."""
-
-    def __init__(self, on_full: Callable[[Tensor], None]) -> None:
-        self._on_full, self._waiting, self._bytes = on_full, [], 0
-
-    @contextmanager
-    def taken_from(
-        self, parameters: Iterable[nn.Parameter], stand_ins: Mapping[nn.Parameter, nn.Parameter] | None = None
-    ) -> Iterator[None]:
-        """Take the gradients of one backward pass within this context, as it computes them.
-
-        The order is that of the pass, the same in every process. `stand_ins` are copies in another precision, with
-        which the pass was computed: their gradients become those of the parameters, also in a process that is alone.
-        """
-        stand_ins = stand_ins or {}
-        taken = [p for p in (parameters if world_size() > 1 else stand_ins) if p.requires_grad]
-        leaves = [stand_ins.get(p, p) for p in taken]
-        hooks = [
-            leaf.register_post_accumulate_grad_hook(functools.partial(self._take, p))
-            for p, leaf in zip(taken, leaves, strict=True)
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _take(self, p: nn.Parameter, leaf: nn.Parameter) -> None:
-        """Take a parameter's gradient; what was there before is handed on if it is large enough to be exchanged."""
-        if self._bytes >= PIECE and world_size() > 1:
-            self._on_full(self._brought_together())
-        self._waiting.append((p, leaf))
-        self._bytes += p.nbytes
-
-    def rest(self) -> Tensor | None:
-        """Return the last piece; None where there is nobody to exchange it with, or no gradient came."""
-        last = self._brought_together() if self._waiting else None
-        return last if world_size() > 1 else None
-
-    def _brought_together(self) -> Tensor:
-        taken, self._waiting, self._bytes = self._waiting, [], 0
-        sizes = [p.numel() for p, _ in taken]
-        together = taken[0][0].new_empty(sum(sizes))
-        parts = together.split(sizes)
-        gradients = [_in_memory(leaf.grad) for _, leaf in taken]
-        for dtype in {gradient.dtype for gradient in gradients}:  # one kernel each
-            places, found = zip(
-                *((a, b) for a, b in zip(parts, gradients, strict=True) if b.dtype == dtype), strict=True
-            )
-            torch._foreach_copy_(places, found)
-        for (p, leaf), part in zip(taken, parts, strict=True):
-            leaf.grad = None
-            p.grad = part.as_strided(p.shape, p.stride())
-        return together
-
-
-def _in_memory(gradient: Tensor) -> Tensor:
-    """Return a gradient's numbers as they lie in memory, where autograd lays them out as their parameter's."""
-    return gradient.as_strided((gradient.numel(),), (1,))
-
-
-class _Place(torch.autograd.Function):
-    """Own rows in their places among zeros."""
-
-    @staticmethod
-    def forward(rows: Tensor) -> Tensor:
-        whole = rows.new_zeros(world_size() * rows.shape[0], *rows.shape[1:])
-        own_rows(whole).copy_(rows)
-        return whole
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx, d_whole: Tensor) -> Tensor:
-        return own_rows(d_whole)
-
-    @staticmethod
-    def jvp(ctx, d_rows: Tensor) -> Tensor:
-        return _Place.forward(d_rows)

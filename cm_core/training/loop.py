@@ -14,6 +14,8 @@ from cm_core.curricula import linear_ramp
 from cm_core.methods.base import Method
 from cm_core.noise import Noise
 from cm_core.parallel import ranks, sharding
+from cm_core.parallel.gradients import summed_gradients
+from cm_core.parallel.rows import gathered_rows, own_rows
 from cm_core.params import Params
 from cm_core.precond import Precond
 from cm_core.randomness import derive_seed, make_generator
@@ -239,8 +241,8 @@ def train_step(
     whole = [p for p in state.parameters() if not sharding.is_sharded(p)]  # else FSDP2 sums the gradients
     with ranks.exchange() if state.is_sharded else nullcontext():
         loss = method.loss(models, batches.at(context.step), context)
-        with ranks.summed_gradients(whole):
-            (ranks.own_rows(loss.per_sample).sum() / len(loss.per_sample)).backward()
+        with summed_gradients(whole):
+            (own_rows(loss.per_sample).sum() / len(loss.per_sample)).backward()
     grad_norm = _clip(state.parameters(), train.clip_norm)
     factor = method.learning_rate_factor(context.step, context.num_steps)
     factor *= linear_ramp(context.step, ramp_steps=train.ramp_steps)
@@ -254,7 +256,7 @@ def train_step(
         update_target(state.target, state.model, decay=method.target_decay_at(context.step, context.num_steps))
     state.step = context.step + 1
     # Without its graph, which would outlive this step: the next pass could not be recorded (graphs.py) beside it.
-    return loss._replace(per_sample=ranks.gathered_rows(loss.per_sample.detach())), grad_norm
+    return loss._replace(per_sample=gathered_rows(loss.per_sample.detach())), grad_norm
 
 
 def fit(

@@ -16,6 +16,7 @@ from cm_core.networks.layers import compile_blocks
 from cm_core.parallel import ranks, sharding
 from cm_core.parallel.graphs import with_cuda_graphs
 from cm_core.parallel.memory import checkpoint_blocks, split_passes
+from cm_core.parallel.rows import split_rows
 from cm_core.precond import Precond
 from cm_core.training.batches import Batches
 from cm_core.training.checkpoint import list_states
@@ -162,9 +163,9 @@ def _prepare_passes(models: Models, method: Method, train: Train) -> None:
         recorded = not (train.compile or train.checkpoint_activations or train.accumulate > 1)
         if recorded and not sharding.is_wanted():
             with_cuda_graphs(model.net)
-        ranks.split_rows(model.net)
+        split_rows(model.net)
     if isinstance(models.distance, nn.Module) and not method.forward_mode:  # LPIPS; of that loss it needs every row
-        ranks.split_rows(models.distance)
+        split_rows(models.distance)
 
 
 def _resume(state: TrainState, state_dir: Path, monitor: Monitor) -> None:

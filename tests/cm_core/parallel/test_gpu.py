@@ -18,7 +18,7 @@ from cm_core.methods.scm import SCM
 from cm_core.model import ModelSpec
 from cm_core.networks.layers import plain_layers
 from cm_core.noise import Noise
-from cm_core.parallel import ranks
+from cm_core.parallel import gradients, ranks
 from cm_core.parallel.graphs import with_cuda_graphs
 from cm_core.philox import normals
 from cm_core.randomness import derive_seed, dropout_seed
@@ -110,7 +110,7 @@ def test_recorded_gradients_are_those_of_a_plain_pass_in_one_piece_or_many(proce
     model, sent = build(NETWORKS["ddpmpp"], autocast=autocast), []
     expected = pass_through(model)
     monkeypatch.setattr(ranks, "world_size", lambda: processes)  # this one alone is here: a sum is what it sends
-    monkeypatch.setattr(ranks, "PIECE", 100_000)
+    monkeypatch.setattr(gradients, "BUCKET_BYTES", 100_000)
     monkeypatch.setattr(ranks, "exchanges", lambda: nullcontext(sent.append))
     with_cuda_graphs(model.net)
     pass_through(model)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cm_core.parallel import graphs, ranks
+from cm_core.parallel import gradients, graphs, ranks
+from cm_core.parallel.rows import split_rows
 from cm_core.tensor_files import load_tensors
 from cm_core.training.checkpoint import list_states
 from flows.recipes.recipe import write_active
@@ -39,7 +40,7 @@ def begin_training(method, *, steps):
 def train(rank, port, folder):
     """Train by every method as one of two processes, without dropout and with it."""
     torch.set_num_threads(1)
-    ranks.PIECE = 1024  # so that gradients go in many pieces
+    gradients.BUCKET_BYTES = 1024  # so that gradients go in many pieces
     begun = {name: begin_training(METHODS[name], steps=0 if rank else 2) for name in SHARED}
     with ranks.joined(rank, 2, port):
         for name, training in begun.items():
@@ -53,7 +54,7 @@ def train(rank, port, folder):
                     id(m): m.net for m in (training.models.student, training.models.target, training.models.teacher)
                 }
                 for net in nets.values():
-                    ranks.split_rows(net)
+                    split_rows(net)
                 seeds = []
                 training.models.student.net.register_forward_pre_hook(
                     lambda *_, to=seeds: to.append(torch.initial_seed())
@@ -104,7 +105,7 @@ def test_all_hold_the_state_of_the_first_to_the_bit(trained, name):
 
 def test_alone_nothing_is_divided():
     module = torch.nn.Linear(2, 2)
-    ranks.split_rows(module)
+    split_rows(module)
     assert "forward" not in vars(module)
     assert ranks.is_main() and ranks.world_size() == 1
     assert ranks.agree(True) and not ranks.agree(False)
@@ -116,9 +117,9 @@ def test_gradients_come_in_pieces_as_the_backward_pass_computes_them(monkeypatch
     expected = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
     monkeypatch.setattr(ranks, "world_size", lambda: 2)
-    monkeypatch.setattr(ranks, "PIECE", 300)
+    monkeypatch.setattr(gradients, "BUCKET_BYTES", 300)
     sent = []
-    pieces = ranks.GradientBuckets(lambda piece: sent.append((piece, net[0].weight.grad)))
+    pieces = gradients.GradientBuckets(lambda piece: sent.append((piece, net[0].weight.grad)))
     with pieces.taken_from(net.parameters()):
         net(torch.ones(2, 8)).square().sum().backward()
     assert len(sent) == 2 and all(first is None for _, first in sent)  # the first layer's gradient comes last
@@ -146,7 +147,7 @@ def test_gradients_of_half_precision_stand_ins_become_those_of_the_parameters(pr
             out = net(x)
     assert list(net.parameters()) == parameters
     monkeypatch.setattr(ranks, "world_size", lambda: processes)
-    stand_ins, pieces = casting.stand_ins, ranks.GradientBuckets(lambda piece: None)
+    stand_ins, pieces = casting.stand_ins, gradients.GradientBuckets(lambda piece: None)
     assert set(stand_ins) == {conv.weight, net[2].weight}
     with pieces.taken_from(parameters, stand_ins):
         out.float().square().sum().backward(inputs=[stand_ins.get(p, p) for p in parameters])
