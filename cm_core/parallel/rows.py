@@ -1,4 +1,4 @@
-"""Data parallelism by rows: each process computes its own rows of every pass, the others are zeros and get no gradient."""
+"""Data parallelism by rows: a process computes its own rows of every pass; the others are zeros and get no gradient."""
 
 import torch
 import torch.distributed as dist
