@@ -101,7 +101,7 @@ def sample(
 def _load(folder: Path, device: torch.device, autocast: torch.dtype | None) -> tuple[ModelSpec, Precond]:
     spec, model = load_model(folder, autocast=autocast)
     model = to_device(model, device)
-    with_cuda_graphs(model.net)
+    model.network_pass = with_cuda_graphs(model.net)
     return spec, model
 
 
@@ -144,7 +144,7 @@ def _untrained_row(
     origin = json.loads((student_dir / "origin.json").read_text())
     f = to_device(initial_student(spec, **origin, teacher_dir=teacher_dir), device).eval().requires_grad_(False)
     f.autocast = autocast
-    with_cuda_graphs(f.net)
+    f.network_pass = with_cuda_graphs(f.net)
     return _student_row("untrained", "untrained", sample, spec, f)
 
 
