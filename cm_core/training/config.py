@@ -1,12 +1,11 @@
 """How a network is trained: length, batch, optimiser, precision, averages, and what saves memory."""
 
-from typing import Literal
-
 import torch
 from pydantic import Field, model_validator
 
 from cm_core.methods.base import Method
 from cm_core.params import Params
+from cm_core.precision import Precision, autocast_dtype
 from cm_core.training.ema import AnyEma, ConstantEma
 from cm_core.training.optimizers import Adam, RAdam
 
@@ -28,8 +27,8 @@ class Train(Params):
     """Averages of the weights kept during training; the first is the one that is sampled."""
     flip: bool = False
     """Flip images left to right at random (CM and EDM on natural images)."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the network's body; weights, preconditioning and loss stay fp32."""
+    precision: Precision = "fp32"
+    """Arithmetic of the network's body; weights, preconditioning and loss stay fp32. fp16 trains with loss scaling."""
     accumulate: int = Field(1, ge=1)
     """Parts in which a batch passes through the network, each computed again in the backward pass: less memory."""
     checkpoint_activations: bool = False
@@ -54,8 +53,8 @@ class Train(Params):
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """The dtype of the network's body, None for fp32."""
-        return torch.bfloat16 if self.precision == "bf16" else None
+        """The dtype of the network's body under autocast, None for float32."""
+        return autocast_dtype(self.precision)
 
 
 def why_not_sharded(method: Method, train: Train) -> str | None:

@@ -13,6 +13,8 @@ from cm_core.precond import Precond
 from cm_core.training.checkpoint import load_state, save_state
 from cm_core.training.config import Train
 from cm_core.training.ema import Ema
+from cm_core.training.loss_scale import LossScale
+from cm_core.training.optimizers import FusedRAdam
 from cm_core.types import Loss
 
 
@@ -37,7 +39,9 @@ class TrainState:
     teacher: Precond | None = None  # for methods that replace theirs in the course of the training
     weighting: nn.Module | None = None  # the learned part of the loss
     step: int = 0
+    began: int = 0  # the step at which the optimiser was new
     optimizer: torch.optim.Optimizer = dataclasses.field(init=False)
+    loss_scale: LossScale | None = dataclasses.field(init=False)  # of trainings in fp16
     emas: list[Ema] = dataclasses.field(init=False)
     window: list[LoggedStep] = dataclasses.field(default_factory=list)  # steps not yet summed up
 
@@ -45,12 +49,15 @@ class TrainState:
         if self.target is not None:
             self.target.load_state_dict(self.model.state_dict())
             self.target.requires_grad_(False)
+        device = next(self.model.parameters()).device
+        self.loss_scale = LossScale(device) if self.train.precision == "fp16" else None
         self.begin_afresh()
 
     def begin_afresh(self) -> None:
         """Forget what optimiser and averages gathered; they begin anew at the current weights."""
         self.optimizer = self.train.optimizer.build(self.parameters())
         self.emas = [Ema(rule, self.model) for rule in self.train.emas]
+        self.began = self.step
 
     def replace_teacher(self) -> None:
         """Let the model become its own teacher, as at the beginning of a halving (PD)."""
@@ -70,7 +77,7 @@ class TrainState:
         """Write the state, whole, to `folder/step-<step>` atomically; all processes must call, the first one writes."""
         tensors = sharding.gathered({**self._tensors(), **self._window_tensors()})
         if ranks.is_main():
-            save_state(folder, self.step, tensors, {})
+            save_state(folder, self.step, tensors, {"began": self.began})
 
     def restore(self, state: Path | None) -> None:
         """Continue from a saved state, bitwise; the models and optimiser must be built from the same recipe.
@@ -80,14 +87,15 @@ class TrainState:
         tensors = {}
         if ranks.is_main():
             tensors, values = load_state(state)
-            tensors["step"] = torch.tensor(values["step"])
+            tensors |= {name: torch.tensor(value) for name, value in values.items()}
         self._take(ranks.broadcast_from_main(tensors), whence=str(state or "what the first process sent"))
 
     def share(self) -> None:
         """Let every process hold the first one's state, bitwise; all must call. A divided one all hold together."""
         if ranks.world_size() == 1 or self.is_sharded:
             return
-        mine = {**self._tensors(), **self._window_tensors(), "step": torch.tensor(self.step)}
+        mine = {**self._tensors(), **self._window_tensors()}
+        mine |= {"step": torch.tensor(self.step), "began": torch.tensor(self.began)}
         tensors = dict(ranks.broadcast_from_main(mine))
         if not ranks.is_main():
             self._take(tensors.items(), whence="what the first process sent")
@@ -103,13 +111,17 @@ class TrainState:
                 moments[name] = _beside(parameters[name.rpartition("/")[0]], tensor)
             else:
                 beside[name] = tensor
-        step = int(beside.pop("step"))
+        step, began = int(beside.pop("step")), beside.pop("began", None)  # states of older versions do not say
         self._load_window(beside, step)
         if own or beside:
             odd = min([*own, *beside])
             raise ValueError(f"{whence} is the state of another training (only one of the two has {odd})")
         self._load_optimizer(moments)
         self.step = step
+        if began is not None:
+            self.began = int(began)
+            if isinstance(self.optimizer, FusedRAdam):
+                self.optimizer.taken = step - self.began
 
     def averaged(self, index: int = 0) -> dict[str, Tensor]:
         """Return the state dict of the model with the weights of average `index`.
@@ -132,10 +144,12 @@ class TrainState:
                 tensors |= {f"{role}/{name}": t for name, t in module.state_dict().items()}
         for index, ema in enumerate(self.emas):
             tensors |= {f"ema{index}/{name}": t for name, t in ema.weights.items()}
+        if self.loss_scale is not None:
+            tensors |= {f"loss_scale/{name}": t for name, t in self.loss_scale.tensors().items()}
         return tensors
 
     def _window_tensors(self) -> dict[str, Tensor]:
-        """Return what `fit` still needs of the steps since it last yielded metrics; nothing right after a yield."""
+        """Return what is still needed of the steps since metrics were last yielded; nothing right after a yield."""
         if not self.window:
             return {}
         _, losses, norms = zip(*self.window, strict=True)

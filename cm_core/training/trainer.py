@@ -17,6 +17,7 @@ from cm_core.parallel.rows import gathered_rows, own_rows
 from cm_core.randomness import derive_seed, make_generator
 from cm_core.training.batches import Batches
 from cm_core.training.ema import update_target
+from cm_core.training.loss_scale import LossScale
 from cm_core.training.state import LoggedStep, TrainState
 from cm_core.types import Models, StepContext
 
@@ -54,7 +55,7 @@ class Trainer:
             state.window.append(self.step())
             on_step()
             if state.step % train.log_every == 0 or state.step == train.num_steps:
-                metrics = _summarise(state.window)
+                metrics = _summarise(state.window) | _scale_metrics(state.loss_scale)
                 state.window.clear()
                 yield metrics
             elif stop_requested():
@@ -74,14 +75,15 @@ class Trainer:
         whole = [p for p in state.parameters() if not sharding.is_sharded(p)]  # of the others FSDP2 sums the gradients
         with ranks.exchange() if state.is_sharded else nullcontext():
             loss = method.loss(self.models, self.batches.at(step), context)
+            mean = own_rows(loss.per_sample).sum() / len(loss.per_sample)
             with summed_gradients(whole):
-                (own_rows(loss.per_sample).sum() / len(loss.per_sample)).backward()
-        grad_norm = _clip(state.parameters(), train.clip_norm)
+                (mean if state.loss_scale is None else mean * state.loss_scale.scale).backward()
+        grad_norm = self._unscale_and_clip()
 
         rate = train.optimizer.learning_rate * linear_ramp(step, ramp_steps=train.ramp_steps)
         for group in state.optimizer.param_groups:
             group["lr"] = rate * method.learning_rate_factor(step, num_steps)
-        state.optimizer.step()
+        self._step_unless_overflow()
         state.optimizer.zero_grad(set_to_none=True)
 
         for ema in state.emas:
@@ -92,13 +94,29 @@ class Trainer:
         # Without its graph, which would outlive this step: the next pass could not be recorded (graphs.py) beside it.
         return LoggedStep(step, loss._replace(per_sample=gathered_rows(loss.per_sample.detach())), grad_norm)
 
+    def _unscale_and_clip(self) -> Tensor:
+        """Return the gradient's norm, and shorten the gradient where it is longer than `clip_norm`."""
+        parameters, scale = self.state.parameters(), self.state.loss_scale
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = sharding.whole(nn.utils.get_total_norm(gradients))
+        if scale is not None:
+            norm = scale.unscale([sharding.local(gradient) for gradient in gradients], norm)
+        if self.state.train.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.state.train.clip_norm, norm)
+        return norm
 
-def _clip(parameters: list[nn.Parameter], largest: float | None) -> Tensor:
-    """Return the gradient's norm, and shorten the gradient where it is longer than `largest`."""
-    norm = sharding.whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-    if largest is not None:
-        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
-    return norm
+    def _step_unless_overflow(self) -> None:
+        """Let the optimiser step; after an overflow it does not, which fused optimisers decide on the device."""
+        optimizer, scale = self.state.optimizer, self.state.loss_scale
+        if scale is None:
+            optimizer.step()
+            return
+        if optimizer.defaults.get("fused"):
+            optimizer.found_inf = scale.overflow
+            optimizer.step()
+        elif not scale.overflow:
+            optimizer.step()
+        scale.update()
 
 
 def _finite_losses(window: list[LoggedStep]) -> Tensor:
@@ -115,9 +133,15 @@ def _finite_losses(window: list[LoggedStep]) -> Tensor:
 
 def _summarise(window: list[LoggedStep]) -> dict[str, float]:
     losses, last = _finite_losses(window), window[-1]
+    norms = torch.stack([logged.grad_norm for logged in window])
+    norms = norms[norms.isfinite()]  # those of skipped steps are not
     return {
         "step": last.step + 1,
         "loss": losses.mean().item(),
-        "grad_norm": torch.stack([logged.grad_norm for logged in window]).mean().item(),
+        **({"grad_norm": norms.mean().item()} if len(norms) else {}),
         **{name: float(value) for name, value in last.loss.scalars.items()},
     }
+
+
+def _scale_metrics(scale: LossScale | None) -> dict[str, float]:
+    return {} if scale is None else {"loss_scale": scale.scale.item(), "skipped_steps": scale.skipped.item()}

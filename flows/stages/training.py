@@ -12,6 +12,7 @@ import torch
 from cm_core.methods.base import Method
 from cm_core.model import ModelSpec, save_model
 from cm_core.parallel import ranks, sharding
+from cm_core.precision import set_float32_products
 from cm_core.precond import Precond
 from cm_core.training.batches import Batches
 from cm_core.training.checkpoint import list_states
@@ -65,6 +66,7 @@ def run_training(
     at the end. Raises StageStopped after saving when the monitor asks for it.
     """
     state, train, device = trainer.state, trainer.state.train, trainer.batches.device
+    set_float32_products(train.precision)
     _keep_compiled(state_dir.parent / "compiled", device)
     _resume(state, state_dir, monitor)
     trainer.models = compose_passes(trainer.models, trainer.method, train, graphs=not sharding.is_wanted())
