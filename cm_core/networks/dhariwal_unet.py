@@ -14,6 +14,8 @@ from cm_core.networks.layers import (
     UNet,
     add_augment,
     check_image_shape,
+    in_own_precision,
+    keep_parts_float32,
     one_hot,
     positional_frequencies,
 )
@@ -67,6 +69,7 @@ class DhariwalUNet(nn.Module):
             decoder_attention="every",
             pyramid=False,
         )
+        keep_parts_float32(embedding=self.embed, input=self.unet.input, output=self.unet.output)
         for layer in self.unet.residual_ends():  # the other layers keep PyTorch's initialisation, as in ADM
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -78,7 +81,8 @@ class DhariwalUNet(nn.Module):
         class_labels: Tensor | None = None,  # int64 [B]
         augment_labels: Tensor | None = None,  # [B, augment_dim]
     ) -> Tensor:
-        return self.unet(x, self.embed(noise_labels, class_labels, augment_labels))
+        emb = in_own_precision(self.embed, noise_labels, class_labels, augment_labels)
+        return self.unet(x, emb)
 
 
 class Embedding(nn.Module):

@@ -26,6 +26,8 @@ Filter = Literal["box", "fir"]
 EMB_MULT = 4  # width of the embedding in base channels: all published configurations
 KINDS_OF_BLOCKS = 64  # shapes, resamplings and modes of a network's blocks, each compiled once
 MAX_PERIOD = 10_000  # of the positional embedding (DDPM)
+# Parts of a U-Net that compute in float32 beside a body in half precision: "embedding", "input", "output".
+FLOAT32_PARTS = frozenset({"embedding", "output"})
 
 
 _plain: ContextVar[bool] = ContextVar("plain", default=False)
@@ -50,6 +52,29 @@ def forward_mode_attention() -> Iterator[None]:
     """
     with plain_layers(), sdpa_kernel(SDPBackend.MATH):
         yield
+
+
+def keep_parts_float32(**parts: nn.Module) -> None:
+    """Let `in_own_precision` compute those of the named parts in float32 that FLOAT32_PARTS names."""
+    for name in FLOAT32_PARTS & parts.keys():
+        for module in parts[name].modules():
+            module.keeps_float32 = True
+
+
+def in_own_precision(module: nn.Module, *args: Tensor | None) -> Tensor:
+    """Compute a part of a network; under autocast in float32 where it was told to keep that."""
+    device = next(arg for arg in args if arg is not None).device
+    if half_precision(device) is None or not getattr(module, "keeps_float32", False):
+        return module(*args)
+    args = tuple(arg.float() if arg is not None and arg.is_floating_point() else arg for arg in args)
+    with torch.autocast(device.type, enabled=False):
+        return module(*args)
+
+
+def half_precision(device: torch.device) -> torch.dtype | None:
+    """Return the dtype of autocast where it is in force on a device."""
+    enabled = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if enabled else None
 
 
 def is_plain() -> bool:
@@ -397,7 +422,8 @@ class UNet(nn.Module):
             block.number = number
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # x [B, C, H, W], emb [B, E]
-        pyramid, x = x, self.input(x)
+        pyramid, x = x, in_own_precision(self.input, x)
+        x = x.to(half_precision(x.device) or x.dtype)
         skips = [x]
         for name, block in self.encoder.items():
             x = block(x, emb)
@@ -409,8 +435,8 @@ class UNet(nn.Module):
         for name, block in self.decoder.items():
             x = block(x, emb, None if name.endswith("_up") else skips.pop())
         if fuses(x):
-            return self.output(fused_norm(self.output_norm, x, silu=True)[0])
-        return self.output(F.silu(self.output_norm(x)))
+            return in_own_precision(self.output, fused_norm(self.output_norm, x, silu=True)[0])
+        return in_own_precision(self.output, F.silu(self.output_norm(x)))
 
     def blocks(self) -> Iterator[Block]:
         """Yield the blocks, encoder first."""

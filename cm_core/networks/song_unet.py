@@ -20,6 +20,8 @@ from cm_core.networks.layers import (
     UNet,
     add_augment,
     check_image_shape,
+    in_own_precision,
+    keep_parts_float32,
     one_hot,
     positional_frequencies,
 )
@@ -79,6 +81,7 @@ class SongUNet(nn.Module):
             decoder_attention="last",
             pyramid=params.encoder == "residual",
         )
+        keep_parts_float32(embedding=self.embed, input=self.unet.input, output=self.unet.output)
         self._initialise()
 
     def forward(
@@ -88,7 +91,8 @@ class SongUNet(nn.Module):
         class_labels: Tensor | None = None,  # int64 [B]
         augment_labels: Tensor | None = None,  # [B, augment_dim]
     ) -> Tensor:
-        return self.unet(x, self.embed(noise_labels, class_labels, augment_labels))
+        emb = in_own_precision(self.embed, noise_labels, class_labels, augment_labels)
+        return self.unet(x, emb)
 
     def _initialise(self) -> None:
         """Xavier-uniform weights, zero biases; residual branches start near zero, queries and keys small."""

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cm_core.networks.layers import fuses
+from cm_core.networks.layers import fuses, half_precision
 from cm_core.parallel import ranks
 from cm_core.parallel.gradients import GradientBuckets, exchanges
+
+CUDA = torch.device("cuda")
 
 
 def with_cuda_graphs(net: nn.Module) -> Callable[..., Tensor]:
@@ -40,7 +42,7 @@ def with_cuda_graphs(net: nn.Module) -> Callable[..., Tensor]:
                 raise RuntimeError("of a network that several processes share, one pass at a time may have gradients")
             return net(*args)
         if kind not in recorded:
-            recorded[kind] = _Pass(net, parameters, args, cast_weights(_precision()))
+            recorded[kind] = _Pass(net, parameters, args, cast_weights(half_precision(CUDA)))
         return _Replay.apply(recorded[kind], args, anchor)
 
     return replayed
@@ -53,11 +55,7 @@ def _replayable(args: tuple[Tensor | None, ...]) -> bool:
 
 def _kind(net: nn.Module, args: tuple[Tensor | None, ...]) -> tuple:
     shapes = tuple(None if arg is None else (arg.shape, arg.dtype) for arg in args)
-    return torch.is_grad_enabled(), net.training, _precision(), shapes
-
-
-def _precision() -> torch.dtype | None:
-    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+    return torch.is_grad_enabled(), net.training, half_precision(CUDA), shapes
 
 
 class _CastWeights:
@@ -69,6 +67,7 @@ class _CastWeights:
 
     def __init__(self, net: nn.Module, precision: torch.dtype | None) -> None:
         layers = [layer for layer in net.modules() if precision and isinstance(layer, (nn.Conv2d, nn.Linear))]
+        layers = [layer for layer in layers if not getattr(layer, "keeps_float32", False)]
         self._homes = [(layer, layer.weight) for layer in layers]
         self.stand_ins = {
             weight: nn.Parameter(weight.detach().to(precision), weight.requires_grad) for _, weight in self._homes
