@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from cm_core.methods.ict import ICT
 from cm_core.model import ModelSpec, build_seeded
 from cm_core.networks.layers import compile_blocks, plain_layers
 from cm_core.parallel.graphs import with_cuda_graphs
+from cm_core.precision import Precision, set_float32_products
 from cm_core.precond import Precond
 from cm_core.training.batches import Batches
 from cm_core.training.config import Train
@@ -48,7 +49,8 @@ class Step:
 
     def __init__(self, args: Any, method: Method, variant: str, device: torch.device) -> None:
         shape = (3, args.size, args.size)
-        precision = "fp32" if variant == "fp32" else "bf16"
+        precision = "fp32" if variant == "fp32" else getattr(args, "precision", "bf16")
+        set_float32_products(precision)
         optimizer = Adam() if isinstance(method, EDM) else RAdam()
         self.train = Train(batch_size=args.batch_size, precision=precision, optimizer=optimizer, flip=True)
         self.spec = ModelSpec(form=method.form, network=network(args), noise=NOISE, image_shape=shape)
@@ -178,6 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     arguments.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     arguments.add_argument("--batch-size", type=int, default=512)
+    arguments.add_argument("--precision", choices=get_args(Precision), default="bf16", help="of all variants but fp32")
     arguments.add_argument("--steps", type=int, default=10, help="steps that are timed, after three that are not")
     args = arguments.parse_args(argv)
     device, facts = pick_device(), hardware()
