@@ -87,7 +87,7 @@ class _Dropout(torch.autograd.Function):
 def _masked(h: Tensor, kept: int, layer: int, first: int) -> Tensor:
     seed = _seed_on(h.device)
     if h.is_cuda and not torch.compiler.is_compiling():
-        from cm_core.networks.dropout_kernel import masked
+        from cm_core.networks.kernels.dropout import masked
 
         return masked(h, seed, kept, layer, first)
     return torch.where(keep_mask(h, seed, kept, layer, first), h * (LEVELS / kept), 0.0)

@@ -27,7 +27,7 @@ EMB_MULT = 4  # width of the embedding in base channels: all published configura
 KINDS_OF_BLOCKS = 64  # shapes, resamplings and modes of a network's blocks, each compiled once
 MAX_PERIOD = 10_000  # of the positional embedding (DDPM)
 # Parts of a U-Net that compute in float32 beside a body in half precision: "embedding", "input", "output".
-FLOAT32_PARTS = frozenset({"embedding", "output"})
+FLOAT32_PARTS = frozenset({"embedding", "input", "output"})
 
 
 _plain: ContextVar[bool] = ContextVar("plain", default=False)
