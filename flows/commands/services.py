@@ -43,7 +43,7 @@ def add_parsers(commands: Any) -> None:
     add_json_option(parser)
     parser.set_defaults(command=status)
 
-    parser = commands.add_parser("deploy", help="register pools, limit and recipes with the server of PREFECT_API_URL")
+    parser = commands.add_parser("deploy", help="register pool, limit and recipes with the server of PREFECT_API_URL")
     parser.add_argument("--pool-type", default="process", metavar="TYPE", help="a template in infra/work-pools")
     parser.add_argument(
         "--gpus", type=positive, required=True, metavar="N", help="heavy stages at once, all workers' together"
@@ -67,7 +67,7 @@ def start(args: Namespace) -> int:
     try:
         up(
             root,
-            Options(args.prefect_port, args.mlflow_port, args.database, workers=not args.no_workers),
+            Options(args.prefect_port, args.mlflow_port, args.database, worker=not args.no_workers),
             on_start=lambda name: print(f"starting {name}", flush=True),
             on_ready=lambda services: print(_welcome(services, str(folder_of(root) / "logs")), flush=True),
         )

@@ -1,4 +1,4 @@
-"""The services of one machine, as children of `cm up`: Prefect server, MLflow server, a worker for either pool.
+"""The services of one machine, as children of `cm up`: Prefect server, MLflow server, a worker.
 
 All they keep lies in the workspace: Prefect's database in .cm/prefect and MLflow's in mlflow.db, the same files that a
 run without servers uses, so that each shows the other's runs; logs and this module's own notes in .cm/services.
@@ -22,7 +22,7 @@ from flows.atomic import replace_text, try_lock
 from flows.distributed.devices import visible_devices
 from flows.errors import UserError
 from flows.operations.deploy import HEARTBEAT_SECONDS, deploy, in_folder
-from flows.workspace.dvc_files import CPU, GPU
+from flows.workspace.dvc_files import GPU
 from flows.workspace.process import GRACE
 
 if TYPE_CHECKING:
@@ -34,9 +34,9 @@ START_SECONDS = 180  # until a server answers; the first start makes its databas
 WORKER_SECONDS = 3 * GRACE  # for flow runs to end their stages, which save their states, and to say so
 SETTLE_SECONDS = 5  # for the server to schedule again the flow runs that have just told it of their crash
 LOOK_EVERY = 0.5  # seconds between two looks whether all is well
+WORKER = f"worker-{GPU}"
 LOG_LINES = 15  # of a service that ended, shown to the user
 MLFLOW_SCHEMA = "mlflow"  # of PostgreSQL: both servers call a table alembic_version
-CPU_RUNS = 4  # flow runs at once in the pool `cpu`
 
 
 class _StopFlag:
@@ -70,8 +70,8 @@ class Options:
     mlflow_port: int = MLFLOW_PORT
     database: str | None = None
     """A PostgreSQL database for both servers; None: files in the workspace."""
-    workers: bool = True
-    """Whether workers are started, or the servers alone."""
+    worker: bool = True
+    """Whether a worker is started, or the servers alone."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,8 @@ def up(root: Path, options: Options, *, on_start: Callable[[str], None], on_read
                 gpus = max(1, len(visible_devices()))
                 deploy(root, gpus=gpus, pool_type="process", pull_steps=in_folder(root))
                 crash_lost_runs()
-                children.start_workers(_worker_commands(gpus) if options.workers else {})
+                if options.worker:
+                    children.start_worker(_worker_command(gpus))
                 on_ready(services)
             while not stop.wait(LOOK_EVERY):
                 children.check()
@@ -247,10 +248,9 @@ class _Children:
                 silent = ", ".join(name for name, answered in answers.items() if not answered)
                 raise ServiceEnded(f"no answer from {silent} within {START_SECONDS} s; see its log")
 
-    def start_workers(self, commands: Mapping[str, Sequence[str]]) -> None:
-        """Start workers, which need a server that answers."""
-        for name, command in commands.items():
-            self._workers.append(self._start(name, command, self._env))
+    def start_worker(self, command: Sequence[str]) -> None:
+        """Start a worker, which needs a server that answers."""
+        self._workers.append(self._start(WORKER, command, self._env))
 
     def check(self) -> None:
         """Raise ServiceEnded if one of them has ended."""
@@ -299,16 +299,12 @@ def _server_commands(root: Path, services: Services) -> dict[str, list[str]]:
     }
 
 
-def _worker_commands(gpus: int) -> dict[str, list[str]]:
-    """Return the worker of each pool. One run more than GPUs may go on: its other work overlaps their trainings."""
-    limits = {GPU: gpus + 1, CPU: CPU_RUNS}
-    return {
-        f"worker-{pool}": [
-            *("prefect", "worker", "start", "--pool", pool, "--name", f"{pool}@{socket.gethostname()}"),
-            *("--type", "process", "--limit", str(limit), "--install-policy", "never"),
-        ]
-        for pool, limit in limits.items()
-    }
+def _worker_command(gpus: int) -> list[str]:
+    """Return the command of a worker; it takes one run more than GPUs: its other work overlaps their trainings."""
+    return [
+        *("prefect", "worker", "start", "--pool", GPU, "--name", f"{GPU}@{socket.gethostname()}"),
+        *("--type", "process", "--limit", str(gpus + 1), "--install-policy", "never"),
+    ]
 
 
 def answering(services: Services) -> dict[str, bool]:

@@ -269,7 +269,7 @@ def test_up_status_down_and_up_again(root, begin_up):
     second = cm(root, "up")
     assert second.returncode == 2 and second.stderr.count("\n") == 1 and up.note["prefect"] in second.stderr
     pools = {pool["name"]: pool["type"] for pool in up.post("/work_pools/filter")}
-    assert pools == {"gpu": "process", "cpu": "process"}
+    assert pools == {"gpu": "process"}
     limit = up.get("/v2/concurrency_limits/gpu")
     assert (limit["limit"], limit["active"]) == (max(1, len(visible_devices())), True)
     deployed = up.get("/deployments/name/consistency/tiny")
