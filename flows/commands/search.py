@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.output import Bar, add_json_option, positive, print_json, print_table
+from flows.commands.output import add_json_option, positive, print_json, print_table
 from flows.commands.recipes import add_recipe_arguments
 from flows.errors import UserError
+from flows.stage_runner.progress import Bar
 from flows.tracking.stage_run import StageRun
 from flows.tracking.tracker import Tracker
 from flows.workspace.clone import Workspace, clone

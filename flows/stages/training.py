@@ -19,7 +19,7 @@ from cm_core.parallel.memory import checkpoint_blocks, split_passes
 from cm_core.parallel.rows import split_rows
 from cm_core.precond import Precond
 from cm_core.training.batches import Batches
-from cm_core.training.checkpoint import list_states
+from cm_core.training.checkpoint import LOG, list_states
 from cm_core.training.cost import Speed, advice
 from cm_core.training.loop import Train, TrainState, fit
 from cm_core.training.profiling import profiled
@@ -79,7 +79,7 @@ def run_training(
     """
     train = state.train
     _resume(state, state_dir, monitor)
-    log = TrainingLog((state_dir if ranks.is_main() else out_dir) / "log", before=state.step)
+    log = TrainingLog((state_dir if ranks.is_main() else out_dir) / LOG, before=state.step)
     averaged = spec.build(autocast=train.autocast).eval().requires_grad_(False)
     if ranks.is_main():  # which alone draws
         averaged = to_device(averaged, batches.device)
