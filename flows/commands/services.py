@@ -9,12 +9,12 @@ from typing import Any
 
 from flows.commands.output import CHARTS, add_json_option, positive, print_json, print_table
 from flows.errors import UserError
+from flows.operations.service_environment import Services
 from flows.operations.services import (
     MLFLOW_PORT,
     PREFECT_PORT,
     Options,
     ServiceEnded,
-    Services,
     answering,
     down,
     folder_of,
