@@ -21,7 +21,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from flows.errors import UserError
-from flows.storage.bucket import Bucket, OnBytes, WrongBytes, sha256_of
+from flows.storage.bucket import Bucket, OnBytes, WrongBytes
+from flows.storage.fetch import file_digest
 
 HEAD, OBJECTS = "head.json", "objects"
 LEASE_SECONDS = 60.0  # without a sign of life, by the store's clock; then another worker takes over
@@ -185,7 +186,7 @@ class Training:
         self._prune()
 
     def _described(self, path: Path, known: Mapping[str, Stored]) -> Stored:
-        sha256 = sha256_of(path)
+        sha256 = file_digest(path)
         return known.get(sha256) or Stored(self._key(sha256), sha256, path.stat().st_size)
 
     def _key(self, sha256: str) -> str:
@@ -196,7 +197,7 @@ class Training:
         with TemporaryDirectory() as scratch:
             path = Path(scratch) / "manifest.json"
             path.write_text(json.dumps({file: asdict(stored) for file, stored in manifest.items()}))
-            name = self._key(sha256_of(path))
+            name = self._key(file_digest(path))
             self._upload(path, name, lambda count: None)
         return name
 

@@ -1,4 +1,4 @@
-"""Objects below an s3:// address: whole or absent, checked at both ends, replaced only by whom they belong to."""
+"""Objects below an s3:// address: whole or absent, checked at both ends, replaced only over a known version."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from flows.errors import UserError
-from flows.storage.s3 import s3_address, s3_client, s3_errors
+from flows.storage.fetch import file_digest
+from flows.storage.s3 import list_objects, s3_address, s3_client, s3_errors
 
 PART = 8 * 2**20  # bytes; larger files travel in such parts, several at once
 PART_WORKERS = 4
 TRIES = 2  # downloads of one object, when what arrives is not what was stored
 DELETED_AT_ONCE = 1000  # S3's own limit
 
-OnBytes = Callable[[int], None]  # how many bytes went over the line since the last call
+OnBytes = Callable[[int], None]  # bytes transferred since the last call
 
 
 class WrongBytes(UserError):
@@ -86,7 +87,7 @@ class Bucket:
     def write(self, key: str, data: bytes, *, replacing: str | None) -> str | None:
         """Write a small object over the version `replacing` (its ETag), or where there is none (None).
 
-        Return the new ETag; None if somebody else's write came first.
+        Return the new ETag; None if another write came first.
         """
         condition = {"IfNoneMatch": "*"} if replacing is None else {"IfMatch": replacing}
         with self._naming(key) as named:
@@ -129,7 +130,7 @@ class Bucket:
         with self._naming(key) as named:
             for chunk in self._client.get_object(**named)["Body"].iter_chunks(PART):
                 stored.update(chunk)
-        if stored.hexdigest() != sha256_of(path):
+        if stored.hexdigest() != file_digest(path):
             raise WrongBytes(f"{self.uri}/{key}: the store holds other bytes than were sent")
 
     def download(self, key: str, path: Path, sha256: str, on_bytes: OnBytes = lambda count: None) -> None:
@@ -148,7 +149,7 @@ class Bucket:
                 self._client.download_fileobj(
                     named["Bucket"], named["Key"], file, Config=_transfer(), Callback=on_bytes
                 )
-            if (found := sha256_of(path)) != sha256:
+            if (found := file_digest(path)) != sha256:
                 raise WrongBytes(f"{self.uri}/{key}: sha256 is {found}, expected {sha256}")
         except WrongBytes:
             if tries == 1:
@@ -170,9 +171,8 @@ class Bucket:
         """Yield the objects below a folder."""
         prefix = self._prefix + folder
         with s3_errors(f"{self.uri}/{folder}"):
-            for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix):
-                for entry in page.get("Contents", ()):
-                    yield Entry(entry["Key"].removeprefix(self._prefix), entry["Size"], entry["LastModified"])
+            for entry in list_objects(self._client, self._bucket, prefix):
+                yield Entry(entry["Key"].removeprefix(self._prefix), entry["Size"], entry["LastModified"])
 
     def remove(self, keys: Iterable[str]) -> None:
         """Delete objects; one that is not there is no error."""
@@ -185,7 +185,7 @@ class Bucket:
                 raise UserError(f"s3://{self._bucket}/{error['Key']}: cannot be deleted ({error['Code']})")
 
     def open_uploads(self) -> list[tuple[str, str, datetime]]:
-        """Return (key, upload id, start) of the uploads in parts that nobody has completed: they cost space unseen."""
+        """Return (key, upload id, start) of incomplete multipart uploads, which cost space unseen."""
         with s3_errors(self.uri):
             pages = self._client.get_paginator("list_multipart_uploads")
             found = [
@@ -196,15 +196,9 @@ class Bucket:
         return [(one["Key"].removeprefix(self._prefix), one["UploadId"], one["Initiated"]) for one in found]
 
     def abort_upload(self, key: str, upload_id: str) -> None:
-        """Drop the parts of an upload that nobody has completed."""
+        """Drop the parts of an incomplete upload."""
         with self._naming(key) as named:
             self._client.abort_multipart_upload(**named, UploadId=upload_id)
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _transfer() -> Any:

@@ -74,3 +74,9 @@ def s3_client() -> Any:
         signature_version=None if session.get_credentials() else UNSIGNED,
     )
     return session.client("s3", config=config)
+
+
+def list_objects(client: Any, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
+    """Yield the objects under a prefix, page by page, as S3 describes them."""
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        yield from page.get("Contents", ())

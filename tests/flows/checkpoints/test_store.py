@@ -24,6 +24,7 @@ from flows.checkpoints.s3_store import HEAD, Head, LeaseLost, Training
 from flows.errors import UserError
 from flows.storage import bucket
 from flows.storage.bucket import Bucket
+from flows.storage.fetch import file_digest
 from s3_states import KEY, NAME, URI, take_over
 from servers import point_aws_at, shared_s3
 
@@ -280,7 +281,7 @@ def test_a_large_file_travels_in_parts(s3, monkeypatch, tmp_path):
     assert sum(counted) == path.stat().st_size
     stored = s3.head_object(Bucket="states", Key="in flight/large", ChecksumMode="ENABLED")
     assert stored["ETag"].endswith('-3"') and stored["ChecksumSHA256"]
-    Bucket(URI).download("large", tmp_path / "again", bucket.sha256_of(path))
+    Bucket(URI).download("large", tmp_path / "again", file_digest(path))
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
 
 
