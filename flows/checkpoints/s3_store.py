@@ -43,7 +43,7 @@ class LeaseLost(RuntimeError):
 class Head:
     """The one object that decides: all others count only if they are reached from here."""
 
-    holder: str | None = None  # unique to one process; None: nobody trains
+    holder: str | None = None  # unique to one process; None: no worker trains
     who: str = ""  # the same for people: host and process
     lease_seconds: float = LEASE_SECONDS
     states: tuple[str, ...] = ()  # keys of manifests, newest first
@@ -61,7 +61,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Stored:
-    """A file of a state: where its bytes are, and what they must be."""
+    """A file of a state: the key of its bytes and their checksum."""
 
     key: str
     sha256: str

@@ -1,4 +1,4 @@
-"""`cm doctor`: what is installed, reachable and writable, and on which device a training would run."""
+"""`cm doctor`: checks of packages, services, stores and the device of trainings."""
 
 import os
 import platform
@@ -41,7 +41,7 @@ class Check:
 
 def add_parsers(commands: Any) -> None:
     """Declare the subcommand."""
-    parser = commands.add_parser("doctor", help="say what is installed, reachable and writable")
+    parser = commands.add_parser("doctor", help="check packages, services, stores and the device")
     add_json_option(parser)
     parser.set_defaults(command=doctor)
 
@@ -71,7 +71,7 @@ def _python() -> str:
 
 
 def _packages() -> str:
-    """Compare what the project asks for with what is installed: `import prefect` is silent about a wrong fastapi."""
+    """Compare required with installed versions: `import prefect` is silent about a wrong fastapi."""
     from packaging.requirements import Requirement
 
     wanted = [Requirement(line) for line in metadata.requires(PROJECT) or ()]

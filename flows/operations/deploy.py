@@ -1,10 +1,9 @@
-"""Registration with a Prefect server: the work pool, the limit `gpu`, what follows a crash, the deployments.
+"""Registration with a Prefect server: the work pool, the limit `gpu`, reactions to a crash, the deployments.
 
-Everything has a name of its own, so that a second call changes only what has changed.
+Everything has a name of its own, so that a second call changes only the differences.
 """
 
 import json
-from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,10 +30,12 @@ def deploy(root: Path, *, gpus: int, pool_type: str, pull_steps: Steps) -> list[
     `gpus` flows' heavy stages may run at once, on all workers together. `pull_steps` bring a worker into a workspace.
     """
     from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import WorkPoolCreate
 
     template = read_template(root, pool_type)
+    pool = WorkPoolCreate(name=GPU, type=pool_type, base_job_template=template, description=POOL_DESCRIPTION)
     with get_client(sync_client=True) as client:
-        _write_pool(client, pool_type, template)
+        client.create_work_pool(pool, overwrite=True)
         client.upsert_global_concurrency_limit_by_name(GPU, gpus)
         for automation in automations():
             _write_automation(client, automation)
@@ -62,13 +63,6 @@ def from_repository(url: str, branch: str) -> Steps:
     """
     token = {"access_token": "{{ prefect.blocks.secret.git-token }}"} if url.startswith("https://") else {}
     return [{"prefect.deployments.steps.git_clone": {"repository": url, "branch": branch, **token}}]
-
-
-def _write_pool(client: "SyncPrefectClient", pool_type: str, template: Mapping[str, Any]) -> None:
-    from prefect.client.schemas.actions import WorkPoolCreate
-
-    pool = WorkPoolCreate(name=GPU, type=pool_type, base_job_template=template, description=POOL_DESCRIPTION)
-    client.create_work_pool(pool, overwrite=True)
 
 
 def automations() -> "list[AutomationCore]":

@@ -39,7 +39,7 @@ def client_variables(root: Path, services: Services) -> dict[str, str]:
 
 
 def server_variables(root: Path, services: Services, database: str | None) -> dict[str, str]:
-    """Return what the servers' environment says beyond that; passwords stand here, not in a command line."""
+    """Return the further environment variables of the servers; passwords stand here, not in a command line."""
     port = services.prefect.rpartition(":")[2]
     prefect_database, mlflow_database = _database_urls(root, database)
     return {

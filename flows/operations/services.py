@@ -14,7 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -58,25 +58,13 @@ class ServiceEnded(RuntimeError):
     """A service has ended that should run; the message says which, and the end of its log."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """Options of `cm up`."""
-
-    prefect_port: int = PREFECT_PORT
-    mlflow_port: int = MLFLOW_PORT
-    database: str | None = None
-    """A PostgreSQL database for both servers; None: files in the workspace."""
-    worker: bool = True
-    """Whether a worker is started, or the servers alone."""
-
-
 def folder_of(root: Path) -> Path:
     """Return the folder of logs and notes."""
     return root / ".cm" / "services"
 
 
 def choose_port(port: int, option: str) -> int:
-    """Return a port that nobody listens on: this one, or for 0 any. Raises UserError where it is taken."""
+    """Return a free port: this one, or for 0 any. Raises UserError where it is taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -114,28 +102,38 @@ class Child:
             raise ServiceEnded(f"{self.name} ended with code {code}; the end of {self.log}:\n" + "\n".join(last))
 
 
-def up(root: Path, options: Options, *, on_start: Callable[[str], None], on_ready: Callable[[Services], None]) -> None:
+def up(
+    root: Path,
+    *,
+    prefect_port: int,
+    mlflow_port: int,
+    database: str | None,
+    worker: bool,
+    on_start: Callable[[str], None],
+    on_ready: Callable[[Services], None],
+) -> None:
     """Run the services until SIGINT or SIGTERM, then end them, trainings with their state saved.
 
+    Port 0 is any free one; `database` is a PostgreSQL database for both servers, None files in the workspace.
     `on_start` gets the name of each as it is started, `on_ready` the addresses once all answer. Raises UserError where
     they run already or cannot, ServiceEnded when one of them ends by itself.
     """
     with _hold(root), _stop_signal() as stop:
         services = Services(
-            f"http://{HOST}:{choose_port(options.prefect_port, '--prefect-port')}",
-            f"http://{HOST}:{choose_port(options.mlflow_port, '--mlflow-port')}",
+            f"http://{HOST}:{choose_port(prefect_port, '--prefect-port')}",
+            f"http://{HOST}:{choose_port(mlflow_port, '--mlflow-port')}",
         )
-        if options.database:
-            prepare_database(options.database)
+        if database:
+            prepare_database(database)
         children = _Children(root, services, on_start)
         try:
-            children.start_servers(options.database, stop)
+            children.start_servers(database, stop)
             if not stop.is_set():
                 os.environ.update(client_variables(root, services))
                 gpus = max(1, len(visible_devices()))
                 deploy(root, gpus=gpus, pool_type="process", pull_steps=in_folder(root))
                 crash_lost_runs()
-                if options.worker:
+                if worker:
                     children.start_worker(_worker_command(gpus))
                 on_ready(services)
             while not stop.wait(LOOK_EVERY):
@@ -256,7 +254,7 @@ def _stop_signal() -> Iterator[_StopFlag]:
 
 @contextmanager
 def _hold(root: Path) -> Iterator[None]:
-    """Be the one `cm up` of this workspace, after ending what a killed one has left."""
+    """Be the only `cm up` of this workspace, after ending the children that a killed one has left."""
     folder = folder_of(root)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a+") as lock:
@@ -315,7 +313,7 @@ def _note_file(root: Path) -> Path:
 
 
 def read_note(root: Path) -> dict[str, Any]:
-    """Return what the `cm up` of this workspace has noted: addresses, children with process id and log."""
+    """Return the notes of the `cm up` of this workspace: addresses, children with process id and log."""
     return json.loads(_note_file(root).read_text())
 
 

@@ -21,10 +21,9 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Section:
-    """PNG files side by side, each with its label, under a title and a caption."""
+    """PNG files side by side, each with its label, under a title; the template has the caption of each title."""
 
     title: str
-    caption: str
     pictures: Mapping[str, Path]
 
 
@@ -33,11 +32,9 @@ class Report:
     """Contents of the page, in its order."""
 
     title: str
-    lead: str
     facts: Mapping[str, str]
     columns: Sequence[str]
     rows: Sequence[TableRow]
-    table_note: str
     sections: Sequence[Section]
     protocol: Mapping[str, str]
 

@@ -44,7 +44,7 @@ class Bar(Monitor):
         if self._bar:
             if self._phase != (total, unit):
                 self._phase = (total, unit)
-                self._bar.reset(self._task, total=total, completed=done)  # a resumed training begins where it stopped
+                self._bar.reset(self._task, total=total, completed=done, count=count)  # a resumed training begins here
             self._bar.update(self._task, completed=done, count=count)
         elif done >= total or time.monotonic() - self._last >= LINE_EVERY:
             self._last = time.monotonic()

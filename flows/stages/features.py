@@ -60,7 +60,7 @@ class Pretrained(Params):
     weights: str | None = None
     """State dict: a path, s3:// or https:// address; null: the published file, from torch's cache or its download."""
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
-    """Checksum the weights must have; null accepts what is there and records its checksum."""
+    """Checksum the weights must have; null accepts any file and records its checksum."""
     batch_size: int = Field(100, ge=1)
     """Images at once through the network."""
 

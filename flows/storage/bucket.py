@@ -15,14 +15,14 @@ from flows.storage.s3 import list_objects, s3_address, s3_client, s3_errors
 
 PART = 8 * 2**20  # bytes; larger files travel in such parts, several at once
 PART_WORKERS = 4
-TRIES = 2  # downloads of one object, when what arrives is not what was stored
+TRIES = 2  # downloads of one object whose bytes arrive damaged
 DELETED_AT_ONCE = 1000  # S3's own limit
 
 OnBytes = Callable[[int], None]  # bytes transferred since the last call
 
 
 class WrongBytes(UserError):
-    """An object is there, and is not what was stored under its name."""
+    """An object exists, with other bytes than were stored under its name, or is missing."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ class Bucket:
             raise
 
     def upload(self, path: Path, key: str, on_bytes: OnBytes = lambda count: None) -> None:
-        """Store a file, large ones in parallel parts, then ask what has arrived. Raises WrongBytes.
+        """Store a file, large ones in parallel parts, then ask for its checksum. Raises WrongBytes.
 
-        A store that computes SHA-256 refuses what was altered on the way; the question is for those that do not.
+        A store that computes SHA-256 refuses bytes altered on the way; the question is for stores that do not.
         """
         extra, config = {"ChecksumAlgorithm": "SHA256"}, _transfer()
         with self._naming(key) as named:
@@ -125,7 +125,7 @@ class Bucket:
             self._read_back(key, path)
 
     def _read_back(self, key: str, path: Path) -> None:
-        """Compare what the store has with the file: not every store's ETag is an MD5."""
+        """Compare the stored bytes with the file: not every store's ETag is an MD5."""
         stored = hashlib.sha256()
         with self._naming(key) as named:
             for chunk in self._client.get_object(**named)["Body"].iter_chunks(PART):
@@ -144,28 +144,23 @@ class Bucket:
             partial.unlink(missing_ok=True)
 
     def _fetch(self, key: str, path: Path, sha256: str, on_bytes: OnBytes, tries: int = TRIES) -> None:
+        from botocore.exceptions import ClientError
+
         try:
-            with self._naming(key) as named, self._missing_is_wrong(key), path.open("wb") as file:
-                self._client.download_fileobj(
-                    named["Bucket"], named["Key"], file, Config=_transfer(), Callback=on_bytes
-                )
+            with self._naming(key) as named, path.open("wb") as file:
+                try:
+                    where = named["Bucket"], named["Key"]
+                    self._client.download_fileobj(*where, file, Config=_transfer(), Callback=on_bytes)
+                except ClientError as error:
+                    if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
+                        raise WrongBytes(f"{self.uri}/{key}: no such object") from error
+                    raise
             if (found := file_digest(path)) != sha256:
                 raise WrongBytes(f"{self.uri}/{key}: sha256 is {found}, expected {sha256}")
         except WrongBytes:
             if tries == 1:
                 raise
             self._fetch(key, path, sha256, on_bytes, tries - 1)
-
-    @contextmanager
-    def _missing_is_wrong(self, key: str) -> Iterator[None]:
-        from botocore.exceptions import ClientError
-
-        try:
-            yield
-        except ClientError as error:
-            if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
-                raise WrongBytes(f"{self.uri}/{key}: no such object") from error
-            raise
 
     def entries(self, folder: str = "") -> Iterator[Entry]:
         """Yield the objects below a folder."""

@@ -81,7 +81,7 @@ def fetch_prefix(uri: str, into: Path, *, monitor: Monitor | None = None) -> Pat
 
 
 def download_dir(checksum: str) -> Path:
-    """Return the folder of the user's cache that keeps what has this checksum from run to run."""
+    """Return the folder of the user's cache that keeps the download with this checksum from run to run."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "consistency-pipeline" / checksum[:16].lower()
 
@@ -157,7 +157,7 @@ def _download(uri: str, path: Path, monitor: Monitor) -> None:
 
 
 def _request(uri: str) -> urllib.request.Request:
-    # Some hosts turn the library's own agent name away; without "identity" a proxy may compress, and sizes differ.
+    # Some hosts refuse the library's own agent name; without "identity" a proxy may compress, and sizes differ.
     headers = {"User-Agent": "consistency-pipeline", "Accept-Encoding": "identity"}
     return urllib.request.Request(uri, headers=headers)
 

@@ -35,7 +35,7 @@ def public_uri(uri: str) -> str:
 
 @contextmanager
 def s3_errors(uri: str) -> Iterator[None]:
-    """Turn whatever goes wrong with a store into a UserError of one line."""
+    """Turn the failures of a store into a UserError of one line."""
     try:
         import botocore.exceptions as boto
         from boto3.exceptions import Boto3Error

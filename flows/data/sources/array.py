@@ -13,7 +13,7 @@ from flows.monitor import Monitor
 from flows.storage.fetch import download_dir, fetch
 from flows.storage.s3 import public_uri
 
-IMAGE_KEYS = ("images", "arr_0")  # arr_0, arr_1: what np.savez calls unnamed arrays, as in the ADM references
+IMAGE_KEYS = ("images", "arr_0")  # arr_0, arr_1: np.savez's names of unnamed arrays, as in the ADM references
 LABEL_KEYS = ("labels", "arr_1")
 
 
@@ -34,7 +34,7 @@ class ArrayFile(FileSource):
         return self.name or PurePosixPath(self.origin()).stem
 
     def read(self, scratch: Path, monitor: Monitor) -> Contents:
-        """Open the arrays and check what they are."""
+        """Open the arrays and check their types and shapes."""
         kept = download_dir(self.sha256) if self.sha256 else scratch / "train"
         images, labels = _load(fetch(self.path, kept, sha256=self.sha256, monitor=monitor))
         train = array_items(images, labels, self.origin())

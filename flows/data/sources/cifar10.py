@@ -40,7 +40,7 @@ class Cifar10(Params):
         return "cifar10"
 
     def origin(self) -> str:
-        """Return what dataset.json names as the source."""
+        """Return the source for dataset.json."""
         return ", ".join(public_uri(url) for url in self.urls)
 
     def read(self, scratch: Path, monitor: Monitor) -> Contents:
@@ -77,7 +77,7 @@ def _entries(archive: Path, files: Files, name: str, *keys: bytes) -> list[Any]:
     try:
         entries = _ArrayUnpickler(io.BytesIO(contents(files[name])), encoding="bytes").load()
         return [entries[key] for key in keys]
-    except Exception as error:  # what an unpickler raises on arbitrary bytes is not limited to UnpicklingError
+    except Exception as error:  # on arbitrary bytes an unpickler raises more than UnpicklingError
         raise UserError(f"{archive}: {name} is no batch of CIFAR-10 ({error})") from error
 
 

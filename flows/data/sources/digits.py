@@ -30,7 +30,7 @@ class Digits(Params):
         return "digits"
 
     def origin(self) -> str:
-        """Return what dataset.json names as the source."""
+        """Return the source for dataset.json."""
         return "sklearn.datasets.load_digits"
 
     def read(self, scratch: Path, monitor: Monitor) -> Contents:
