@@ -34,7 +34,7 @@ def measure(args: Any, name: str, variant: str, device: torch.device) -> dict[st
     f = build_seeded(spec, 0, autocast=None if variant == "fp32" else torch.bfloat16).eval().requires_grad_(False)
     f = to_device(f, device) if variant == "fused" else f.to(device)
     if variant == "fused":
-        with_cuda_graphs(f.net)
+        f.network_pass = with_cuda_graphs(f.net)
     sample = partial(multistep, f, sigmas=sigmas, sigma_min=NOISE.sigma_min) if sigmas else _teacher(f)
     images = args.images if calls == 1 else max(args.batch_size, args.images // calls)
 

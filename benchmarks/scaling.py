@@ -24,7 +24,7 @@ from benchmarks.train_step import METHODS, Step
 from cm_core.model import ModelSpec, build_seeded
 from cm_core.parallel import ranks
 from cm_core.parallel.graphs import with_cuda_graphs
-from cm_core.parallel.rows import split_rows
+from cm_core.parallel.rows import by_rows
 from cm_core.sampling import ImageNoise, multistep
 from flows.stages.models import pick_device, to_device
 from flows.stages.sample import write_images
@@ -68,7 +68,9 @@ def _work(
 
 def _train(args: argparse.Namespace, device: torch.device, batch: int, wait_for_all: Callable[[], object]) -> float:
     step = Step(argparse.Namespace(**vars(args) | {"batch_size": batch}), METHODS["ict"], "fused", device)
-    split_rows(step.models.student.net)
+    if ranks.world_size() > 1:
+        student = step.models.student
+        student.network_pass = by_rows(student.network_pass)
     for _ in range(WARM_UP):
         step()
     wait_for_all()
@@ -79,7 +81,7 @@ def _train(args: argparse.Namespace, device: torch.device, batch: int, wait_for_
 def _sample(args: argparse.Namespace, folder: Path, device: torch.device) -> float:
     spec = ModelSpec(form="skip", network=network(args), noise=NOISE, image_shape=(3, args.size, args.size))
     f = to_device(build_seeded(spec, 0, autocast=torch.bfloat16).eval().requires_grad_(False), device)
-    with_cuda_graphs(f.net)
+    f.network_pass = with_cuda_graphs(f.net)
 
     def draw(indices: range) -> Tensor:
         return multistep(f, ImageNoise(0, indices, spec.image_shape, device), [80.0], sigma_min=NOISE.sigma_min)

@@ -29,12 +29,13 @@ from cm_core.model import ModelSpec, build_seeded
 from cm_core.networks.layers import compile_blocks, plain_layers
 from cm_core.parallel.graphs import with_cuda_graphs
 from cm_core.precond import Precond
-from cm_core.randomness import make_generator
 from cm_core.training.batches import Batches
+from cm_core.training.config import Train
 from cm_core.training.cost import step_cost
-from cm_core.training.loop import Train, TrainState, train_step
 from cm_core.training.optimizers import Adam, RAdam
-from cm_core.types import Models, StepContext
+from cm_core.training.state import TrainState
+from cm_core.training.trainer import Trainer
+from cm_core.types import Models
 from flows.stages.models import pick_device, to_device
 
 METHODS: dict[str, Method] = {"ict": ICT(), "edm": EDM(), "cd": CD()}  # ict: four forward passes, as CT and ECT
@@ -54,10 +55,10 @@ class Step:
         student = self._model(variant, device)
         teacher = self._model(variant, device).eval().requires_grad_(False) if method.needs_teacher else None
         distance = method.distance.build(shape) if hasattr(method, "distance") else None
-        self.method, self.models = method, Models(student.train(), student, teacher, distance)
-        self.state = TrainState(student, self.train)
+        self.models = Models(student.train(), student, teacher, distance)
         pixels = np.random.default_rng(0).integers(0, 256, (max(NUM_IMAGES, args.batch_size), *shape[1:], 3), np.uint8)
-        self.batches = Batches(pixels, None, batch_size=args.batch_size, seed=0, device=device, flip=True)
+        batches = Batches(pixels, None, batch_size=args.batch_size, seed=0, device=device, flip=True)
+        self.trainer = Trainer(TrainState(student, self.train), method, self.models, batches, NOISE, seed=0)
 
     def _model(self, variant: str, device: torch.device) -> Precond:
         model = build_seeded(self.spec, 0, autocast=self.train.autocast)
@@ -65,7 +66,7 @@ class Step:
             model.net = DiffusersUNet(self.spec)
         model = model.to(device) if variant in ("fp32", "autocast") else to_device(model, device)
         if variant == "fused":
-            with_cuda_graphs(model.net)
+            model.network_pass = with_cuda_graphs(model.net)
         elif variant == "blocks":
             compile_blocks(model)
         elif variant == "compile":
@@ -73,10 +74,7 @@ class Step:
         return model
 
     def __call__(self) -> None:
-        step = self.state.step
-        generator = make_generator(self.batches.device, 0, "step", step)
-        context = StepContext(step, self.train.num_steps, NOISE, generator, step)
-        train_step(self.state, self.method, self.models, self.batches, context)
+        self.trainer.step()
 
 
 class DiffusersUNet(nn.Module):

@@ -14,7 +14,7 @@ ROUNDS = 10
 WORD = 0xFFFFFFFF  # the lower 32 bits; words are held in int64, which knows no unsigned overflow
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return four words in 0..2^32-1, int64, for each counter of four such words; they broadcast. Seed: 64 bits."""
     c0, c1, c2, c3 = counter
     keys = seed & WORD, seed >> 32 & WORD

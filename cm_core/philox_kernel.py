@@ -34,11 +34,7 @@ def _normals(index_ptr, out_ptr, blocks, draw, key0, key1, rounds: tl.constexpr,
     c0, c1 = block.to(tl.uint32), zero + draw.to(tl.uint32)
     c2, c3 = zero + index.to(tl.uint32), zero + (index >> 32).to(tl.uint32)
     key0, key1 = key0.to(tl.uint32), key1.to(tl.uint32)
-    for _ in tl.static_range(rounds):
-        high0, low0 = tl.umulhi(c0, zero + MULTIPLIER0), c0 * MULTIPLIER0
-        high1, low1 = tl.umulhi(c2, zero + MULTIPLIER1), c2 * MULTIPLIER1
-        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
-        key0, key1 = key0 + WEYL0, key1 + WEYL1
+    c0, c1, c2, c3 = philox(c0, c1, c2, c3, key0, key1, rounds)
     place = out_ptr + row * 4 * blocks + 4 * block
     mask = block < blocks
     first, second = _box_muller(c0, c1)
@@ -47,6 +43,17 @@ def _normals(index_ptr, out_ptr, blocks, draw, key0, key1, rounds: tl.constexpr,
     first, second = _box_muller(c2, c3)
     tl.store(place + 2, first, mask=mask)
     tl.store(place + 3, second, mask=mask)
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, key0, key1, rounds: tl.constexpr):
+    zero = tl.zeros_like(c0)
+    for _ in tl.static_range(rounds):
+        high0, low0 = tl.umulhi(c0, zero + MULTIPLIER0), c0 * MULTIPLIER0
+        high1, low1 = tl.umulhi(c2, zero + MULTIPLIER1), c2 * MULTIPLIER1
+        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
+        key0, key1 = key0 + WEYL0, key1 + WEYL1
+    return c0, c1, c2, c3
 
 
 @triton.jit

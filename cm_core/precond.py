@@ -1,5 +1,6 @@
 """From raw network to denoiser or consistency function: the boundary condition lives here."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -30,6 +31,7 @@ class Precond(nn.Module):
         self.net, self.sigma_min, self.sigma_data = net, sigma_min, sigma_data
         self.c_noise, self.noise_scale = c_noise, noise_scale
         self.piecewise, self.autocast = piecewise, autocast
+        self.network_pass: Callable[..., Tensor] | None = None  # what a training puts around `net` (parallel/passes.py)
 
     def forward(
         self,
@@ -48,7 +50,8 @@ class Precond(nn.Module):
         """Return the network's own output for its own, scaled input, in the dtype of that."""
         # Only the network's body may run in half precision: scalings and combination stay in x's own dtype.
         with torch.autocast(x_in.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            return self.net(x_in, self.noise_labels(sigma), labels, augment_labels).to(x_in.dtype)
+            network_pass = self.network_pass or self.net
+            return network_pass(x_in, self.noise_labels(sigma), labels, augment_labels).to(x_in.dtype)
 
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return c_skip, c_out, c_in, each [B]."""

@@ -1,8 +1,6 @@
 """Randomness from (seed, purpose, position): a resumed run draws what the uninterrupted run drew."""
 
-import contextlib
 import hashlib
-from collections.abc import Iterator
 
 import torch
 
@@ -16,15 +14,3 @@ def derive_seed(*parts: int | str) -> int:
 def make_generator(device: torch.device | str, *parts: int | str) -> torch.Generator:
     """Return a generator on `device`, seeded by `derive_seed(*parts)`."""
     return torch.Generator(device).manual_seed(derive_seed(*parts))
-
-
-@contextlib.contextmanager
-def dropout_seed(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the global generator of `device`, which dropout draws from, and put it back afterwards.
-
-    Entered once around the student's pass and once around the target's with one seed, both see the same mask.
-    """
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield

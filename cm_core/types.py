@@ -36,7 +36,6 @@ class StepContext:
     num_steps: int
     noise: Noise
     generator: torch.Generator  # on the batch's device; draws times and noise
-    dropout_seed: int  # entered by the student's pass and by the target's, so both see one mask
 
 
 class Loss(NamedTuple):

@@ -11,7 +11,6 @@ from cm_core.guidance import guided
 from cm_core.networks.layers import forward_mode_attention
 from cm_core.noise import Noise
 from cm_core.params import Params
-from cm_core.randomness import dropout_seed
 from cm_core.solvers import Denoiser
 from cm_core.types import Batch, Loss, Models, StepContext
 
@@ -92,9 +91,8 @@ def consistency_distance(
     models: Models, batch: Batch, context: StepContext, *, x_t: Tensor, t: Tensor, x_r: Tensor, r: Tensor
 ) -> Tensor:
     """Return d(f(x_t, t), stopgrad f_target(x_r, r)) under one dropout mask, [B] (CM, eq. 7)."""
-    with dropout_seed(context.dropout_seed, t.device):
-        x0_hat = models.student(x_t, t, batch.labels)
-    with torch.no_grad(), dropout_seed(context.dropout_seed, t.device):
+    x0_hat = models.student(x_t, t, batch.labels)
+    with torch.no_grad():
         target = models.target(x_r, r, batch.labels)
     assert models.distance is not None, "the caller builds method.distance"
     return models.distance(x0_hat, target)

@@ -13,7 +13,6 @@ from torch import Tensor
 from cm_core.distances import L1, L2, AnyDistance, Distance
 from cm_core.methods.base import Method, derivative, draw_eps, teacher_of
 from cm_core.noise import Noise, add_noise
-from cm_core.randomness import dropout_seed
 from cm_core.solvers import slope
 from cm_core.types import Batch, Loss, Models, StepContext
 
@@ -68,8 +67,7 @@ class CMInf(Method):
             dx = eps
 
         def f(x: Tensor, sigma: Tensor) -> Tensor:
-            with dropout_seed(context.dropout_seed, sigma.device):
-                return models.student(x, sigma, batch.labels)
+            return models.student(x, sigma, batch.labels)
 
         with torch.set_grad_enabled(not self.stop_gradient):
             x0_hat, v = derivative(f, (x_t, t), (dx, torch.ones_like(t)))

@@ -14,7 +14,6 @@ from cm_core.curricula import ect_stage
 from cm_core.distances import AnyDistance, PseudoHuber
 from cm_core.methods.base import Method, draw_eps, teacher_of
 from cm_core.noise import add_noise, draw_lognormal
-from cm_core.randomness import dropout_seed
 from cm_core.solvers import STEPS
 from cm_core.tensors import expand_like
 from cm_core.types import Batch, Loss, Models, StepContext
@@ -63,13 +62,11 @@ class ECT(Method):
         t = draw_lognormal(len(x0), p_mean=self.p_mean, p_std=self.p_std, generator=context.generator, device=x0.device)
         r, eps = self.closer(t, stage), draw_eps(x0, context.generator)
         x_t = add_noise(x0, eps, t)
-        with dropout_seed(context.dropout_seed, t.device):
-            x0_hat = models.student(x_t, t, batch.labels)
+        x0_hat = models.student(x_t, t, batch.labels)
         with torch.no_grad():
             x_r = self._earlier(models, batch, x_t, t, r) if self.needs_teacher else add_noise(x0, eps, r)
             asked = r.clamp(min=context.noise.sigma_min)  # at 0 the network has no value, and none is needed
-            with dropout_seed(context.dropout_seed, t.device):
-                target = torch.where(expand_like(r > 0, x0), models.target(x_r, asked, batch.labels), x_r)
+            target = torch.where(expand_like(r > 0, x0), models.target(x_r, asked, batch.labels), x_r)
         scalars = {"stage": stage, "gap": self.q ** -(stage + 1)}
         return Loss(self.weight(t, r, context.noise.sigma_data) * models.distance(x0_hat, target), t, scalars)
 

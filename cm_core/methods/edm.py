@@ -11,7 +11,6 @@ from pydantic import ConfigDict, Field
 from cm_core.augment import Augment
 from cm_core.methods.base import Method, draw_eps
 from cm_core.noise import add_noise, draw_lognormal
-from cm_core.randomness import dropout_seed
 from cm_core.types import Batch, Loss, Models, StepContext
 
 
@@ -43,8 +42,7 @@ class EDM(Method):
             labels = labels.masked_fill(hidden, -1)
         sigma = draw_lognormal(len(x0), p_mean=self.p_mean, p_std=self.p_std, generator=generator, device=x0.device)
         x_t = add_noise(x0, draw_eps(x0, generator), sigma)
-        with dropout_seed(context.dropout_seed, x0.device):
-            x0_hat = models.student(x_t, sigma, labels, augment_labels)
+        x0_hat = models.student(x_t, sigma, labels, augment_labels)
         sigma_data = context.noise.sigma_data
         weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
         return Loss(weight * (x0_hat - x0).square().flatten(1).mean(1), sigma)

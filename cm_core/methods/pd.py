@@ -13,7 +13,6 @@ from cm_core.curricula import Halving, pd_halving
 from cm_core.distances import L2, AnyDistance
 from cm_core.methods.base import Method, draw_eps, grid_on, teacher_of
 from cm_core.noise import add_noise
-from cm_core.randomness import dropout_seed
 from cm_core.solvers import Denoiser, euler_step
 from cm_core.tensors import expand_like
 from cm_core.types import Batch, Loss, Models, StepContext
@@ -69,8 +68,7 @@ class PD(Method):
         x_t = add_noise(x0, draw_eps(x0, context.generator), t)
         with torch.no_grad():
             target = two_step_estimate(teacher_of(models, batch, guidance), x_t, t, middle, r)
-        with dropout_seed(context.dropout_seed, t.device):
-            x0_hat = models.student(x_t, t, batch.labels)
+        x0_hat = models.student(x_t, t, batch.labels)
         weight = (1 / t**2).clamp(min=1)  # the truncated signal-to-noise ratio (PD, section 4)
         return Loss(weight * models.distance(x0_hat, target), t, {"num_intervals": n})
 

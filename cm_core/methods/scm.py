@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from cm_core.log_weight import LogWeight
 from cm_core.methods.base import Method, derivative, draw_eps, teacher_of
 from cm_core.noise import add_noise, draw_lognormal
-from cm_core.randomness import dropout_seed
 from cm_core.tensors import expand_like
 from cm_core.types import Batch, Loss, Models, StepContext
 
@@ -64,8 +63,7 @@ class SCM(Method):
         with torch.no_grad():
             x_in, f_minus, g = self.tangent_at(models, batch, context, sigma, share)
             g = self.bound(g)
-        with dropout_seed(context.dropout_seed, sigma.device):
-            f = -models.student.raw(x_in, sigma, batch.labels)
+        f = -models.student.raw(x_in, sigma, batch.labels)
         error = (f - f_minus - g).square().flatten(1).mean(1)
         log_weight = models.weighting(sigma) if models.weighting is not None else torch.zeros_like(sigma)
         return Loss(log_weight.exp() * error - log_weight, sigma, {"tangent_share": share})
@@ -87,8 +85,7 @@ class SCM(Method):
             return -models.student.raw(x_in, sigma, batch.labels)
 
         x_in = x_t / sigma_data
-        with dropout_seed(context.dropout_seed, sigma.device):
-            f, df = derivative(network, (x_in, sigma), (cos * sin * velocity / sigma_data, sigma))
+        f, df = derivative(network, (x_in, sigma), (cos * sin * velocity / sigma_data, sigma))
         unstable = cos * sin * x_t + sigma_data * df
         return x_in, f, -(cos**2) * (sigma_data * f - velocity) - share * unstable
 

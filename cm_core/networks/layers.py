@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
+from cm_core.networks.dropout import dropout, of_these_rows
 from cm_core.tensors import expand_like
 
 Filter = Literal["box", "fir"]
@@ -281,9 +283,16 @@ class Block(nn.Module):
         project = in_channels != out_channels or (resample is not None and style.resample_proj)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if project else nn.Identity()
         self.attention = Attention(out_channels, style) if attention else nn.Identity()
+        self.number = 0  # among the blocks of its network
+        self.checkpointed = False  # keep only the inputs, and compute the rest again in the backward pass (1604.06174)
 
     def forward(self, x: Tensor, emb: Tensor, beside: Tensor | None = None) -> Tensor:
         """Return [B, out, H, W] of x [B, C, H, W] and emb [B, E]; `beside` has the last of the channels, if given."""
+        if self.checkpointed and torch.is_grad_enabled() and not is_plain():
+            return checkpoint(of_these_rows(self._compute), x, emb, beside, use_reentrant=False)
+        return self._compute(x, emb, beside)
+
+    def _compute(self, x: Tensor, emb: Tensor, beside: Tensor | None) -> Tensor:
         if fuses(x):
             return self._fused(x, emb, beside)
         x = with_channels(x, beside)
@@ -292,16 +301,7 @@ class Block(nn.Module):
         return self.attention((self.skip(self.resample(x)) + self.conv1(h)) * self.skip_scale)
 
     def drop(self, h: Tensor) -> Tensor:
-        """Dropout whose mask depends on the shape alone.
-
-        PyTorch's follows memory: in another layout or precision, as a forward-mode pass has them, other activations go.
-        """
-        if not self.training or self.dropout == 0:
-            return h
-        layout = torch.channels_last if h.is_cuda else torch.contiguous_format  # what the networks have there
-        keep = torch.empty(h.shape, dtype=torch.bool, device=h.device, memory_format=layout)
-        keep.bernoulli_(1 - self.dropout)
-        return h * keep / (1 - self.dropout)
+        return dropout(h, self.dropout, layer=self.number) if self.training and self.dropout > 0 else h
 
     def modulate(self, h: Tensor, emb: Tensor) -> Tensor:
         params = expand_like(self.affine(emb), h)
@@ -393,6 +393,8 @@ class UNet(nn.Module):
                 self.pyramid[f"level{level}_down"] = PyramidInput(*pair, style.resample_filter)
         self.output_norm = group_norm(widths[0], eps=style.eps)
         self.output = nn.Conv2d(widths[0], image_channels, 3, padding=1)
+        for number, block in enumerate(self.blocks()):
+            block.number = number
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # x [B, C, H, W], emb [B, E]
         pyramid, x = x, self.input(x)
@@ -409,6 +411,10 @@ class UNet(nn.Module):
         if fuses(x):
             return self.output(fused_norm(self.output_norm, x, silu=True)[0])
         return self.output(F.silu(self.output_norm(x)))
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield the blocks, encoder first."""
+        return (module for module in self.modules() if isinstance(module, Block))
 
     def residual_ends(self) -> Iterator[nn.Conv2d]:
         """Yield the layers that start near zero: the last of every residual branch, and the last of all."""

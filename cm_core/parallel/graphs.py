@@ -1,7 +1,7 @@
 """Replay a network's passes as CUDA graphs: one launch for hundreds of kernels, where the host would be slower."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,8 @@ from cm_core.parallel import ranks
 from cm_core.parallel.gradients import GradientBuckets, exchanges
 
 
-def with_cuda_graphs(net: nn.Module) -> None:
-    """Let `net` record each kind of pass when it comes for the second time, and replay it from then on.
+def with_cuda_graphs(net: nn.Module) -> Callable[..., Tensor]:
+    """Return passes through `net` of which each kind is recorded when it comes for the second time, then replayed.
 
     A pass is of one kind with another if shapes, mode and precision agree; grids and last batches of other sizes run as
     before. Parameters may change in place between passes. A pass whose backward pass is still to come keeps its graph
@@ -22,28 +22,28 @@ def with_cuda_graphs(net: nn.Module) -> None:
     already there, run as before. Among several processes they raise RuntimeError: recorded gradients are sums over the
     processes already (ranks.py). `backward` alone gives gradients of a recorded pass, not `torch.autograd.grad`.
     """
-    plain, seen, recorded = net.forward, set(), {}
+    seen, recorded = set(), {}
     cast_weights = functools.cache(functools.partial(_CastWeights, net))
     trained = [p for p in net.parameters() if p.requires_grad]
     anchor = torch.zeros((), requires_grad=True)  # what a replay seems to depend on, so that it has a backward pass
 
-    def forward(*args: Tensor | None) -> Tensor:
+    def replayed(*args: Tensor | None) -> Tensor:
         if not _replayable(args):
-            return plain(*args)
+            return net(*args)
         kind = _kind(net, args)
         if kind not in seen:  # run at least once without a graph: kernels are compiled and chosen then
             seen.add(kind)
-            return plain(*args)
+            return net(*args)
         parameters = trained if torch.is_grad_enabled() else []
         if any(p.grad is not None for p in parameters) or (kind in recorded and recorded[kind].awaits_backward):
             if ranks.world_size() > 1:
                 raise RuntimeError("of a network that several processes share, one pass at a time may have gradients")
-            return plain(*args)
+            return net(*args)
         if kind not in recorded:
-            recorded[kind] = _Pass(plain, parameters, args, cast_weights(_precision()))
+            recorded[kind] = _Pass(net, parameters, args, cast_weights(_precision()))
         return _Replay.apply(recorded[kind], args, anchor)
 
-    net.forward = forward
+    return replayed
 
 
 def _replayable(args: tuple[Tensor | None, ...]) -> bool:

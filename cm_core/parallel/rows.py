@@ -1,33 +1,38 @@
 """Data parallelism by rows: a process computes its own rows of every pass; the others are zeros and get no gradient."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
+from cm_core.networks.dropout import rows_from
 from cm_core.parallel import ranks
 
 
-def split_rows(module: nn.Module) -> None:
-    """Let each process compute its own rows of what passes through `module`; the others are zeros, and get no gradient.
+def by_rows(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a function of whole batches of which this process computes its own rows; the others are zeros.
 
-    Gradients, and forward-mode derivatives, of the parameters are then those of a process's own rows.
+    No gradient comes from those. Gradients, and forward-mode derivatives, of parameters are those of the own rows.
     """
-    if ranks.world_size() == 1:
-        return
-    plain = module.forward
 
-    def forward(*args: Tensor | None) -> Tensor:
-        return _Place.apply(plain(*(None if arg is None else own_rows(arg) for arg in args)))
+    def pass_by_rows(*args: Tensor | None) -> Tensor:
+        with rows_from(ranks.rank() * _rows_each(args[0])):
+            return _Place.apply(compute(*(None if arg is None else own_rows(arg) for arg in args)))
 
-    module.forward = forward
+    return pass_by_rows
 
 
 def own_rows(whole: Tensor) -> Tensor:
     """Return the rows that this process computes, a view; raises ValueError where they do not come out even."""
+    size = _rows_each(whole)
+    return whole.narrow(0, ranks.rank() * size, size)
+
+
+def _rows_each(whole: Tensor) -> int:
     if len(whole) % ranks.world_size():
         raise ValueError(f"{len(whole)} rows cannot be divided among {ranks.world_size()} processes")
-    size = len(whole) // ranks.world_size()
-    return whole.narrow(0, ranks.rank() * size, size)
+    return len(whole) // ranks.world_size()
 
 
 def gathered_rows(whole: Tensor) -> Tensor:

@@ -59,6 +59,11 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor.full_tensor()
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this process holds: all of it where it is whole."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return whole tensors, those that were divided on the CPU and in the first process alone; all must call."""
     found = {}

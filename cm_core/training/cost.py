@@ -14,7 +14,7 @@ from cm_core.methods.base import Method, grid_on
 from cm_core.model import ModelSpec
 from cm_core.networks.layers import Attention, Block
 from cm_core.parallel import ranks, sharding
-from cm_core.training.loop import Train, why_not_sharded
+from cm_core.training.config import Train, why_not_sharded
 from cm_core.types import Batch, Models, StepContext
 
 FP32 = 4  # bytes a value
@@ -131,7 +131,7 @@ def _count_flops(method: Method, spec: ModelSpec, models: Models) -> tuple[float
     """Return the operations for one image of a step, and of a forward pass."""
     labels = torch.zeros(COUNTED_BATCH, dtype=torch.int64) if spec.num_classes else None
     batch = Batch(torch.empty(COUNTED_BATCH, *spec.image_shape), labels)
-    context = StepContext(0, 1, spec.noise, torch.Generator(), 0)
+    context = StepContext(0, 1, spec.noise, torch.Generator())
     with FlopCounterMode(display=False) as counter:
         method.loss(models, batch, context).per_sample.mean().backward()
     with FlopCounterMode(display=False) as forward, torch.no_grad():

@@ -66,27 +66,27 @@ class FusedRAdam(torch.optim.Adam):
 
     def __init__(self, parameters: list[Tensor], *, lr: float, betas: tuple[float, float], eps: float) -> None:
         super().__init__(parameters, lr=lr, betas=betas, eps=eps, fused=True)
-        self._taken: int | None = None
+        self.taken: int | None = None  # steps so far, those included that an overflow skipped
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Continue from a state of this class or of torch.optim.RAdam."""
         super().load_state_dict(state_dict)
-        self._taken = None
+        self.taken = None
 
     def step(self) -> None:
         """Take a step with the gradients that are there."""
-        if self._taken is None:  # read from the device once
-            self._taken = next((int(values["step"]) for values in self.state.values()), 0)
+        if self.taken is None:  # read from the device once
+            self.taken = next((int(values["step"]) for values in self.state.values()), 0)
         (group,) = self.param_groups
         rate, epsilon = group["lr"], group["eps"]
-        rectification, rest = _rectification(self._taken + 1, group["betas"][1])
+        rectification, rest = _rectification(self.taken + 1, group["betas"][1])
         if rectification is None:
             group["lr"], group["eps"] = rate * UNRECTIFIED_EPSILON, UNRECTIFIED_EPSILON
         else:  # PyTorch's RAdam adds epsilon before the second moment is corrected, its Adam afterwards
             group["lr"], group["eps"] = rate * rectification, epsilon / math.sqrt(rest)
         super().step()
         group["lr"], group["eps"] = rate, epsilon
-        self._taken += 1
+        self.taken += 1
 
 
 def _rectification(step: int, beta2: float) -> tuple[float | None, float]:

@@ -160,6 +160,7 @@ class Scorer:
         from cm_core.metrics.evaluation import Reference
         from cm_core.metrics.features import build_extractor
         from cm_core.model import load_model
+        from cm_core.precision import autocast_dtype, set_float32_products
         from flows.data.feature_files import load_feature_files
         from flows.stages.models import pick_device, to_device
 
@@ -169,7 +170,8 @@ class Scorer:
         self.num_images = num_images or min(NUM_IMAGES, len(files.reference))
         self.metric = f"fid_{files.short_name}"
         self.extractor = build_extractor(files.extractor, files.weights, self.device)
-        autocast = torch.bfloat16 if self.sample.precision == "bf16" else None
+        autocast = autocast_dtype(self.sample.precision)
+        set_float32_products(self.sample.precision)
         self.spec, f = load_model(root / "out" / "student", autocast=autocast)
         self.f = to_device(f, self.device)
 

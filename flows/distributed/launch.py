@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from cm_core.parallel import ranks, sharding
-from cm_core.training.loop import why_not_sharded
+from cm_core.training.config import why_not_sharded
 from flows.distributed import rendezvous
 from flows.distributed.devices import COUNT_VARIABLE, devices_for, nodes_for
 from flows.errors import StageFailed, UserError

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from cm_core.model import ModelSpec, load_model
 from cm_core.parallel import ranks
 from cm_core.parallel.graphs import with_cuda_graphs
 from cm_core.params import Params
+from cm_core.precision import Precision, autocast_dtype, set_float32_products
 from cm_core.precond import Precond
 from cm_core.sampling import ImageNoise, TeacherSampler, check_levels
 from cm_core.tensors import from_pixels, to_pixels
@@ -54,7 +54,7 @@ class Sample(Params):
     """How the teacher's row is drawn, where the recipe has a teacher."""
     teacher_images: int | None = Field(None, ge=0)
     """Images of the teacher's row; empty: as many as the others, 0: no such row."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Arithmetic of the network's body."""
 
 
@@ -75,7 +75,8 @@ def sample(
 ) -> None:
     """Draw every row of images and write arrays, grids and denoising strips; samples.json comes last."""
     device = pick_device()
-    autocast = torch.bfloat16 if sample.precision == "bf16" else None
+    autocast = autocast_dtype(sample.precision)
+    set_float32_products(sample.precision)
     spec, f = _load(student_dir, device, autocast)
     _check_levels(sample, spec)
     untrained = _untrained(spec, student_dir, teacher_dir, device, autocast)
@@ -107,7 +108,7 @@ def sample(
 def _load(folder: Path, device: torch.device, autocast: torch.dtype | None) -> tuple[ModelSpec, Precond]:
     spec, model = load_model(folder, autocast=autocast)
     model = to_device(model, device)
-    with_cuda_graphs(model.net)
+    model.network_pass = with_cuda_graphs(model.net)
     return spec, model
 
 
@@ -145,7 +146,7 @@ def _untrained(
     origin = json.loads((student_dir / "origin.json").read_text())
     f = to_device(initial_student(spec, **origin, teacher_dir=teacher_dir), device).eval().requires_grad_(False)
     f.autocast = autocast
-    with_cuda_graphs(f.net)
+    f.network_pass = with_cuda_graphs(f.net)
     return f
 
 

@@ -27,7 +27,9 @@ from cm_core.precond import Precond
 from cm_core.randomness import derive_seed
 from cm_core.sampling import ImageNoise
 from cm_core.tensors import to_pixels
-from cm_core.training.loop import Train, TrainState
+from cm_core.training.config import Train
+from cm_core.training.state import TrainState
+from cm_core.training.trainer import Trainer
 from cm_core.types import Models
 from flows.data.dataset import Dataset, load_dataset
 from flows.errors import UserError
@@ -119,12 +121,8 @@ def student(
     )
     out_dir.mkdir(parents=True, exist_ok=True)
     run_training(
-        state,
-        student.method,
-        models,
-        batches,
+        Trainer(state, student.method, models, batches, noise, seed),
         spec=spec,
-        seed=seed,
         draw=partial(draw_samples, spec=spec, student=student, device=device),
         out_dir=out_dir,
         state_dir=state_dir,

@@ -17,8 +17,10 @@ from cm_core.precond import Precond
 from cm_core.randomness import derive_seed
 from cm_core.sampling import ImageNoise, TeacherSampler
 from cm_core.tensors import to_pixels
-from cm_core.training.loop import Train, TrainState
+from cm_core.training.config import Train
 from cm_core.training.optimizers import Adam
+from cm_core.training.state import TrainState
+from cm_core.training.trainer import Trainer
 from cm_core.types import Models
 from flows.data.dataset import load_dataset
 from flows.monitor import Monitor
@@ -65,13 +67,10 @@ def teacher(
     )
     batches = make_batches(dataset, teacher.train, conditional=conditional, seed=seed, device=device)
     model = place(build_seeded(spec, derive_seed(seed, "init"), autocast=teacher.train.autocast), device)
+    state, models = TrainState(model, teacher.train), Models(student=model, target=model)
     run_training(
-        TrainState(model, teacher.train),
-        teacher.method,
-        Models(student=model, target=model),
-        batches,
+        Trainer(state, teacher.method, models, batches, noise, seed),
         spec=spec,
-        seed=seed,
         draw=partial(draw_samples, spec=spec, sampler=teacher.grid_sampler, device=device),
         out_dir=out_dir,
         state_dir=state_dir,

@@ -8,22 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from cm_core.methods.base import Method
 from cm_core.model import ModelSpec, save_model
-from cm_core.networks.layers import compile_blocks
 from cm_core.parallel import ranks, sharding
-from cm_core.parallel.graphs import with_cuda_graphs
-from cm_core.parallel.memory import checkpoint_blocks, split_passes
-from cm_core.parallel.rows import split_rows
+from cm_core.precision import set_float32_products
 from cm_core.precond import Precond
 from cm_core.training.batches import Batches
 from cm_core.training.checkpoint import LOG, list_states
+from cm_core.training.config import Train
 from cm_core.training.cost import Speed, advice
-from cm_core.training.loop import Train, TrainState, fit
+from cm_core.training.passes import compose_passes
 from cm_core.training.profiling import profiled
-from cm_core.types import Models
+from cm_core.training.state import TrainState
+from cm_core.training.trainer import Trainer
 from flows.atomic import replace_text
 from flows.data.dataset import Dataset
 from flows.errors import UserError
@@ -60,40 +58,30 @@ def place(model: Precond, device: torch.device) -> Precond:
 
 
 def run_training(
-    state: TrainState,
-    method: Method,
-    models: Models,
-    batches: Batches,
-    *,
-    spec: ModelSpec,
-    seed: int,
-    draw: DrawImages,
-    out_dir: Path,
-    state_dir: Path,
-    monitor: Monitor,
+    trainer: Trainer, *, spec: ModelSpec, draw: DrawImages, out_dir: Path, state_dir: Path, monitor: Monitor
 ) -> None:
     """Train to the end, from the last saved state if there is one, and write the artifact.
 
     Metrics and grids gather beside the states, so that a resumed training has all of them; they move to `out_dir`
     at the end. Raises StageStopped after saving when the monitor asks for it.
     """
-    train = state.train
+    state, train, device = trainer.state, trainer.state.train, trainer.batches.device
+    set_float32_products(train.precision)
+    _keep_compiled(state_dir.parent / "compiled", device)
     _resume(state, state_dir, monitor)
+    trainer.models = compose_passes(trainer.models, trainer.method, train, graphs=not sharding.is_wanted())
     log = TrainingLog((state_dir if ranks.is_main() else out_dir) / LOG, before=state.step)
     averaged = spec.build(autocast=train.autocast).eval().requires_grad_(False)
     if ranks.is_main():  # which alone draws
-        averaged = to_device(averaged, batches.device)
-    _keep_compiled(state_dir.parent / "compiled", batches.device)
-    _prepare_passes(models, method, train)
-    speed = _checked_speed(state, method, spec, batches.device, out_dir.name)
+        averaged = to_device(averaged, device)
+    speed = _checked_speed(state, trainer.method, spec, device, out_dir.name)
     profile_dir = _profile_folder(out_dir.name)
 
     def stop_requested() -> bool:
         return ranks.agree(monitor.stop_requested())
 
     with profiled(profile_dir) as on_step:
-        watched = {"on_step": on_step, "stop_requested": stop_requested}
-        for metrics in fit(state, method, models, batches, noise=spec.noise, seed=seed, **watched):
+        for metrics in trainer.run(on_step=on_step, stop_requested=stop_requested):
             step = state.step
             if metrics:
                 log.append(metrics)
@@ -149,23 +137,6 @@ def _keep_compiled(folder: Path, device: torch.device) -> None:
     if device.type == "cuda":
         for variable, compiler in (("TRITON_CACHE_DIR", "triton"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
             os.environ.setdefault(variable, str(folder / compiler))
-
-
-def _prepare_passes(models: Models, method: Method, train: Train) -> None:
-    """Let the networks run as `train` asks, on a GPU with one launch a pass where possible, and shared by all ranks."""
-    for model in {id(m): m for m in (models.student, models.target, models.teacher) if m is not None}.values():
-        if train.compile:
-            compile_blocks(model.net)
-        if train.checkpoint_activations:
-            checkpoint_blocks(model.net)
-        if train.accumulate > 1:
-            split_passes(model.net, train.accumulate)
-        recorded = not (train.compile or train.checkpoint_activations or train.accumulate > 1)
-        if recorded and not sharding.is_wanted():
-            with_cuda_graphs(model.net)
-        split_rows(model.net)
-    if isinstance(models.distance, nn.Module) and not method.forward_mode:  # LPIPS; of that loss it needs every row
-        split_rows(models.distance)
 
 
 def _resume(state: TrainState, state_dir: Path, monitor: Monitor) -> None:

@@ -10,7 +10,9 @@ import torch
 
 import fused_formulas
 from cm_core.model import ModelSpec
-from cm_core.networks import kernels, layers
+from cm_core.networks import dropout, kernels, layers
+from cm_core.networks.kernels import norm_device, residual
+from cm_core.networks.kernels.dropout import masked
 from cm_core.noise import Noise
 from small_networks import relative, small_networks
 
@@ -85,6 +87,14 @@ def network_error(params):
     return relative(run(), expected)
 
 
+def dropout_error(shape, layer, first):
+    """Return the error of the kernel's masked tensor against the formula's: 0, to the bit."""
+    h, seed, kept = draw(*shape), torch.tensor(2**41 + 3), 40_000
+    keep = dropout.keep_mask(h, seed, kept, layer, first)
+    expected = torch.where(keep, h * (dropout.LEVELS / kept), 0.0)
+    return relative([masked(h, seed, kept, layer, first)], [expected])
+
+
 def all_errors():
     """Return every error by name."""
     x, h, bias = draw(2, 16, 6, 4), draw(2, 16, 6, 4), draw(16)
@@ -96,14 +106,16 @@ def all_errors():
         found[f"upsample times {factor}"] = errors("upsample", {"x": wide}, factor=factor)
         parts = {"x": draw(2, 32, 6, 4), "beside": x, "weight": draw(16, 48), "h": h, "bias": bias}
         found[f"project_residual_add times {factor}"] = errors("project_residual_add", parts, factor=factor)
+    for shape, layer, first in (((3, 8, 4, 4), 0, 0), ((2, 5, 3, 7), 1, 2**33)):
+        found[f"dropout of {shape}, layer {layer}, from row {first}"] = dropout_error(shape, layer, first)
     return found | {f"network {name}": network_error(params) for name, params in small_networks().items()}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    kernels.libdevice = types.SimpleNamespace(fast_dividef=lambda a, b: a / b)  # CUDA's own, not interpreted
+    norm_device.libdevice = types.SimpleNamespace(fast_dividef=lambda a, b: a / b)  # CUDA's own, not interpreted
     layers.fuses = lambda x: not layers.is_plain()
-    least = kernels.PROJECT["least"]
+    least = residual.PROJECT["least"]
     kernels.projects = lambda x, beside: x.shape[1] % least == beside.shape[1] % least == 0  # float32 too
     print(json.dumps(all_errors()))

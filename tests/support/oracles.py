@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from cm_core.networks.dropout import dropout
 from cm_core.noise import Noise
 from cm_core.tensors import expand_like
 
@@ -62,7 +63,7 @@ class DropoutNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scale, self.dropout = nn.Parameter(torch.tensor(1.0)), nn.Dropout(0.5)
+        self.scale = nn.Parameter(torch.tensor(1.0))
 
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
-        return self.scale * self.dropout(torch.ones_like(x))
+        return self.scale * (dropout(torch.ones_like(x), 0.5, layer=0) if self.training else torch.ones_like(x))

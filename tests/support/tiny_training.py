@@ -15,8 +15,10 @@ from cm_core.model import ModelSpec, build_seeded
 from cm_core.networks import SongUNetParams
 from cm_core.noise import Noise
 from cm_core.training.batches import Batches
+from cm_core.training.config import Train
 from cm_core.training.ema import ConstantEma, HalfLifeEma, PowerEma
-from cm_core.training.loop import Train, TrainState, fit
+from cm_core.training.state import TrainState
+from cm_core.training.trainer import Trainer
 from cm_core.types import Models
 from flows.stages.student import build_weighting
 
@@ -72,7 +74,7 @@ class Training:
         self.batches = Batches(pixels, labels, batch_size=self.train.batch_size, seed=3, device=CPU, flip=True)
 
     def steps(self, **options):
-        return fit(self.state, self.method, self.models, self.batches, noise=Noise(), seed=5, **options)
+        return Trainer(self.state, self.method, self.models, self.batches, Noise(), 5).run(**options)
 
     def tensors(self):
         return {name: tensor.clone() for name, tensor in self.state._tensors().items()}

@@ -28,9 +28,11 @@ from cm_core.precond import Precond
 from cm_core.sampling import ImageNoise, euler_steps
 from cm_core.solvers import euler_step
 from cm_core.tensors import expand_like
+from cm_core.training.config import Train
 from cm_core.training.ema import ConstantEma
-from cm_core.training.loop import Train, TrainState, fit
 from cm_core.training.optimizers import Adam
+from cm_core.training.state import TrainState
+from cm_core.training.trainer import Trainer
 from cm_core.types import Batch, Models, StepContext
 from flows.stages.student import build_weighting
 from oracles import DropoutNet, GaussianConsistency, GaussianDenoiser, HalfAngleNet
@@ -55,7 +57,7 @@ every_method = pytest.mark.parametrize("method", STUDENT_METHODS.values(), ids=S
 
 
 def context(step=0, num_steps=100, noise=NOISE, seed=0):
-    return StepContext(step, num_steps, noise, torch.Generator().manual_seed(seed), dropout_seed=seed)
+    return StepContext(step, num_steps, noise, torch.Generator().manual_seed(seed))
 
 
 def gaussian_batch(size=4096, shape=(1, 2, 2), dtype=torch.float64):
@@ -304,7 +306,7 @@ def test_pd_trained_on_gaussian_data_samples_in_one_step_what_its_teacher_sample
     train = short_training(1200, learning_rate=2e-3)
     state = TrainState(model, train, teacher=teacher)
     models = Models(model, model, teacher, distance_of(method, (1, 1, 2)))
-    for _ in fit(state, method, models, GaussianBatches(train.batch_size), noise=SHORT, seed=0):
+    for _ in Trainer(state, method, models, GaussianBatches(train.batch_size), SHORT, 0).run():
         pass
     model.load_state_dict(state.averaged())
     noise = ImageNoise(0, range(2048), (1, 1, 2), CPU)
@@ -459,7 +461,7 @@ def short_training(num_steps, learning_rate=5e-3):
 def trained_denoiser(noise):
     model = build_seeded(spec_of(EDM(), noise=noise), 0)
     state = TrainState(model, short_training(800))
-    for _ in fit(state, EDM(p_mean=0.0), Models(model, model), GaussianBatches(256), noise=SHORT, seed=0):
+    for _ in Trainer(state, EDM(p_mean=0.0), Models(model, model), GaussianBatches(256), SHORT, 0).run():
         pass
     model.load_state_dict(state.averaged())
     return model.eval().requires_grad_(False)
@@ -518,7 +520,7 @@ def train_on_gaussian(method):
     )
     distance = distance_of(method, (1, 1, 2))
     models = Models(model, target if method.keeps_target else model, GaussianDenoiser(), distance, state.weighting)
-    for _ in fit(state, method, models, GaussianBatches(train.batch_size), noise=SHORT, seed=0):
+    for _ in Trainer(state, method, models, GaussianBatches(train.batch_size), SHORT, 0).run():
         pass
     model.load_state_dict(state.averaged())
     return model.eval().requires_grad_(False)

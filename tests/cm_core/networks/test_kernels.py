@@ -27,7 +27,9 @@ def errors():
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("kind", ["norm", "residual_add", "downsample", "upsample", "project_residual_add", "network"])
+@pytest.mark.parametrize(
+    "kind", ["norm", "residual_add", "downsample", "upsample", "project_residual_add", "dropout", "network"]
+)
 def test_kernels_compute_outputs_and_gradients_of_the_formulas(errors, kind):
     found = {name: error for name, error in errors.items() if name.startswith(kind)}
     assert found and max(found.values()) < 1e-5, found

@@ -16,15 +16,18 @@ from cm_core.methods.ict import ICT
 from cm_core.methods.pd import PD
 from cm_core.methods.scm import SCM
 from cm_core.model import ModelSpec
+from cm_core.networks.dropout import seed_dropout
 from cm_core.networks.layers import plain_layers
 from cm_core.noise import Noise
-from cm_core.parallel import gradients, ranks
+from cm_core.parallel import gradients, graphs, ranks
 from cm_core.parallel.graphs import with_cuda_graphs
 from cm_core.philox import normals
-from cm_core.randomness import derive_seed, dropout_seed
+from cm_core.randomness import derive_seed
 from cm_core.sampling import ImageNoise
 from cm_core.training.batches import Batches
-from cm_core.training.loop import Train, TrainState, fit
+from cm_core.training.config import Train
+from cm_core.training.state import TrainState
+from cm_core.training.trainer import Trainer
 from cm_core.types import Batch, Models, StepContext
 from flows.stages.models import to_device
 from flows.stages.student import build_weighting
@@ -66,8 +69,8 @@ def inputs():
 def pass_through(model, seed=3):
     x, sigma = inputs()
     model.zero_grad()
-    with dropout_seed(seed, CUDA):
-        out = model(x, sigma)
+    seed_dropout(seed, CUDA)
+    out = model(x, sigma)
     out.square().mean().backward()
     return [out.detach().clone(), *(p.grad.clone() for p in model.parameters())]
 
@@ -91,17 +94,17 @@ def test_passes_with_and_without_gradients_recorded_or_not_drop_the_same(autocas
     first = None
     for replayed in (False, True):
         if replayed:
-            with_cuda_graphs(model.net)
+            model.network_pass = with_cuda_graphs(model.net)
         for _ in range(3):  # once plainly, once recording, once replaying
-            with dropout_seed(3, CUDA):
-                trained = model(x, sigma).detach()
-            with torch.no_grad(), dropout_seed(3, CUDA):
+            seed_dropout(3, CUDA)
+            trained = model(x, sigma).detach()
+            with torch.no_grad():
                 target = model(x, sigma)
             first = trained if first is None else first
             torch.testing.assert_close(trained, first, rtol=1e-2, atol=1e-2)
             torch.testing.assert_close(target, first, rtol=1e-2, atol=1e-2)
-    with dropout_seed(4, CUDA):
-        assert (model(x, sigma) - first).abs().max() > 0.1
+    seed_dropout(4, CUDA)
+    assert (model(x, sigma) - first).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
@@ -111,8 +114,8 @@ def test_recorded_gradients_are_those_of_a_plain_pass_in_one_piece_or_many(proce
     expected = pass_through(model)
     monkeypatch.setattr(ranks, "world_size", lambda: processes)  # this one alone is here: a sum is what it sends
     monkeypatch.setattr(gradients, "BUCKET_BYTES", 100_000)
-    monkeypatch.setattr(ranks, "exchanges", lambda: nullcontext(sent.append))
-    with_cuda_graphs(model.net)
+    monkeypatch.setattr(graphs, "exchanges", lambda: nullcontext(sent.append))
+    model.network_pass = with_cuda_graphs(model.net)
     pass_through(model)
     for _ in range(2):
         sent.clear()
@@ -130,11 +133,11 @@ def test_the_derivative_sees_the_mask_of_the_pass_that_is_trained(autocast):
     """sCM's forward-mode pass runs the plain layers, its trained pass the kernels: the same activations must go."""
     model = build(NETWORKS["ddpmpp"], dropout=0.5, autocast=autocast, noise=Noise(c_noise="angle")).train()
     x0, sigma = inputs()
-    context = StepContext(0, 1, Noise(), torch.Generator(CUDA).manual_seed(0), dropout_seed=5)
+    context = StepContext(0, 1, Noise(), torch.Generator(CUDA).manual_seed(0))
+    seed_dropout(5, CUDA)
     with torch.no_grad():
         x_in, f_minus, g = SCM().tangent_at(Models(model, model), Batch(x0, None), context, sigma, 1.0)
-    with dropout_seed(5, CUDA):
-        f = -model.raw(x_in, sigma)
+    f = -model.raw(x_in, sigma)
     assert g.isfinite().all()
     assert relative([f.detach()], [f_minus]) < (1e-4 if autocast is None else 3e-2)
 
@@ -173,10 +176,10 @@ def take_steps(method, recorded):
     models = Models(model, target or model, teacher, distance, weighting)
     if recorded:
         for net in {id(m): m for m in (model, models.target, teacher)}.values():
-            with_cuda_graphs(net.net)
+            net.network_pass = with_cuda_graphs(net.net)
     pixels = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
     batches = Batches(pixels, None, batch_size=16, seed=0, device=CUDA)
-    return [entry["loss"] for entry in fit(state, method, models, batches, noise=Noise(), seed=0)]
+    return [entry["loss"] for entry in Trainer(state, method, models, batches, Noise(), 0).run()]
 
 
 def test_the_network_agrees_with_the_cpu():

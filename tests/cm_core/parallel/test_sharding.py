@@ -9,9 +9,10 @@ import torch
 from cm_core.parallel import ranks, sharding
 from cm_core.training.checkpoint import list_states, load_state
 from cm_core.training.optimizers import Adam
+from cm_core.training.passes import compose_passes
 from flows.distributed.launch import several_processes
 from flows.errors import UserError
-from flows.stages.training import _prepare_passes, place
+from flows.stages.training import place
 from several import run_in_several
 from small_stages import small_recipe
 from tiny_training import CPU, METHODS, Training
@@ -32,8 +33,9 @@ EVERY = {"log_every": 3, "save_every": 3, "grid_every": 3}
 
 def prepared(name, changes, **options):
     """Return a training as the stages prepare it, whole or divided as the processes and CM_SHARD say."""
-    training = Training(METHODS[name], dropout=0.0, place=partial(place, device=CPU), **changes, **options)
-    _prepare_passes(training.models, training.method, training.train)
+    training = Training(METHODS[name], dropout=0.2, place=partial(place, device=CPU), **changes, **options)
+    graphs = not sharding.is_wanted()
+    training.models = compose_passes(training.models, training.method, training.train, graphs=graphs)
     return training
 
 

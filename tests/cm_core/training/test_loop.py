@@ -12,8 +12,8 @@ from cm_core.methods.edm import EDM
 from cm_core.model import build_seeded, load_model, save_model
 from cm_core.training.batches import Batches
 from cm_core.training.checkpoint import list_states
-from cm_core.training.loop import NonFiniteLossError
 from cm_core.training.optimizers import Adam, FusedRAdam, RAdam
+from cm_core.training.trainer import NonFiniteLossError
 from cm_core.types import Loss
 from tiny_training import CPU, METHODS, NETWORK, SHAPE, Training
 

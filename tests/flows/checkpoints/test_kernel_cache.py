@@ -86,7 +86,7 @@ def test_triton_compiles_a_kernel_once_for_all(shared, s3, tmp_path):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from cm_core.networks.kernels import _sum_columns
+    from cm_core.networks.kernels.layout import _sum_columns
 
     signature = {"x_ptr": "*fp32", "out_ptr": "*fp32", "rows": "i32", "columns": "i32"}
     tile = {"height": 64, "width": 16}

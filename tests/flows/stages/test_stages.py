@@ -12,7 +12,7 @@ from cm_core.methods.pd import PD
 from cm_core.model import ModelSpec, load_model
 from cm_core.networks.mlp import MLPParams
 from cm_core.noise import Noise
-from cm_core.training.loop import Train
+from cm_core.training.config import Train
 from flows.errors import UserError
 from flows.monitor import Monitor
 from flows.stages.student import Student, draw_samples

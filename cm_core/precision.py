@@ -1,0 +1,22 @@
+"""In which precision a network's body computes; weights, preconditioning, losses and averages are always float32."""
+
+from typing import Literal
+
+import torch
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+"""fp32: IEEE. tf32: fp32 with products of 10 bits of mantissa, on NVIDIA GPUs. bf16: 7 bits. fp16: 10, narrow range."""
+
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast_dtype(precision: Precision) -> torch.dtype | None:
+    """Return the dtype under which autocast runs the body; None where it runs in float32."""
+    return _HALF.get(precision)
+
+
+def set_float32_products(precision: Precision) -> None:
+    """Let float32 matrix products and convolutions of this process be TF32 where `precision` says so, else IEEE."""
+    kind = "tf32" if precision == "tf32" else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = kind
+    torch.backends.cudnn.conv.fp32_precision = kind

@@ -1,0 +1,79 @@
+"""What stands around a network's passes in training, in one place.
+
+From the inside out, and why in this order:
+
+1. *Blocks*, compiled, or checkpointed so that they keep their inputs alone: they are parts of the network.
+2. *Parts* of the rows (train.accumulate), each computed again in the backward pass: the activations of one part at a
+   time are in memory. The loss still sees the whole batch.
+3. A *CUDA graph* of the whole pass, one launch instead of hundreds. Only around a bare network: computing again runs
+   Python in the backward pass, and torch.compile and FSDP2 launch their kernels by themselves.
+4. *This process's rows*, outermost, so that everything inside has their shapes, and draws their dropout masks.
+
+None of them changes a loss or a gradient beyond rounding.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cm_core.methods.base import Method
+from cm_core.networks.dropout import of_these_rows, rows_from
+from cm_core.networks.layers import Block, compile_blocks, is_plain
+from cm_core.parallel import ranks
+from cm_core.parallel.graphs import with_cuda_graphs
+from cm_core.parallel.rows import by_rows
+from cm_core.training.config import Train
+from cm_core.types import Models
+
+Pass = Callable[..., Tensor]  # (x [B, C, H, W], noise labels [B], class labels, augmentation labels) -> [B, C, H, W]
+
+
+def compose_passes(models: Models, method: Method, train: Train, *, graphs: bool) -> Models:
+    """Return `models` whose networks pass as `train` asks, and on every process its own rows.
+
+    `graphs`: whether passes may be recorded, which FSDP2 does not allow.
+    """
+    for model in {id(m): m for m in (models.student, models.target, models.teacher) if m is not None}.values():
+        model.network_pass = compose(model.net, train, graphs=graphs)
+    # LPIPS: of its loss a process needs its own rows alone, unless derivatives are taken through it.
+    if isinstance(models.distance, nn.Module) and not method.forward_mode and ranks.world_size() > 1:
+        return replace(models, distance=by_rows(models.distance))
+    return models
+
+
+def compose(net: nn.Module, train: Train, *, graphs: bool) -> Pass:
+    """Return how a batch passes through `net`; the text above says in which order and why."""
+    if train.compile:
+        compile_blocks(net)
+    for block in (module for module in net.modules() if isinstance(module, Block)):
+        block.checkpointed = train.checkpoint_activations
+    network_pass: Pass = net
+    if train.accumulate > 1:
+        network_pass = in_parts(net, train.accumulate)
+    elif graphs and not train.compile and not train.checkpoint_activations:
+        network_pass = with_cuda_graphs(net)
+    return by_rows(network_pass) if ranks.world_size() > 1 else network_pass
+
+
+def in_parts(network_pass: Pass, parts: int) -> Pass:
+    """Return a pass of `parts` passes over some of the rows each, computed again in the backward pass (1604.06174)."""
+
+    def pass_in_parts(*args: Tensor | None) -> Tensor:
+        columns = [[None] * parts if arg is None else arg.tensor_split(parts) for arg in args]
+        outs, first = [], 0
+        for part in zip(*columns, strict=True):
+            with rows_from(first):
+                outs.append(_recomputed(network_pass, part))
+            first += len(outs[-1])
+        return torch.cat(outs)
+
+    return pass_in_parts
+
+
+def _recomputed(network_pass: Pass, args: tuple[Tensor | None, ...]) -> Tensor:
+    if not torch.is_grad_enabled() or is_plain():  # nothing is kept, or the derivative is taken forward
+        return network_pass(*args)
+    return checkpoint(of_these_rows(network_pass), *args, use_reentrant=False)

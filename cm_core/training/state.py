@@ -1,0 +1,185 @@
+"""Everything that training changes: weights, averages, optimiser, step; saved and restored to the bit."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cm_core.parallel import ranks, sharding
+from cm_core.precond import Precond
+from cm_core.training.checkpoint import load_state, save_state
+from cm_core.training.config import Train
+from cm_core.training.ema import Ema
+from cm_core.training.loss_scale import LossScale
+from cm_core.training.optimizers import FusedRAdam
+from cm_core.types import Loss
+
+
+class LoggedStep(NamedTuple):
+    """What is logged of a step."""
+
+    step: int
+    loss: Loss
+    grad_norm: Tensor
+
+
+@dataclasses.dataclass
+class TrainState:
+    """Everything that training changes. Steps are counted from 0; `step` is the next one to take.
+
+    The target begins as a copy of the model, and neither it nor a teacher gets gradients.
+    """
+
+    model: Precond
+    train: Train
+    target: Precond | None = None  # the model's average, for methods that keep one
+    teacher: Precond | None = None  # for methods that replace theirs in the course of the training
+    weighting: nn.Module | None = None  # the learned part of the loss
+    step: int = 0
+    began: int = 0  # the step at which the optimiser was new
+    optimizer: torch.optim.Optimizer = dataclasses.field(init=False)
+    loss_scale: LossScale | None = dataclasses.field(init=False)  # of trainings in fp16
+    emas: list[Ema] = dataclasses.field(init=False)
+    window: list[LoggedStep] = dataclasses.field(default_factory=list)  # steps not yet summed up
+
+    def __post_init__(self) -> None:
+        if self.target is not None:
+            self.target.load_state_dict(self.model.state_dict())
+            self.target.requires_grad_(False)
+        device = next(self.model.parameters()).device
+        self.loss_scale = LossScale(device) if self.train.precision == "fp16" else None
+        self.begin_afresh()
+
+    def begin_afresh(self) -> None:
+        """Forget what optimiser and averages gathered; they begin anew at the current weights."""
+        self.optimizer = self.train.optimizer.build(self.parameters())
+        self.emas = [Ema(rule, self.model) for rule in self.train.emas]
+        self.began = self.step
+
+    def replace_teacher(self) -> None:
+        """Let the model become its own teacher, as at the beginning of a halving (PD)."""
+        self.teacher.load_state_dict(self.model.state_dict())
+        self.begin_afresh()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return what the optimiser changes."""
+        return [p for module in (self.model, self.weighting) if module is not None for p in module.parameters()]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the weights, moments and averages."""
+        return sharding.is_sharded(next(self.model.parameters()))
+
+    def save(self, folder: Path) -> None:
+        """Write the state, whole, to `folder/step-<step>` atomically; all processes must call, the first one writes."""
+        tensors = sharding.gathered({**self._tensors(), **self._window_tensors()})
+        if ranks.is_main():
+            save_state(folder, self.step, tensors, {"began": self.began})
+
+    def restore(self, state: Path | None) -> None:
+        """Continue from a saved state, bitwise; the models and optimiser must be built from the same recipe.
+
+        Of several processes all must call. The first alone names the state, and all then hold it.
+        """
+        tensors = {}
+        if ranks.is_main():
+            tensors, values = load_state(state)
+            tensors |= {name: torch.tensor(value) for name, value in values.items()}
+        self._take(ranks.broadcast_from_main(tensors), whence=str(state or "what the first process sent"))
+
+    def share(self) -> None:
+        """Let every process hold the first one's state, bitwise; all must call. A divided one all hold together."""
+        if ranks.world_size() == 1 or self.is_sharded:
+            return
+        mine = {**self._tensors(), **self._window_tensors()}
+        mine |= {"step": torch.tensor(self.step), "began": torch.tensor(self.began)}
+        tensors = dict(ranks.broadcast_from_main(mine))
+        if not ranks.is_main():
+            self._take(tensors.items(), whence="what the first process sent")
+
+    def _take(self, whole: Iterable[tuple[str, Tensor]], *, whence: str) -> None:
+        """Copy a state's tensors, one by one, into those that are here: whole, or the parts that this process holds."""
+        own, moments, beside = self._weights(), {}, {}
+        parameters = {f"optimizer/{index}": p for index, p in enumerate(self.parameters())}
+        for name, tensor in whole:
+            if name in own:
+                sharding.put(own.pop(name), tensor)
+            elif name.rpartition("/")[0] in parameters:
+                moments[name] = _beside(parameters[name.rpartition("/")[0]], tensor)
+            else:
+                beside[name] = tensor
+        step, began = int(beside.pop("step")), beside.pop("began", None)  # states of older versions do not say
+        self._load_window(beside, step)
+        if own or beside:
+            odd = min([*own, *beside])
+            raise ValueError(f"{whence} is the state of another training (only one of the two has {odd})")
+        self._load_optimizer(moments)
+        self.step = step
+        if began is not None:
+            self.began = int(began)
+            if isinstance(self.optimizer, FusedRAdam):
+                self.optimizer.taken = step - self.began
+
+    def averaged(self, index: int = 0) -> dict[str, Tensor]:
+        """Return the state dict of the model with the weights of average `index`.
+
+        All processes must call; where the state is divided, the first alone gets the weights, on the CPU.
+        """
+        return sharding.gathered({**self.model.state_dict(), **self.emas[index].weights})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = self._weights()
+        for index, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{name}": t for name, t in values.items()}
+        return tensors
+
+    def _weights(self) -> dict[str, Tensor]:
+        tensors = {}
+        for role in ("model", "target", "teacher", "weighting"):
+            module = getattr(self, role)
+            if module is not None:
+                tensors |= {f"{role}/{name}": t for name, t in module.state_dict().items()}
+        for index, ema in enumerate(self.emas):
+            tensors |= {f"ema{index}/{name}": t for name, t in ema.weights.items()}
+        if self.loss_scale is not None:
+            tensors |= {f"loss_scale/{name}": t for name, t in self.loss_scale.tensors().items()}
+        return tensors
+
+    def _window_tensors(self) -> dict[str, Tensor]:
+        """Return what is still needed of the steps since metrics were last yielded; nothing right after a yield."""
+        if not self.window:
+            return {}
+        _, losses, norms = zip(*self.window, strict=True)
+        return {
+            "window/per_sample": torch.stack([loss.per_sample for loss in losses]),
+            "window/sigma": torch.stack([loss.sigma for loss in losses]),
+            "window/grad_norm": torch.stack(norms),
+        }
+
+    def _load_window(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Take the window out of a saved state's tensors."""
+        device = next(self.model.parameters()).device
+        names = [name for name in ("window/per_sample", "window/sigma", "window/grad_norm") if name in tensors]
+        rows = list(zip(*(tensors.pop(name).to(device) for name in names), strict=True))
+        first = step - len(rows)
+        self.window = [LoggedStep(first + i, Loss(loss, sigma), norm) for i, (loss, sigma, norm) in enumerate(rows)]
+
+    def _load_optimizer(self, moments: dict[str, Tensor]) -> None:
+        state = {}
+        for name, tensor in moments.items():
+            _, index, key = name.split("/")
+            state.setdefault(int(index), {})[key] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _beside(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
+    """Return what the optimiser keeps of a parameter; a moment is divided, and lies in memory, as that is and does."""
+    if tensor.shape != parameter.shape:
+        return tensor
+    moment = torch.empty_like(parameter, requires_grad=False)
+    sharding.put(moment, tensor)
+    return moment

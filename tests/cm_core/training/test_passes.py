@@ -1,0 +1,85 @@
+"""What stands around a pass changes neither losses nor gradients, dropout included."""
+
+import copy
+
+import pytest
+import torch
+
+from cm_core.training.config import Train
+from cm_core.training.passes import compose, compose_passes
+from small_networks import small_networks
+from tiny_training import METHODS, Training
+
+NETWORKS = small_networks(channels_per_head=8, fourier_scale=16)
+SAVING = {
+    "in parts": {"accumulate": 2},
+    "checkpointed": {"checkpoint_activations": True},
+    "both": {"accumulate": 4, "checkpoint_activations": True},
+}
+
+
+@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_takes_the_plain_steps_whatever_saves_memory(name, saving):
+    plain, other = (Training(METHODS[name], num_steps=3, **changes) for changes in ({}, SAVING[saving]))
+    other.models = compose_passes(other.models, other.method, other.train, graphs=False)
+    for found, wanted in zip(other.steps(), plain.steps(), strict=True):
+        assert found == pytest.approx(wanted, rel=2e-4)
+    tensors = other.tensors()
+    for key, tensor in plain.tensors().items():
+        torch.testing.assert_close(tensors[key], tensor, rtol=1e-3, atol=1e-5)
+
+
+def build(name):
+    net = NETWORKS[name].model_copy(update={"dropout": 0.3}).build((1, 8, 8), num_classes=4)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():  # residual branches start near zero, where nothing would show
+            p.copy_(0.2 * torch.randn(p.shape, generator=generator))
+    return net
+
+
+def pass_through(net, network_pass, batch=6):
+    """Return the output and the gradients of one pass."""
+    generator = torch.Generator().manual_seed(1)
+    x, noise_labels = torch.randn(batch, 1, 8, 8, generator=generator), torch.rand(batch, generator=generator)
+    net.zero_grad()
+    out = network_pass(x, noise_labels, torch.arange(batch) % 4)
+    out.square().mean().backward()
+    return [out.detach(), *(p.grad for p in net.parameters())]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_checkpointed_blocks_give_the_same_gradients_to_the_bit(name):
+    net = build(name)
+    expected = pass_through(net, net)
+    checkpointed = compose(net, Train(checkpoint_activations=True), graphs=False)
+    for found, true in zip(pass_through(net, checkpointed), expected, strict=True):
+        assert torch.equal(found, true)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_a_batch_in_parts_gives_the_gradients_of_the_whole(parts):
+    net = build("adm")
+    expected, net = pass_through(net, net), copy.deepcopy(net)
+    in_parts = compose(net, Train(batch_size=6, accumulate=parts, checkpoint_activations=True), graphs=False)
+    for found, true in zip(pass_through(net, in_parts), expected, strict=True):
+        torch.testing.assert_close(found, true, rtol=1e-3, atol=1e-6)
+
+
+def test_parts_keep_the_activations_of_one_part_only():
+    net, kept = build("ddpmpp"), []
+
+    def bytes_kept(network_pass):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+            network_pass(torch.randn(6, 1, 8, 8), torch.rand(6))
+        return sum(kept)
+
+    assert bytes_kept(compose(net, Train(batch_size=6, accumulate=3), graphs=False)) < bytes_kept(net) / 10
+
+
+def test_a_network_keeps_its_own_forward():
+    net = build("ddpmpp")
+    compose(net, Train(batch_size=6, accumulate=3, checkpoint_activations=True), graphs=True)
+    assert not [module for module in net.modules() if "forward" in vars(module)]
