@@ -1,13 +1,13 @@
 """Sources of images. A source is a section of the recipe that can read itself.
 
-Each offers `native_shape()` ([C, H, W] of its images where that is known beforehand), `origin()` (the source
-in dataset.json), `dataset_name()` and `read(scratch, monitor) -> Contents`; `scratch` is a folder for
-unpacked files that lives as long as the images are read.
+Each offers the methods of `Source` and `read(scratch, monitor) -> Contents`; `scratch` is a folder for unpacked files
+that lives as long as the images are read.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
@@ -39,10 +39,25 @@ class Contents:
     ignored: int = 0  # files that are no images
 
 
-class FileSource(Params):
-    """The fields of sources that are files of the user's."""
+class Source(Params):
+    """A source of images; this one has a name and a shape of its own."""
+
+    NATIVE: ClassVar[tuple[int, int, int] | None] = None
 
     kind: str
+
+    def native_shape(self) -> tuple[int, int, int] | None:
+        """Return [C, H, W] of the images where that is known before they are read."""
+        return self.NATIVE
+
+    def dataset_name(self) -> str:
+        """Return the name for reports."""
+        return self.kind
+
+
+class FileSource(Source):
+    """The fields of sources that are files of the user's."""
+
     path: str = Field(min_length=1)
     heldout_path: str | None = None
     sha256: str | None = Field(None, pattern="^[0-9a-fA-F]{64}$")
@@ -53,9 +68,6 @@ class FileSource(Params):
     """Any word; stages are cached by the recipe, so change it when the contents of `path` changed."""
     licence: str = "not stated; set data.source.licence"
     """One line on the terms of use, repeated in dataset.json."""
-
-    def native_shape(self) -> None:
-        """Return None: the files have to be read."""
 
     def dataset_name(self) -> str:
         """Return the name for reports."""

@@ -3,23 +3,23 @@
 import io
 import pickle
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import ConfigDict, Field
 
-from cm_core.params import Params
 from flows.data.archives import Files, archive_files, contents
-from flows.data.sources import Contents, array_items
+from flows.data.sources import Contents, Source, array_items
 from flows.errors import UserError
 from flows.monitor import Monitor
 from flows.storage.fetch import download_dir, fetch_first
 from flows.storage.s3 import public_uri
 
 
-class Cifar10(Params):
+class Cifar10(Source):
     """60,000 photographs of ten kinds of things, 32x32 RGB; the archive's own test batch is held out."""
 
+    NATIVE: ClassVar = (3, 32, 32)
     model_config = ConfigDict(title="CIFAR-10")
 
     kind: Literal["cifar10"] = "cifar10"
@@ -30,14 +30,6 @@ class Cifar10(Params):
     """MD5 of the archive, 32 hexadecimal digits; the default is the one that its authors publish."""
     licence: str = "none stated; the authors ask to cite Krizhevsky, Learning Multiple Layers of Features, 2009"
     """One line on the terms of use, repeated in dataset.json."""
-
-    def native_shape(self) -> tuple[int, int, int]:
-        """Return [C, H, W]."""
-        return 3, 32, 32
-
-    def dataset_name(self) -> str:
-        """Return the name for reports."""
-        return "cifar10"
 
     def origin(self) -> str:
         """Return the source for dataset.json."""
