@@ -228,8 +228,8 @@ def test_published_addresses_are_those_of_torch_fidelity():
     import torchvision
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-    assert stage.INCEPTION.url == URL_INCEPTION_V3
-    assert stage.VGG16.url == torchvision.models.VGG16_Weights.IMAGENET1K_V1.url
+    assert stage.PUBLISHED["inception-v3-compat"].url == URL_INCEPTION_V3
+    assert stage.PUBLISHED["vgg16"].url == torchvision.models.VGG16_Weights.IMAGENET1K_V1.url
 
 
 def test_torchvision_comes_without_the_compiler_which_is_there_when_asked():
