@@ -1,7 +1,12 @@
-"""Small text files rewritten whole, and locks on files, which end with the process that holds them."""
+"""Small text files rewritten whole, and locks on files, which end with the process that holds them.
+
+The kernel's flock, and not the library filelock: where a file system has no flock, that one falls back to lock files
+that outlive a killed process; it waits by polling; and it hides the file, into which `cm up` writes its process id.
+"""
 
 import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -23,3 +28,10 @@ def try_lock(file: IO) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def wait_lock(file: IO, on_wait: Callable[[], None]) -> None:
+    """Lock an open file for this process alone; where another holds it, call `on_wait` once and wait for its end."""
+    if not try_lock(file):
+        on_wait()
+        fcntl.flock(file, fcntl.LOCK_EX)

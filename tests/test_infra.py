@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from flows.errors import UserError
-from flows.operations.deploy import POOLS, POOLS_DIR, automations, from_repository, in_folder, read_template
+from flows.operations.deploy import POOLS_DIR, automations, from_repository, in_folder, read_template
 
 ROOT = Path(__file__).parents[1]
 INFRA = ROOT / "infra"
@@ -185,7 +185,3 @@ def test_the_image_holds_the_locked_versions_and_no_root(compose):
     version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1]
     ours = [one["image"] for one in compose["services"].values() if "build" in one]
     assert set(ours) == {f"consistency-pipeline:{version}"}
-
-
-def test_every_pool_is_described():
-    assert set(POOLS) == {"gpu", "cpu"} and all(POOLS.values())

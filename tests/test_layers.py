@@ -29,7 +29,7 @@ HEAVY = {
     ),
     "mlflow": ("flows.inference.server",),  # MLflow itself runs it
     **dict.fromkeys(["dvc", "boto3", "sklearn", "scipy", "matplotlib", "torchvision", "lpips"], ()),
-    **dict.fromkeys(["torch_fidelity", "rich", "tqdm"], ()),
+    **dict.fromkeys(["torch_fidelity", "rich"], ()),
 }
 ENGINES = {"prefect", "mlflow", "dvc"}
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from cm_core.tensor_files import flush, load_tensors, save_tensors
 
 TENSORS_FILE, STATE_FILE = "tensors.safetensors", "state.json"
+STATE, LOG = "step-", "log"  # beside each other in a folder: states, whose names go on with the step, and the log
 HIDDEN = ".partial-"  # how names begin that no reader looks at
 
 
@@ -19,7 +21,7 @@ def save_state(folder: Path, step: int, tensors: dict[str, Tensor], values: dict
 
     The state is built under a temporary name and renamed whole, as are those that go: a torn state is never seen.
     """
-    final = folder / f"step-{step:09d}"
+    final = folder / f"{STATE}{step:09d}"
     for torn in folder.glob(f"{HIDDEN}*"):  # of a process that was killed
         shutil.rmtree(torn)
     temporary = folder / f"{HIDDEN}{final.name}"
@@ -42,7 +44,12 @@ def _drop(state: Path) -> None:
 
 def list_states(folder: Path) -> list[Path]:
     """Return the complete training states in `folder`, oldest first."""
-    return sorted(folder.glob("step-*")) if folder.is_dir() else []
+    return sorted(folder.glob(f"{STATE}*")) if folder.is_dir() else []
+
+
+def newest_state(paths: Iterable[str]) -> str:
+    """Return the name of the newest state among relative paths of files, empty where there is none."""
+    return max((path.partition("/")[0] for path in paths if path.startswith(STATE)), default="")
 
 
 def load_state(state: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

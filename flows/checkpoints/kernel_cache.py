@@ -1,4 +1,4 @@
-"""Compiled kernels in the bucket of the training states: what one worker compiled, the next of its kind finds.
+"""Compiled kernels in the bucket of the checkpoints, shared by workers with the same kind of GPU.
 
 Triton asks for each file of a kernel under a key that covers its code, the compiler and the kind of GPU.
 """
@@ -17,21 +17,21 @@ from flows.storage.bucket import Bucket
 
 
 class KernelBucket(RemoteCacheBackend):
-    """The files of one key: this machine's where it has them, else the bucket's. Without the store all is compiled."""
+    """The files of one key: this machine's where it has them, else the bucket's; compiled if the store fails."""
 
-    _given_up = False  # by this process, for all keys: a training starts sooner without a store that does not answer
+    _given_up = False  # by this process, for all keys: each silent request would delay the training
 
     def __init__(self, key: str) -> None:
         self._bucket = Bucket(os.environ[KERNELS_VARIABLE]).below(key)
-        self._folder = Path(os.environ["TRITON_CACHE_DIR"]) / key  # where Triton puts what it gets from here
+        self._folder = Path(os.environ["TRITON_CACHE_DIR"]) / key  # where Triton puts the files that it gets from here
 
     def get(self, filenames: list[str]) -> dict[str, bytes]:
-        """Return those of the files that there are."""
+        """Return those of the files that exist."""
         found = {name: self._find(name) for name in filenames}
         return {name: data for name, data in found.items() if data is not None}
 
     def put(self, filename: str, data: bytes) -> None:
-        """Give a file to the others, unless one of them was sooner."""
+        """Share a file, unless another worker has done so."""
         self._ask(lambda: self._bucket.write(filename, data, replacing=None))
 
     def _find(self, name: str) -> bytes | None:

@@ -1,40 +1,44 @@
-"""Training states in flight: folders that outlive a crash, each under the key of the stage that trains.
+"""Checkpoints of trainings in flight: folders that outlive a crash, each under the key of the stage that trains.
 
 They lie in a folder of this machine or, where $CM_STATE is an address s3://bucket/prefix, in a bucket that every worker
-reaches. They are no DVC outputs. One is dropped once DVC's cache has what its stage made: dropping it when the stage
-ends would lose a training that DVC then fails to store.
+reaches. They are no DVC outputs. One is dropped once DVC's cache has the outputs of its stage; dropped when the stage
+ends, a training would be lost where DVC then fails to store its outputs.
 """
 
-import fcntl
 import json
 import os
+import shutil
+import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.atomic import replace_text, try_lock
+from flows.atomic import replace_text, try_lock, wait_lock
 from flows.checkpoints import s3_store
+from flows.checkpoints.s3_store import LeaseLost, Say, Training, drop_folder, list_files, patiently
 from flows.errors import UserError
 from flows.storage.bucket import Bucket
 
 STATE_VARIABLE, FINISHED_FILE = "CM_STATE", "finished.json"
-KERNELS_VARIABLE, KERNELS = "CM_KERNELS", "compiled"  # where compiled kernels are shared: beside the states
+KERNELS_VARIABLE, KERNELS = "CM_KERNELS", "compiled"  # where compiled kernels are shared: beside the checkpoints
+RETRY_EVERY = 8.0  # seconds between two tries of an upload or a renewal that failed
 Stored = Callable[[Mapping[str, str]], bool]  # whether DVC's cache has all of {path: hash}
 
 
 @dataclass(frozen=True)
-class HeldState:
-    """A training's state, ours alone for the time being."""
+class Checkpoint:
+    """A training's checkpoint, ours alone for the time being."""
 
     folder: Path
     """The working copy, with the newest complete state when the training begins."""
     publish: Callable[[], None]
-    """Send the newest state in `folder` on its way to the other workers; raises LeaseLost when one has taken over."""
+    """Upload the newest state in `folder` in the background; raises LeaseLost when another worker has taken over."""
 
 
 def states_folder(origin: Path) -> Path:
-    """Return the folder of all states, or of their working copies: $CM_STATE, else .cm/states of the workspace."""
+    """Return the folder of all checkpoints, or of their working copies: $CM_STATE, else .cm/states of the workspace."""
     place = os.environ.get(STATE_VARIABLE)
     return Path(place) if place and not states_bucket() else origin / ".cm" / "states"
 
@@ -48,7 +52,7 @@ def states_bucket() -> Bucket | None:
 
 
 def share_kernels(origin: Path) -> None:
-    """Let Triton find in the bucket of the states, if there is one, what other workers compiled, and leave its own."""
+    """Let Triton share compiled kernels with other workers through the bucket of the checkpoints, if there is one."""
     if bucket := states_bucket():
         os.environ.setdefault(KERNELS_VARIABLE, f"{bucket.uri}/{KERNELS}")
         os.environ.setdefault("TRITON_CACHE_DIR", str(states_folder(origin) / KERNELS / "shared"))
@@ -57,65 +61,173 @@ def share_kernels(origin: Path) -> None:
 
 
 @contextmanager
-def hold_state(
-    origin: Path, stage: str, key: str, on_wait: Callable[[], None], say: Callable[[str], None]
-) -> Iterator[HeldState]:
-    """Yield the state of a stage's key, ours alone; where another process trains the same, wait for its end.
+def hold_checkpoint(origin: Path, stage: str, key: str, on_wait: Callable[[], None], say: Say) -> Iterator[Checkpoint]:
+    """Yield the checkpoint of a stage's key, ours alone; where another process trains the same, wait for its end.
 
     `say` gets remarks on the store. Raises UserError where the store cannot be reached at the start.
     """
     folder, bucket = states_folder(origin) / f"{stage}-{key[:16]}", states_bucket()
-    with _hold_folder(folder, on_wait):
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock_file(folder).open("w") as lock:
+        wait_lock(lock, on_wait)
+        folder.mkdir(exist_ok=True)  # the process that held it may have dropped it
         if bucket is None:
-            yield HeldState(folder, lambda: None)
-            return
-        place = bucket.below(folder.name)
-        with s3_store.hold_in_bucket(place, folder, on_wait, say, lambda: _finished(folder)) as publish:
-            yield HeldState(folder, publish)
+            yield Checkpoint(folder, lambda: None)
+        else:
+            with _hold_in_bucket(Training(bucket.below(folder.name), say), folder, on_wait, say) as publish:
+                yield Checkpoint(folder, publish)
 
 
 @contextmanager
-def _hold_folder(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with _lock_file(folder).open("w") as lock:
-        if not try_lock(lock):
-            on_wait()
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        folder.mkdir(exist_ok=True)
-        yield
+def _hold_in_bucket(
+    training: Training, folder: Path, on_wait: Callable[[], None], say: Say
+) -> Iterator[Callable[[], None]]:
+    """Hold the lease of a training whose working copy is `folder`; yield the function that uploads its newest state.
+
+    At the end the last state is published, the lease returned with the outputs of the training, and the folder removed.
+    It stays where the bucket could not be given everything, which is said and no error: another run on this machine
+    goes on from it, and outputs that exist need no checkpoint any more.
+    """
+    outbox = folder.with_name(f"{folder.name}.outbox")
+    training.acquire(on_wait)
+    shutil.rmtree(outbox, ignore_errors=True)  # of a run that was killed
+    try:
+        training.restore(folder)
+        with CheckpointUploader(training, folder, outbox, say) as uploader:
+            yield uploader.send
+    finally:
+        if _hand_back(training, folder, outbox, say):
+            drop_folder(folder)
+        shutil.rmtree(outbox, ignore_errors=True)
+
+
+def _hand_back(training: Training, folder: Path, outbox: Path, say: Say) -> bool:
+    """Publish the last state and return the lease; return whether both succeeded, and say why not."""
+    try:
+        if snapshot := take_snapshot(folder, outbox):
+            patiently(lambda: training.publish(snapshot))
+        marker = folder / FINISHED_FILE
+        finished = json.loads(marker.read_text()) if marker.exists() else None
+        patiently(lambda: training.release(finished))
+    except LeaseLost as lost:
+        say(str(lost))
+        return False
+    except (UserError, OSError) as error:
+        say(f"the last checkpoint is on this machine alone, in {folder}: {error}")
+        return False
+    return True
+
+
+class CheckpointUploader:
+    """Two threads beside a training: one renews its lease, one uploads its states; of those waiting only the newest."""
+
+    def __init__(self, training: Training, folder: Path, outbox: Path, say: Say) -> None:
+        self._training, self._folder, self._outbox, self._say = training, folder, outbox, say
+        self._changed = threading.Condition()
+        self._waiting: Path | None = None
+        self._ending, self._failing = False, False
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._renew, self._upload)]
+
+    def __enter__(self) -> "CheckpointUploader":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._ending, self._waiting = True, None
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def send(self) -> None:
+        """Upload the newest state soon. Raises LeaseLost, at the latest with the state after the loss."""
+        if self._training.lost:
+            raise self._training.lost
+        snapshot = take_snapshot(self._folder, self._outbox)
+        with self._changed:
+            superseded, self._waiting = self._waiting, snapshot
+            self._changed.notify_all()
+        if superseded:
+            shutil.rmtree(superseded)
+
+    def _upload(self) -> None:
+        while snapshot := self._next():
+            while not self._try(lambda s=snapshot: self._training.publish(s)):
+                if self._wait(lambda: self._ending, RETRY_EVERY) or self._waiting:
+                    break  # the newest state is published at the end; of two the newer one is tried again
+            shutil.rmtree(snapshot)
+
+    def _next(self) -> Path | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._ending)
+            snapshot, self._waiting = self._waiting, None
+            return snapshot
+
+    def _renew(self) -> None:
+        while not self._wait(lambda: self._ending, s3_store.LEASE_SECONDS / s3_store.RENEWALS):
+            self._try(self._training.renew)
+
+    def _wait(self, condition: Callable[[], object], seconds: float) -> bool:
+        """Wait for a condition, but not longer than so many seconds; return whether it holds."""
+        with self._changed:
+            return bool(self._changed.wait_for(condition, timeout=seconds))
+
+    def _try(self, action: Callable[[], None]) -> bool:
+        """Do something with the store; say when it starts to fail, and when it works again."""
+        try:
+            action()
+        except LeaseLost as lost:
+            self._say(str(lost))
+            return True  # there is nothing to try again
+        except (UserError, OSError) as error:
+            if not self._failing:
+                self._say(f"checkpoint upload fails, retrying every {RETRY_EVERY:g} s; training continues: {error}")
+            self._failing = True
+            return False
+        if self._failing:
+            self._say("checkpoint upload works again")
+        self._failing = False
+        return True
+
+
+def take_snapshot(folder: Path, outbox: Path) -> Path | None:
+    """Return a folder with the newest state and the log as they are now, None before the first state.
+
+    Files that are never rewritten are linked.
+    """
+    from cm_core.training.checkpoint import LOG, list_states
+
+    states, snapshot = list_states(folder), outbox / uuid.uuid4().hex
+    for path in list_files(folder).values() if states else ():
+        name = path.relative_to(folder)
+        if name.parts[0] in (states[-1].name, LOG):
+            (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+            # The curves are appended to while the snapshot waits.
+            (shutil.copy if name.suffix == ".jsonl" else os.link)(path, snapshot / name)
+    return snapshot if states else None
 
 
 def mark_finished(folder: Path, outs: Mapping[str, str]) -> None:
-    """Note what the stage made, {path: DVC hash}; from now on the state waits to be dropped."""
+    """Note the outputs of a training, {path: DVC hash}; from now on its checkpoint waits to be dropped."""
     replace_text(folder / FINISHED_FILE, json.dumps(dict(outs)))
 
 
-def _finished(folder: Path) -> dict[str, str] | None:
-    marker = folder / FINISHED_FILE
-    return json.loads(marker.read_text()) if marker.exists() else None
-
-
 def drop_finished(origin: Path, is_stored: Stored) -> list[str]:
-    """Remove the states whose outputs are stored, unless somebody holds them; return what was removed."""
+    """Remove the checkpoints whose outputs are stored, unless a process holds them; return their places."""
+    dropped = []
+    for marker in states_folder(origin).glob(f"*/{FINISHED_FILE}"):
+        if drop_unheld(marker.parent, lambda m=marker: is_stored(json.loads(m.read_text()))):
+            dropped.append(str(marker.parent))
     bucket = states_bucket()
-    in_bucket = s3_store.patiently(lambda: s3_store.drop_finished(bucket, is_stored)) if bucket else []
-    return [*map(str, _drop_folders(states_folder(origin), is_stored)), *in_bucket]
+    return dropped + (patiently(lambda: s3_store.drop_finished(bucket, is_stored)) if bucket else [])
 
 
-def _drop_folders(states: Path, is_stored: Stored) -> Iterator[Path]:
-    for marker in states.glob(f"*/{FINISHED_FILE}"):
-        folder = marker.parent
-        with _lock_file(folder).open("w") as lock:
-            if try_lock(lock) and is_stored(json.loads(marker.read_text())):
-                s3_store.drop_folder(folder)
-                yield folder
-
-
-def drop_unheld(folder: Path) -> bool:
-    """Remove a state unless somebody holds it; return whether it is gone."""
+def drop_unheld(folder: Path, condition: Callable[[], bool] = lambda: True) -> bool:
+    """Remove a checkpoint unless a process holds it or the condition fails; return whether it is gone."""
     with _lock_file(folder).open("w") as lock:
-        if try_lock(lock):
-            s3_store.drop_folder(folder)
+        if try_lock(lock) and condition():
+            drop_folder(folder)
             return True
     return False
 

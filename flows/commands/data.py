@@ -8,8 +8,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from flows.commands.output import Bar, add_json_option, print_json, print_table
+from flows.commands.output import add_json_option, print_json, print_table
 from flows.errors import UserError
+from flows.stage_runner.progress import Bar
 from flows.workspace.locations import shared_remote, workspace_root
 
 ARRAYS = (".npz", ".npy")

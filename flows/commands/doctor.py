@@ -1,9 +1,8 @@
-"""`cm doctor`: what is installed, reachable and writable, and on which device a training would run."""
+"""`cm doctor`: checks of packages, services, stores and the device of trainings."""
 
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import urllib.request
@@ -15,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.commands.output import add_json_option, print_json, print_table
+from flows.workspace.git import git, revision
 from flows.workspace.locations import shared_root, workspace_root
 
 if TYPE_CHECKING:
     from flows.storage.bucket import Bucket
+    from flows.tracking.tracker import Tracker
 
 PROJECT, SHOWN = "consistency-pipeline", ("prefect", "mlflow", "dvc")
 FREE_GB = 2  # for a demo, its clones and its cache
@@ -26,7 +27,7 @@ PROBE, SECONDS = b"written by cm doctor", 10
 
 
 class Broken(Exception):
-    """What a check found wrong, and the cure."""
+    """The finding of a check and the cure."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Check:
 
 def add_parsers(commands: Any) -> None:
     """Declare the subcommand."""
-    parser = commands.add_parser("doctor", help="say what is installed, reachable and writable")
+    parser = commands.add_parser("doctor", help="check packages, services, stores and the device")
     add_json_option(parser)
     parser.set_defaults(command=doctor)
 
@@ -61,9 +62,8 @@ def doctor(args: Namespace) -> int:
 def _examine(name: str, probe: Callable[[], str]) -> Check:
     try:
         return Check(name, True, probe())
-    except Exception as error:  # whatever is wrong with a part, that is the answer
-        words = " ".join(str(error).split()) or type(error).__name__
-        return Check(name, False, words)
+    except Exception as error:  # any failure of a part is the answer
+        return Check(name, False, " ".join(str(error).split()) or type(error).__name__)
 
 
 def _python() -> str:
@@ -71,7 +71,7 @@ def _python() -> str:
 
 
 def _packages() -> str:
-    """Compare what the project asks for with what is installed: `import prefect` is silent about a wrong fastapi."""
+    """Compare required with installed versions: `import prefect` is silent about a wrong fastapi."""
     from packaging.requirements import Requirement
 
     wanted = [Requirement(line) for line in metadata.requires(PROJECT) or ()]
@@ -105,25 +105,18 @@ def _torchvision() -> str:
 
 
 def _git() -> str:
-    version = _git_says("--version").removeprefix("git version ")
-    top, revision = Path(_git_says("rev-parse", "--show-toplevel")), _git_says("rev-parse", "--short", "HEAD")
-    if top.resolve() != workspace_root():
-        raise Broken(f"the workspace must be the top of its repository, which is {top}")
-    return f"{version}, workspace at {revision}"
-
-
-def _git_says(*arguments: str) -> str:
-    command = ["git", *arguments]
-    done = subprocess.run(command, cwd=workspace_root(), capture_output=True, text=True, check=False, timeout=SECONDS)
-    if done.returncode:
-        raise Broken(f"git {' '.join(arguments)}: {done.stderr.strip()}; a run records the revision of its code")
-    return done.stdout.strip()
+    version = git(workspace_root(), "--version").decode().strip().removeprefix("git version ")
+    return f"{version}, workspace at {revision(workspace_root())[:7]}"
 
 
 def _workspace() -> str:
-    with tempfile.TemporaryFile(dir=workspace_root()) as file:
+    return f"{_writable(workspace_root())}, writable"
+
+
+def _writable(folder: Path) -> Path:
+    with tempfile.TemporaryFile(dir=folder) as file:
         file.write(PROBE)
-    return f"{workspace_root()}, writable"
+    return folder
 
 
 def _disk() -> str:
@@ -134,15 +127,19 @@ def _disk() -> str:
 
 
 def _mlflow() -> str:
-    from flows.tracking.tracker import Tracker
-
-    place = shared_root(workspace_root()) / "mlflow.db"
-    if not os.environ.get("MLFLOW_TRACKING_URI") and not place.exists():
-        return f"sqlite:///{place}, made by the first run"
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    tracker = Tracker(shared_root(workspace_root()))
+    if (tracker := _tracker()) is None:
+        return f"sqlite:///{shared_root(workspace_root()) / 'mlflow.db'}, created by the first run"
     tracker.client.search_runs([tracker.experiment_id], max_results=1)
     return f"{tracker.uri}, answers"
+
+
+def _tracker() -> "Tracker | None":
+    """Return the tracker of MLFLOW_TRACKING_URI or of the workspace's file, None before the first run made that."""
+    from flows.tracking.tracker import Tracker
+
+    root = shared_root(workspace_root())
+    return Tracker(root) if os.environ.get("MLFLOW_TRACKING_URI") or (root / "mlflow.db").exists() else None
 
 
 def _prefect() -> str:
@@ -184,9 +181,13 @@ def _write_read_remove(store: Any) -> str:
         store.fs.put_file(file.name, path)
     read = store.fs.cat_file(path)
     store.fs.remove(path)
+    return _proved(store.fs.unstrip_protocol(store.path), read)
+
+
+def _proved(place: str, read: bytes) -> str:
     if read != PROBE:
-        raise Broken(f"{store.path}: what was read is not what was written")
-    return f"{store.fs.unstrip_protocol(store.path)}, written, read and removed"
+        raise Broken(f"{place}: the bytes read differ from those written")
+    return f"{place}, written, read and removed"
 
 
 def _states() -> str:
@@ -196,9 +197,7 @@ def _states() -> str:
     if bucket is None:
         folder = states_folder(shared_root(workspace_root()))
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(PROBE)
-        return f"{folder}, writable; no other machine reaches it"
+        return f"{_writable(folder)}, writable; no other machine reaches it"
     return _prove_leases(bucket)
 
 
@@ -214,17 +213,14 @@ def _prove_leases(bucket: "Bucket") -> str:
     finally:
         bucket.remove([key])
     if etag is None or bucket.read(key) is not None:
-        raise Broken(f"{bucket.uri}: what was removed is still there")
+        raise Broken(f"{bucket.uri}: the object that was removed is still there")
     return f"{bucket.uri}, written, read and removed; a second writer was refused"
 
 
 def _artifacts() -> str:
     """Try the place where MLflow keeps files, as MLflow reaches it."""
-    from flows.tracking.tracker import Tracker
-
-    if not os.environ.get("MLFLOW_TRACKING_URI") and not (shared_root(workspace_root()) / "mlflow.db").exists():
-        return f"{shared_root(workspace_root()) / 'mlruns'}, made by the first run"
-    tracker = Tracker(shared_root(workspace_root()))
+    if (tracker := _tracker()) is None:
+        return f"{shared_root(workspace_root()) / 'mlruns'}, created by the first run"
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     place, name = tracker.client.get_experiment(tracker.experiment_id).artifact_location, f"cm-doctor-{os.getpid()}"
@@ -235,9 +231,7 @@ def _artifacts() -> str:
         (Path(folder) / name).unlink()
         read = Path(store.download_artifacts(f"cm-doctor/{name}", folder)).read_bytes()
     store.delete_artifacts(f"cm-doctor/{name}")
-    if read != PROBE:
-        raise Broken(f"{place}: what was read is not what was written")
-    return f"{place}, written, read and removed"
+    return _proved(place, read)
 
 
 def _prefect_results() -> str:
@@ -255,9 +249,7 @@ def _prefect_results() -> str:
         block.filesystem.rm(place)
     else:
         Path(place).unlink()
-    if read != PROBE:
-        raise Broken(f"{slug}: what was read is not what was written")
-    return f"{slug} at {block.basepath}, written, read and removed"
+    return _proved(f"{slug} at {block.basepath}", read)
 
 
 MACHINE: dict[str, Callable[[], str]] = {

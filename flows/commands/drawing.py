@@ -6,8 +6,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.commands.output import Bar, positive
+from flows.commands.output import positive
 from flows.errors import UserError
+from flows.stage_runner.progress import Bar
 from flows.workspace.locations import shared_root, workspace_root
 
 if TYPE_CHECKING:

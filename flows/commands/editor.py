@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.commands.drawing import load, save_images
-from flows.commands.output import Bar
 from flows.errors import UserError
+from flows.stage_runner.progress import Bar
 from flows.workspace.locations import workspace_root
 
 if TYPE_CHECKING:

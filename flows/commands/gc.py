@@ -1,4 +1,4 @@
-"""`cm gc`: what nothing refers to any more; with --apply it goes."""
+"""`cm gc`: list objects that nothing refers to any more; with --apply remove them."""
 
 from argparse import ArgumentTypeError, Namespace
 from datetime import timedelta
@@ -12,10 +12,10 @@ SHOWN = 20  # lines of a kind
 
 def add_parsers(commands: Any) -> None:
     """Declare the subcommand."""
-    parser = commands.add_parser("gc", help="list what nothing refers to any more; with --apply remove it")
-    parser.add_argument("--apply", "--yes", action="store_true", help="remove it; without, it is only listed")
+    parser = commands.add_parser("gc", help="list objects that nothing refers to any more; with --apply remove them")
+    parser.add_argument("--apply", "--yes", action="store_true", help="remove them; without, they are only listed")
     parser.add_argument(
-        "--older-than", metavar="DAYS", type=_days, default=1.0, help="what is younger stays, needed or not; default 1"
+        "--older-than", metavar="DAYS", type=_days, default=1.0, help="younger objects stay, needed or not; default 1"
     )
     parser.add_argument(
         "--remote", action="store_true", help="the DVC remote too; `git fetch --all` first: it may be others' as well"
@@ -25,7 +25,7 @@ def add_parsers(commands: Any) -> None:
 
 
 def gc(args: Namespace) -> None:
-    """Print the garbage, and remove it if told so."""
+    """Print the garbage; with --apply remove it."""
     from flows.operations.garbage import find_garbage
 
     found = list(find_garbage(workspace_root(), older_than=timedelta(days=args.older_than), with_remote=args.remote))

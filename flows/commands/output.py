@@ -1,4 +1,4 @@
-"""What the subcommands share: tables for people, JSON for machines, progress on stderr, types of arguments."""
+"""Output and argument types of the subcommands: tables for people, JSON for machines."""
 
 import json
 import signal
@@ -6,8 +6,6 @@ import sys
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-from flows.monitor import Monitor
 
 METRICS = ("fid", "is", "precision", "recall", "kid")
 CHARTS = "?workflowType=machine_learning&compareRunsMode=CHART"  # of MLflow's pages: curves, not language models
@@ -57,25 +55,3 @@ def print_metrics(rows: Mapping[str, Mapping[str, float]], *, title: str) -> Non
 def prepare_for_cancelling() -> None:
     """Let SIGTERM unwind this process: a cancelled flow gets one, and the default would leave Prefect's server."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-
-
-class Bar(Monitor):
-    """Progress of one command as a bar on the terminal; nothing where stderr is no terminal."""
-
-    def __init__(self, title: str) -> None:
-        from rich.console import Console
-        from rich.progress import Progress
-
-        console = Console(stderr=True)
-        self._progress = Progress(console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._progress.add_task(title, total=None)
-
-    def __enter__(self) -> "Bar":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def progress(self, done: int, total: int, unit: str = "images") -> None:
-        self._progress.update(self._task, completed=done, total=total)

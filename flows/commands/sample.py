@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.commands.drawing import MODEL, add_sampling_options, draw, is_model, save_images
-from flows.commands.output import Bar, add_json_option, print_json, print_metrics
+from flows.commands.output import add_json_option, print_json, print_metrics
 from flows.errors import UserError
+from flows.stage_runner.progress import Bar
 from flows.workspace.locations import workspace_root
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.output import Bar, add_json_option, positive, print_json, print_table
+from flows.commands.output import add_json_option, positive, print_json, print_table
 from flows.commands.recipes import add_recipe_arguments
 from flows.errors import UserError
+from flows.stage_runner.progress import Bar
 from flows.tracking.stage_run import StageRun
 from flows.tracking.tracker import Tracker
 from flows.workspace.clone import Workspace, clone
@@ -22,8 +23,6 @@ from flows.workspace.git import describe_code
 from flows.workspace.locations import shared_root, workspace_root
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from flows.recipes.recipe import Recipe
 
 NEEDED = ("student", "features")  # the artifacts that a search reads
@@ -180,29 +179,22 @@ class Scorer:
         """Return the FID of images drawn at these levels; the noise is the same each time."""
         from cm_core.metrics.evaluation import frechet_distance
         from cm_core.metrics.features import extract_features
+        from flows.inference.generate import draw_images
+        from flows.stages.models import few_steps
 
         with Bar(title) as bar:
-            images = self._draw(sigmas, bar)
+            images = draw_images(
+                self.spec,
+                self.f,
+                lambda f, noise: few_steps(self.spec, f, noise, sigmas[1:]),
+                n=self.num_images,
+                seed=self.sample.seed,
+                device=self.device,
+                batch_size=self.sample.batch_size,
+                on_batch=bar.progress,
+            )
             found = extract_features(images, self.extractor, batch_size=self.batch_size, device=self.device)
         return frechet_distance(found.features, self.reference)
-
-    def _draw(self, sigmas: Sequence[float], bar: Bar) -> "np.ndarray":
-        import numpy as np
-        import torch
-
-        from cm_core.sampling import ImageNoise
-        from cm_core.tensors import to_pixels
-        from flows.stages.models import few_steps, fixed_labels
-
-        batches, size = [], self.sample.batch_size
-        with torch.no_grad():
-            for start in range(0, self.num_images, size):
-                indices = range(start, min(start + size, self.num_images))
-                noise = ImageNoise(self.sample.seed, indices, self.spec.image_shape, self.device)
-                f = partial(self.f, labels=fixed_labels(self.spec, indices, self.device))
-                batches.append(to_pixels(few_steps(self.spec, f, noise, sigmas[1:])).cpu().numpy())
-                bar.progress(indices.stop, self.num_images)
-        return np.concatenate(batches)
 
 
 def report(recipe: "Recipe", found: Mapping[str, Any], args: Namespace) -> None:

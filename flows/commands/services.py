@@ -1,4 +1,4 @@
-"""`cm up`, `cm down`, `cm status`, `cm deploy`: the servers and workers of a machine, and what the server must know."""
+"""`cm up`, `cm down`, `cm status`, `cm deploy`: the servers and worker of a machine, and their registration."""
 
 import os
 import sys
@@ -9,12 +9,11 @@ from typing import Any
 
 from flows.commands.output import CHARTS, add_json_option, positive, print_json, print_table
 from flows.errors import UserError
+from flows.operations.service_environment import Services
 from flows.operations.services import (
     MLFLOW_PORT,
     PREFECT_PORT,
-    Options,
     ServiceEnded,
-    Services,
     answering,
     down,
     folder_of,
@@ -36,21 +35,21 @@ def add_parsers(commands: Any) -> None:
     parser.add_argument("--no-workers", action="store_true", help="the servers alone; `prefect worker start` adds any")
     parser.set_defaults(command=start)
 
-    parser = commands.add_parser("down", help="stop what `cm up` runs, wherever it was started")
+    parser = commands.add_parser("down", help="stop the services that `cm up` runs in any terminal")
     parser.set_defaults(command=stop)
 
-    parser = commands.add_parser("status", help="say what of `cm up` runs and answers")
+    parser = commands.add_parser("status", help="list the services of `cm up`: which run, which answer")
     add_json_option(parser)
     parser.set_defaults(command=status)
 
-    parser = commands.add_parser("deploy", help="register pools, limit and recipes with the server of PREFECT_API_URL")
+    parser = commands.add_parser("deploy", help="register pool, limit and recipes with the server of PREFECT_API_URL")
     parser.add_argument("--pool-type", default="process", metavar="TYPE", help="a template in infra/work-pools")
     parser.add_argument(
         "--gpus", type=positive, required=True, metavar="N", help="heavy stages at once, all workers' together"
     )
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--folder", type=Path, metavar="PATH", help="the workspace on the workers; without it, this one")
-    place.add_argument("--repository", metavar="URL", help="what workers clone instead")
+    place.add_argument("--repository", metavar="URL", help="a git repository that workers clone instead")
     parser.add_argument("--branch", default="main", metavar="NAME", help="of the repository")
     parser.set_defaults(command=register)
 
@@ -67,7 +66,10 @@ def start(args: Namespace) -> int:
     try:
         up(
             root,
-            Options(args.prefect_port, args.mlflow_port, args.database, workers=not args.no_workers),
+            prefect_port=args.prefect_port,
+            mlflow_port=args.mlflow_port,
+            database=args.database,
+            worker=not args.no_workers,
             on_start=lambda name: print(f"starting {name}", flush=True),
             on_ready=lambda services: print(_welcome(services, str(folder_of(root) / "logs")), flush=True),
         )
@@ -92,7 +94,7 @@ def stop(args: Namespace) -> None:
 
 
 def status(args: Namespace) -> int:
-    """Print what runs; return 1 unless all of it does."""
+    """Print the services; return 1 unless all run and answer."""
     found = read_status()
     if args.json:
         print_json(found)
@@ -114,7 +116,7 @@ def _state(service: Mapping[str, Any]) -> str:
 
 
 def read_status() -> dict[str, Any]:
-    """Return what runs, as `cm status --json` prints it."""
+    """Return the services, as `cm status --json` prints them."""
     import psutil
 
     root = workspace_root()
@@ -133,7 +135,7 @@ def read_status() -> dict[str, Any]:
 
 
 def register(args: Namespace) -> None:
-    """Register everything and say what."""
+    """Register everything and list it."""
     if not os.environ.get("PREFECT_API_URL"):
         raise UserError("PREFECT_API_URL is not set; `cm up` registers with its own server by itself")
     from flows.operations.deploy import deploy, from_repository, in_folder

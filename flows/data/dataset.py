@@ -27,7 +27,7 @@ class Dataset:
 
 
 def load_dataset(prepare_dir: Path) -> Dataset:
-    """Open what the stage `prepare` wrote; the images stay on disk until they are read.
+    """Open the output of the stage `prepare`; the images stay on disk until they are read.
 
     Raises:
         UserError: `prepare_dir` holds no prepared data, or an incomplete one.

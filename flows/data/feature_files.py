@@ -14,7 +14,7 @@ FACTS_FILE, REFERENCE_FILE = "features.json", "reference_features.npy"
 
 @dataclass(frozen=True)
 class FeatureFiles:
-    """A feature network and what it says about the training images."""
+    """A feature network and its features of the training images."""
 
     kind: str  # as the recipe names it
     extractor: str  # as torch-fidelity names it
@@ -34,7 +34,7 @@ def write_feature_files(folder: Path, facts: dict[str, Any], reference: np.ndarr
 
 
 def load_feature_files(folder: Path) -> FeatureFiles:
-    """Open what the stage `features` wrote.
+    """Open the output of the stage `features`.
 
     Raises:
         UserError: `folder` holds no such artifact.

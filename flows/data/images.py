@@ -1,4 +1,4 @@
-"""Encoded images to uint8 pixels: what is read, how it is converted, cropped and resized; the preview grid."""
+"""Encoded images to uint8 pixels: formats, conversion, cropping, resizing; the preview grid."""
 
 from collections.abc import Callable
 from io import BytesIO
@@ -143,7 +143,7 @@ def pad(image: Image.Image, size: int) -> Image.Image:
 
 
 def stretch(image: Image.Image, size: int) -> Image.Image:
-    """Resize both sides (Lanczos), the proportions be what they may: EDM's dataset tool without a transform."""
+    """Resize both sides (Lanczos), whatever the proportions: EDM's dataset tool without a transform."""
     return image.resize((size, size), Image.Resampling.LANCZOS)
 
 

@@ -1,27 +1,24 @@
-"""What a Prefect server must know of this project: pools, the limit `gpu`, what follows a crash, the deployments.
+"""Registration with a Prefect server: the work pool, the limit `gpu`, reactions to a crash, the deployments.
 
-Everything has a name of its own, so that a second call changes only what has changed.
+Everything has a name of its own, so that a second call changes only the differences.
 """
 
 import json
-from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.errors import UserError
-from flows.workspace.dvc_files import CPU, GPU
+from flows.workspace.dvc_files import GPU
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.events.schemas.automations import AutomationCore
 
-POOLS_DIR = Path("infra/work-pools")  # TYPE.json: the base job template of the pools of that type
-POOLS = {  # description of every pool
-    GPU: "Runs of recipes. Their heavy stages wait for a slot of the limit `gpu`, the others do not.",
-    CPU: "Flows that keep no GPU busy.",
-}
+POOLS_DIR = Path("infra/work-pools")  # TYPE.json: the base job template of a pool of that type
+POOL_DESCRIPTION = "Runs of recipes. Their heavy stages wait for a slot of the limit `gpu`, the others do not."
+NIGHTLY = "0 2 * * *"  # UTC; the schedule of a new deployment, inactive until a user switches it on
 HEARTBEAT_SECONDS = 30  # between two signs of life of a flow run; Prefect sends them no oftener
 DEAD_AFTER = timedelta(seconds=90)  # without a sign of life: three are missing
 Steps = list[dict[str, dict[str, Any]]]
@@ -33,11 +30,12 @@ def deploy(root: Path, *, gpus: int, pool_type: str, pull_steps: Steps) -> list[
     `gpus` flows' heavy stages may run at once, on all workers together. `pull_steps` bring a worker into a workspace.
     """
     from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import WorkPoolCreate
 
     template = read_template(root, pool_type)
+    pool = WorkPoolCreate(name=GPU, type=pool_type, base_job_template=template, description=POOL_DESCRIPTION)
     with get_client(sync_client=True) as client:
-        for name, description in POOLS.items():
-            _write_pool(client, name, pool_type, template, description)
+        client.create_work_pool(pool, overwrite=True)
         client.upsert_global_concurrency_limit_by_name(GPU, gpus)
         for automation in automations():
             _write_automation(client, automation)
@@ -67,17 +65,8 @@ def from_repository(url: str, branch: str) -> Steps:
     return [{"prefect.deployments.steps.git_clone": {"repository": url, "branch": branch, **token}}]
 
 
-def _write_pool(
-    client: "SyncPrefectClient", name: str, pool_type: str, template: Mapping[str, Any], description: str
-) -> None:
-    from prefect.client.schemas.actions import WorkPoolCreate
-
-    pool = WorkPoolCreate(name=name, type=pool_type, base_job_template=template, description=description)
-    client.create_work_pool(pool, overwrite=True)
-
-
 def automations() -> "list[AutomationCore]":
-    """Return what the server does by itself: it notices runs that died, and starts crashed ones again."""
+    """Return the rules by which the server notices runs that died and starts crashed ones again."""
     from prefect.client.schemas.objects import StateType
     from prefect.events.actions import ChangeFlowRunState
     from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
@@ -122,7 +111,7 @@ def automations() -> "list[AutomationCore]":
 
 
 def _write_automation(client: "SyncPrefectClient", automation: "AutomationCore") -> None:
-    """Write it only where it differs: written anew, it would forget the runs whose next sign of life it waits for."""
+    """Write it only where it differs: an update forgets the runs whose next sign of life it awaits."""
     known = client.read_automations_by_name(automation.name)
     if not known:
         client.create_automation(automation)
@@ -137,27 +126,24 @@ def _write_deployments(client: "SyncPrefectClient", root: Path, pull_steps: Step
 
     flow_id = client.create_flow(consistency)
     form = parameter_schema(consistency).model_dump(exclude_unset=True)
-    entries = deployment_entries(root)
-    for entry in entries:
+    names = []
+    for entry in deployment_entries(root):
+        names.append(f"{consistency.name}/{entry['name']}")
         client.create_deployment(
             flow_id,
-            entry["name"],
-            description=entry["description"],
-            entrypoint=entry["entrypoint"],
-            parameters=entry["parameters"],
+            **entry,
+            entrypoint="flows/pipeline.py:consistency",
             parameter_openapi_schema=form,
             enforce_parameter_schema=True,
             pull_steps=pull_steps,
-            work_pool_name=entry["work_pool"]["name"],
-            schedules=_schedules(client, f"{consistency.name}/{entry['name']}", entry["schedules"]),
+            work_pool_name=GPU,
+            schedules=_schedules(client, names[-1]),
         )
-    return [f"{consistency.name}/{entry['name']}" for entry in entries]
+    return names
 
 
-def _schedules(
-    client: "SyncPrefectClient", deployment: str, declared: list[Mapping[str, Any]]
-) -> "list[DeploymentScheduleCreate]":
-    """Return the schedules that a deployment has, which the server drops when it is written anew; else the declared."""
+def _schedules(client: "SyncPrefectClient", deployment: str) -> "list[DeploymentScheduleCreate]":
+    """Return a deployment's schedules, which the server drops when it is rewritten; of a new one NIGHTLY."""
     from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.client.schemas.schedules import CronSchedule
     from prefect.exceptions import ObjectNotFound
@@ -165,34 +151,24 @@ def _schedules(
     try:
         known = client.read_deployment_by_name(deployment).schedules
     except ObjectNotFound:
-        crons = [(CronSchedule(cron=one["cron"], timezone=one["timezone"]), one["active"]) for one in declared]
-        return [DeploymentScheduleCreate(schedule=schedule, active=active) for schedule, active in crons]
+        return [DeploymentScheduleCreate(schedule=CronSchedule(cron=NIGHTLY, timezone="UTC"), active=False)]
     kept = set(DeploymentScheduleCreate.model_fields) - {"replaces"}
     return [DeploymentScheduleCreate(**one.model_dump(include=kept)) for one in known]
 
 
-WORK_POOL = GPU  # of a recipe: its heavy stages need one
-
-
-NIGHTLY = {"cron": "0 2 * * *", "timezone": "UTC", "active": False}  # for whoever switches it on
-
-
 def deployment_entries(root: Path) -> list[dict[str, Any]]:
-    """Return what prefect.yaml says of each deployment, one a recipe."""
+    """Return name, description and parameters of each deployment, one a recipe."""
     from flows.recipes.recipe import load_recipe, recipe_names
 
     return [
         {
             "name": name,
             "description": _first_comment(root / "params" / "recipes" / f"{name}.yaml"),
-            "entrypoint": "flows/pipeline.py:consistency",
             "parameters": {"recipe": load_recipe(name, root=root).model_dump(mode="json"), "name": name},
-            "work_pool": {"name": WORK_POOL},
-            "schedules": [dict(NIGHTLY)],
         }
         for name in recipe_names(root)
     ]
 
 
-def _first_comment(page: Path) -> str:
-    return page.read_text().partition("\n")[0].removeprefix("#").strip()
+def _first_comment(recipe_file: Path) -> str:
+    return recipe_file.read_text().partition("\n")[0].removeprefix("#").strip()

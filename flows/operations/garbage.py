@@ -1,19 +1,19 @@
-"""What nothing refers to any more: DVC objects, states, clones, torn uploads.
+"""Garbage, to which nothing refers any more: DVC objects, checkpoints, clones, torn uploads.
 
-`dvc gc` knows what commits refer to. Here also count: experiments, stashes, MLflow's runs and models by the data
-version that they carry, and runs that are going on. What cannot be asked ends the search: silence is no "not needed".
+`dvc gc` counts the references of commits. Here also count: experiments, stashes, MLflow's runs and models by the data
+version that they carry, and live runs. If any source of references cannot be reached, the search ends with an error:
+never assume that an object is unused.
 """
 
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from flows.checkpoints import s3_store, store
 from flows.errors import UserError
@@ -21,10 +21,11 @@ from flows.storage.bucket import Bucket, Entry
 from flows.tracking.tracker import Tracker
 from flows.workspace.clone import is_live
 from flows.workspace.dvc_files import LOCK_FILE, locked_outs, version
+from flows.workspace.git import git
 from flows.workspace.locations import cache_of, remote_address, shared_root
 
 OBJECTS, RUNS = "files/md5/", "runs/"
-ORPHANED = timedelta(days=30)  # without a sign of life: nobody will go on with this training
+ORPHANED = timedelta(days=30)  # without a sign of life: no worker will go on with this training
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,8 @@ class Garbage:
     remove: Callable[[], object]
 
 
-class Store(Protocol):
-    """Where DVC keeps objects: its cache, or a remote."""
-
-    def entries(self, folder: str = "") -> Iterator[Entry]: ...
-
-    def contents(self, key: str) -> bytes | None: ...
-
-    def remove(self, keys: Iterable[str]) -> None: ...
-
-
 class Folder:
-    """A store that is a folder."""
+    """A place where DVC keeps objects, its cache or a remote, that is a folder; a Bucket is the other kind."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -72,14 +63,17 @@ class Folder:
             (self.root / key).unlink(missing_ok=True)
 
 
+Store = Folder | Bucket
+
+
 def find_garbage(root: Path, *, older_than: timedelta, with_remote: bool) -> Iterator[Garbage]:
-    """Yield what neither git, DVC, MLflow nor a running flow refers to and what is older than `older_than`.
+    """Yield all to which neither git, DVC, MLflow nor a live run refers and that is older than `older_than`.
 
     Raises UserError where one of them, or a store, cannot be asked.
     """
     before = datetime.now(UTC) - older_than
-    cache = Folder(cache_of(root).folder)
-    needed = close_under_listings(referenced(root, cache), [cache, *([remote] if (remote := _remote(root)) else [])])
+    cache, remote = Folder(cache_of(root).folder), _remote(root)
+    needed = close_under_listings(referenced(root, cache), [cache, remote] if remote else [cache])
     yield from unneeded_objects("cache", cache, needed, before)
     if with_remote and remote:
         yield from unneeded_objects("remote", remote, needed, before)
@@ -98,15 +92,16 @@ def referenced(root: Path, cache: Folder) -> set[str]:
         for path in (workspace / LOCK_FILE, *workspace.glob("*.dvc"), *workspace.glob("data/**/*.dvc")):
             needed |= set(hashes(path.read_text())) if path.is_file() else set()
     versions = _tracked_versions(root)
-    for entry in _run_cache(cache):
-        outs = locked_outs(entry)
+    for entry in cache.entries(RUNS):
+        stage = _load(cache.contents(entry.key))
+        outs = locked_outs(stage)
         if versions & {version(outs), *outs.values()}:
-            needed |= {*outs.values(), *(dep["md5"] for dep in entry.get("deps", ()) if "md5" in dep)}
+            needed |= {*outs.values(), *(dep["md5"] for dep in stage.get("deps", ()) if "md5" in dep)}
     return needed | versions
 
 
 def close_under_listings(needed: set[str], stores: list[Store]) -> set[str]:
-    """Add the files of every folder in `needed`, by its listing in whichever store has it."""
+    """Add the files of every folder in `needed`, by its listing in the first store that has it."""
     closed = set(needed)
     for md5 in needed:
         if md5.endswith(".dir"):
@@ -116,7 +111,7 @@ def close_under_listings(needed: set[str], stores: list[Store]) -> set[str]:
 
 
 def unneeded_objects(kind: str, store: Store, needed: set[str], before: datetime) -> Iterator[Garbage]:
-    """Yield the old objects of a store that nobody needs, and the run-cache entries that such objects made."""
+    """Yield the old objects of a store that are not needed, and the run-cache entries with such outputs."""
     gone = set()
     for entry in store.entries(OBJECTS):
         md5 = entry.key.removeprefix(OBJECTS).replace("/", "")
@@ -153,12 +148,11 @@ def hashes(text: str) -> Iterator[str]:
 
 def _committed(root: Path) -> Iterator[str]:
     """Yield every dvc.lock and .dvc file at the tips of branches, tags, experiments, stashes, and at HEAD."""
-    refs = _git(root, "for-each-ref", "--format=%(objectname)").split()
-    stashes = (
-        _git(root, "log", "-g", "--format=%H", "refs/stash").split() if (root / ".git/refs/stash").exists() else []
-    )
+    revisions = {"HEAD", *_git(root, "for-each-ref", "--format=%(objectname)").split()}
+    if (root / ".git/refs/stash").exists():
+        revisions |= {*_git(root, "log", "-g", "--format=%H", "refs/stash").split()}
     blobs = set()
-    for revision in {*refs, *stashes, "HEAD"}:
+    for revision in revisions:
         for line in _git(root, "ls-tree", "-r", "-z", f"{revision}^{{tree}}").split("\0"):
             facts, _, path = line.partition("\t")
             if path == LOCK_FILE or path.endswith(".dvc"):
@@ -167,11 +161,7 @@ def _committed(root: Path) -> Iterator[str]:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    done = subprocess.run(["git", *arguments], cwd=root, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"{root}: git {arguments[0]} failed: {' '.join(done.stderr.split())}")
-    return done.stdout
+    return git(root, *arguments).decode()
 
 
 def _tracked_versions(root: Path) -> set[str]:
@@ -179,10 +169,6 @@ def _tracked_versions(root: Path) -> set[str]:
     if not os.environ.get("MLFLOW_TRACKING_URI") and not (shared_root(root) / "mlflow.db").exists():
         return set()
     return Tracker(shared_root(root)).data_versions()
-
-
-def _run_cache(cache: Folder) -> Iterator[dict[str, Any]]:
-    yield from (_load(cache.contents(entry.key)) for entry in cache.entries(RUNS))
 
 
 def _remote(root: Path) -> Store | None:

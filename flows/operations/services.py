@@ -1,4 +1,4 @@
-"""The services of one machine, as children of `cm up`: Prefect server, MLflow server, a worker for either pool.
+"""The services of one machine, as children of `cm up`: Prefect server, MLflow server, a worker.
 
 All they keep lies in the workspace: Prefect's database in .cm/prefect and MLflow's in mlflow.db, the same files that a
 run without servers uses, so that each shows the other's runs; logs and this module's own notes in .cm/services.
@@ -14,29 +14,25 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flows.atomic import replace_text, try_lock
 from flows.distributed.devices import visible_devices
 from flows.errors import UserError
-from flows.operations.deploy import HEARTBEAT_SECONDS, deploy, in_folder
-from flows.workspace.dvc_files import CPU, GPU
+from flows.operations.deploy import deploy, in_folder
+from flows.operations.service_environment import HOST, Services, client_variables, prepare_database, server_variables
+from flows.workspace.dvc_files import GPU
 from flows.workspace.process import GRACE
 
-if TYPE_CHECKING:
-    import psutil
-
-HOST = "127.0.0.1"
 PREFECT_PORT, MLFLOW_PORT = 4200, 5000
 START_SECONDS = 180  # until a server answers; the first start makes its database
 WORKER_SECONDS = 3 * GRACE  # for flow runs to end their stages, which save their states, and to say so
 SETTLE_SECONDS = 5  # for the server to schedule again the flow runs that have just told it of their crash
 LOOK_EVERY = 0.5  # seconds between two looks whether all is well
+WORKER = f"worker-{GPU}"
 LOG_LINES = 15  # of a service that ended, shown to the user
-MLFLOW_SCHEMA = "mlflow"  # of PostgreSQL: both servers call a table alembic_version
-CPU_RUNS = 4  # flow runs at once in the pool `cpu`
 
 
 class _StopFlag:
@@ -62,104 +58,13 @@ class ServiceEnded(RuntimeError):
     """A service has ended that should run; the message says which, and the end of its log."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """What `cm up` is asked for."""
-
-    prefect_port: int = PREFECT_PORT
-    mlflow_port: int = MLFLOW_PORT
-    database: str | None = None
-    """A PostgreSQL database for both servers; None: files in the workspace."""
-    workers: bool = True
-    """Whether workers are started, or the servers alone."""
-
-
-@dataclass(frozen=True)
-class Services:
-    """Where the services of a workspace are, or are to be."""
-
-    prefect: str
-    """Address of the Prefect server."""
-    mlflow: str
-    """Address of the MLflow server."""
-
-    @property
-    def prefect_api(self) -> str:
-        """Address of Prefect's API."""
-        return f"{self.prefect}/api"
-
-
 def folder_of(root: Path) -> Path:
     """Return the folder of logs and notes."""
     return root / ".cm" / "services"
 
 
-def client_variables(root: Path, services: Services) -> dict[str, str]:
-    """Return the environment variables with which a process of this workspace uses the services."""
-    return {
-        "PREFECT_API_URL": services.prefect_api,
-        "PREFECT_HOME": str(root / ".cm" / "prefect"),
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
-        "MLFLOW_TRACKING_URI": services.mlflow,
-        "DO_NOT_TRACK": "true",  # Prefect, MLflow
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "DVC_NO_ANALYTICS": "1",
-    }
-
-
-def server_variables(root: Path, services: Services, database: str | None) -> dict[str, str]:
-    """Return what the servers' environment says beyond that; passwords stand here, not in a command line."""
-    port = services.prefect.rpartition(":")[2]
-    prefect_database, mlflow_database = _database_urls(root, database)
-    return {
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_API_HOST": HOST,
-        "PREFECT_SERVER_API_PORT": port,  # --port alone would leave the browser asking 4200
-        "PREFECT_SERVER_UI_API_URL": services.prefect_api,
-        "PREFECT_SERVER_DATABASE_CONNECTION_URL": prefect_database,
-        # Kept in memory, as is Prefect's habit, a restart would lose whose the slots are and never free them.
-        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
-        "MLFLOW_BACKEND_STORE_URI": mlflow_database,
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # 2 GB for jobs of language models
-    }
-
-
-def _database_urls(root: Path, database: str | None) -> tuple[str, str]:
-    """Return Prefect's and MLflow's database."""
-    if database is None:
-        return f"sqlite+aiosqlite:///{root / '.cm' / 'prefect' / 'prefect.db'}", f"sqlite:///{root / 'mlflow.db'}"
-    from sqlalchemy import make_url
-
-    url = make_url(database)
-    schema = {"options": f"-csearch_path={MLFLOW_SCHEMA}"}
-    urls = url.set(drivername="postgresql+asyncpg"), url.set(drivername="postgresql+psycopg2", query=schema)
-    return urls[0].render_as_string(hide_password=False), urls[1].render_as_string(hide_password=False)
-
-
-def prepare_database(database: str) -> None:
-    """Make MLflow's schema in a PostgreSQL database. Raises UserError where it cannot be reached or is none."""
-    import psycopg2
-    from sqlalchemy import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    try:
-        url = make_url(database)
-    except ArgumentError:
-        raise UserError("--database: not an address; expected postgresql://user:password@host:port/name") from None
-    shown = url.render_as_string(hide_password=True)
-    if url.drivername != "postgresql" or not url.database or url.query:
-        raise UserError(f"--database {shown}: expected postgresql://user:password@host:port/name")
-    try:
-        connection = psycopg2.connect(url.render_as_string(hide_password=False))
-    except psycopg2.OperationalError as error:
-        raise UserError(f"--database {shown}: {' '.join(str(error).split())}") from None
-    with connection, connection.cursor() as cursor:
-        cursor.execute(f"create schema if not exists {MLFLOW_SCHEMA}")
-    connection.close()
-
-
 def choose_port(port: int, option: str) -> int:
-    """Return a port that nobody listens on: this one, or for 0 any. Raises UserError where it is taken."""
+    """Return a free port: this one, or for 0 any. Raises UserError where it is taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -197,28 +102,39 @@ class Child:
             raise ServiceEnded(f"{self.name} ended with code {code}; the end of {self.log}:\n" + "\n".join(last))
 
 
-def up(root: Path, options: Options, *, on_start: Callable[[str], None], on_ready: Callable[[Services], None]) -> None:
+def up(
+    root: Path,
+    *,
+    prefect_port: int,
+    mlflow_port: int,
+    database: str | None,
+    worker: bool,
+    on_start: Callable[[str], None],
+    on_ready: Callable[[Services], None],
+) -> None:
     """Run the services until SIGINT or SIGTERM, then end them, trainings with their state saved.
 
+    Port 0 is any free one; `database` is a PostgreSQL database for both servers, None files in the workspace.
     `on_start` gets the name of each as it is started, `on_ready` the addresses once all answer. Raises UserError where
     they run already or cannot, ServiceEnded when one of them ends by itself.
     """
     with _hold(root), _stop_signal() as stop:
         services = Services(
-            f"http://{HOST}:{choose_port(options.prefect_port, '--prefect-port')}",
-            f"http://{HOST}:{choose_port(options.mlflow_port, '--mlflow-port')}",
+            f"http://{HOST}:{choose_port(prefect_port, '--prefect-port')}",
+            f"http://{HOST}:{choose_port(mlflow_port, '--mlflow-port')}",
         )
-        if options.database:
-            prepare_database(options.database)
+        if database:
+            prepare_database(database)
         children = _Children(root, services, on_start)
         try:
-            children.start_servers(options.database, stop)
+            children.start_servers(database, stop)
             if not stop.is_set():
                 os.environ.update(client_variables(root, services))
                 gpus = max(1, len(visible_devices()))
                 deploy(root, gpus=gpus, pool_type="process", pull_steps=in_folder(root))
                 crash_lost_runs()
-                children.start_workers(_worker_commands(gpus) if options.workers else {})
+                if worker:
+                    children.start_worker(_worker_command(gpus))
                 on_ready(services)
             while not stop.wait(LOOK_EVERY):
                 children.check()
@@ -233,7 +149,7 @@ class _Children:
         self._root, self._services, self._on_start = root, services, on_start
         self._env = {**os.environ, **client_variables(root, services)}
         self._servers: list[Child] = []
-        self._workers: list[Child] = []
+        self._worker: Child | None = None
 
     def start_servers(self, database: str | None, stop: _StopFlag) -> None:
         """Start the servers and wait until they answer. Raises ServiceEnded where one does not."""
@@ -247,33 +163,34 @@ class _Children:
                 silent = ", ".join(name for name, answered in answers.items() if not answered)
                 raise ServiceEnded(f"no answer from {silent} within {START_SECONDS} s; see its log")
 
-    def start_workers(self, commands: Mapping[str, Sequence[str]]) -> None:
-        """Start workers, which need a server that answers."""
-        for name, command in commands.items():
-            self._workers.append(self._start(name, command, self._env))
+    def start_worker(self, command: Sequence[str]) -> None:
+        """Start a worker, which needs a server that answers."""
+        self._worker = self._start(WORKER, command, self._env)
 
     def check(self) -> None:
         """Raise ServiceEnded if one of them has ended."""
-        for child in self._servers + self._workers:
+        for child in [*self._servers, *([self._worker] if self._worker else [])]:
             child.check()
 
     def end(self) -> None:
-        """End the workers and what runs on them, which then still has servers to report to; last the servers."""
-        if _end_workers([child.pid for child in self._workers]):
+        """End the worker and its flow runs, which then still have servers to report to; last the servers."""
+        from flows.operations.process_trees import end_trees, end_worker
+
+        if self._worker and end_worker(self._worker.pid, WORKER_SECONDS):
             time.sleep(SETTLE_SECONDS)
-        _end_all([child.pid for child in self._servers], GRACE)
+        end_trees([child.pid for child in self._servers])
 
     def _start(self, name: str, command: Sequence[str], env: Mapping[str, str]) -> Child:
         self._on_start(name)
         logs = folder_of(self._root) / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         child = Child(name, command, cwd=self._root, env=env, logs=logs)
-        _write_note(self._root, self._services, [*self._servers, *self._workers, child])
+        _write_note(self._root, self._services, [*self._servers, child])
         return child
 
 
 def crash_lost_runs() -> None:
-    """Say of flow runs under way whose process is gone, with all of this machine, say, that they have crashed."""
+    """Mark flow runs under way whose process is gone (the machine restarted, say) as crashed."""
     import psutil
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
@@ -299,16 +216,12 @@ def _server_commands(root: Path, services: Services) -> dict[str, list[str]]:
     }
 
 
-def _worker_commands(gpus: int) -> dict[str, list[str]]:
-    """Return the worker of each pool. One run more than GPUs may go on: its other work overlaps their trainings."""
-    limits = {GPU: gpus + 1, CPU: CPU_RUNS}
-    return {
-        f"worker-{pool}": [
-            *("prefect", "worker", "start", "--pool", pool, "--name", f"{pool}@{socket.gethostname()}"),
-            *("--type", "process", "--limit", str(limit), "--install-policy", "never"),
-        ]
-        for pool, limit in limits.items()
-    }
+def _worker_command(gpus: int) -> list[str]:
+    """Return the command of a worker; it takes one run more than GPUs: its other work overlaps their trainings."""
+    return [
+        *("prefect", "worker", "start", "--pool", GPU, "--name", f"{GPU}@{socket.gethostname()}"),
+        *("--type", "process", "--limit", str(gpus + 1), "--install-policy", "never"),
+    ]
 
 
 def answering(services: Services) -> dict[str, bool]:
@@ -341,7 +254,7 @@ def _stop_signal() -> Iterator[_StopFlag]:
 
 @contextmanager
 def _hold(root: Path) -> Iterator[None]:
-    """Be the one `cm up` of this workspace, after ending what a killed one has left."""
+    """Be the only `cm up` of this workspace, after ending the children that a killed one has left."""
     folder = folder_of(root)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a+") as lock:
@@ -400,7 +313,7 @@ def _note_file(root: Path) -> Path:
 
 
 def read_note(root: Path) -> dict[str, Any]:
-    """Return what the `cm up` of this workspace has noted: addresses, children with process id and log."""
+    """Return the notes of the `cm up` of this workspace: addresses, children with process id and log."""
     return json.loads(_note_file(root).read_text())
 
 
@@ -418,84 +331,11 @@ def _end_leftovers(root: Path) -> None:
     """End the children that a killed `cm up` has left behind."""
     import psutil
 
+    from flows.operations.process_trees import end_trees
+
     if not _note_file(root).exists():
         return
     for child in reversed(read_note(root)["children"].values()):
         if psutil.pid_exists(child["pid"]) and psutil.Process(child["pid"]).create_time() == child["created"]:
-            _end_all([child["pid"]], GRACE)
+            end_trees([child["pid"]])
     _note_file(root).unlink()
-
-
-def _end_workers(pids: Sequence[int]) -> bool:
-    """End workers and their flow runs, which end their stages and tell the server; return whether there were any.
-
-    A worker that is asked to end kills its flow runs at once, and one that goes on would take them up again: it is
-    held still until they have ended.
-    """
-    everything = _trees(pids)
-    workers = [process for process in everything if process.pid in pids]
-    flow_runs = [process for process in everything if process not in workers and _parent(process) in pids]
-    for number, processes in ((signal.SIGSTOP, workers), (signal.SIGTERM, flow_runs)):
-        for process in processes:
-            _signal(process, number)
-    _kill_after([process for process in everything if process not in workers], WORKER_SECONDS)
-    _kill_after(workers, 0)
-    return bool(flow_runs)
-
-
-def _parent(process: "psutil.Process") -> int | None:
-    import psutil
-
-    try:
-        return process.ppid()
-    except psutil.NoSuchProcess:
-        return None
-
-
-def _end_all(pids: Sequence[int], seconds: float) -> None:
-    """End processes and all they have started: SIGTERM, then SIGKILL."""
-    everything = _trees(pids)
-    for process in everything:
-        _signal(process, signal.SIGTERM)
-    _kill_after(everything, seconds)
-
-
-def _trees(pids: Sequence[int]) -> "list[psutil.Process]":
-    """Return these processes and all below them."""
-    import psutil
-
-    alive = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
-    return [process for top in alive for process in (top, *top.children(recursive=True))]
-
-
-def _signal(process: "psutil.Process", number: int) -> None:
-    import psutil
-
-    try:
-        process.send_signal(number)
-    except psutil.NoSuchProcess:
-        pass
-
-
-def _kill_after(processes: "Sequence[psutil.Process]", seconds: float) -> None:
-    for process in _left_after(seconds, processes):
-        _signal(process, signal.SIGKILL)
-    _left_after(GRACE, processes)
-
-
-def _left_after(seconds: float, processes: "Sequence[psutil.Process]") -> "list[psutil.Process]":
-    """Wait until these processes have ended; return those that still run after so many seconds."""
-    deadline = time.monotonic() + seconds
-    while (left := [process for process in processes if still_runs(process)]) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return left
-
-
-def still_runs(process: "psutil.Process") -> bool:
-    """Whether a process has not ended; one that nobody has reaped yet has."""
-    import psutil
-
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

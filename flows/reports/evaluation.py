@@ -1,4 +1,4 @@
-"""What the report of an evaluation says: plots, table, pictures and facts, composed from measured rows."""
+"""Contents of the report of an evaluation: plots, table, pictures and facts, composed from measured rows."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ MODELS = {  # in the order of the table
 
 @dataclass(frozen=True)
 class Row:
-    """A set of images, where it comes from, and what was measured."""
+    """A set of images, its origin and its metrics."""
 
     name: str
     model: str  # a key of MODELS
@@ -65,11 +65,9 @@ def compose_report(rows: Sequence[Row], artifacts: Artifacts, protocol: Mapping[
     ]
     return Report(
         title=f"Consistency model: {artifacts.dataset.name}",
-        lead=LEAD,
         facts=_facts(artifacts),
         columns=["", *(SHOWN[key] for key in _shown(rows)), "images"],
         rows=_table(rows),
-        table_note=TABLE_NOTE,
         sections=sections,
         protocol=_readable(protocol),
     )
@@ -98,7 +96,7 @@ def _plot_fid(rows: Sequence[Row], files: FeatureFiles, plots: Path) -> Section:
         log_y=min(fid.values()) > 0,
         levels={row.name: fid[row.name] for row in rows if row.model in ("real", "untrained")},
     )
-    return Section("FID against network calls", FID_CAPTION, {"": path})
+    return Section("FID against network calls", {"": path})
 
 
 def _show_grids(artifacts: Artifacts, plots: Path) -> list[Section]:
@@ -111,14 +109,14 @@ def _show_grids(artifacts: Artifacts, plots: Path) -> list[Section]:
     if len(heldout):
         save_grid(heldout[:GRID_IMAGES], plots / "real_grid.png")
         grids = {"real": plots / "real_grid.png"} | grids
-    return [Section("Samples", GRIDS_CAPTION, grids), Section("Denoising", STRIPS_CAPTION, {"": strips})]
+    return [Section("Samples", grids), Section("Denoising", {"": strips})]
 
 
 def _show_edits(artifacts: Artifacts) -> list[Section]:
-    """Show the editing gallery, a picture a task with what was measured."""
+    """Show the editing gallery, a picture a task with its measured errors."""
     tasks = artifacts.edits["tasks"].items()
     pictures = {_edit_label(name, facts): artifacts.edit_dir / facts["picture"] for name, facts in tasks}
-    return [Section("Editing", EDITS_CAPTION, pictures)] if pictures else []
+    return [Section("Editing", pictures)] if pictures else []
 
 
 def _edit_label(name: str, facts: Mapping[str, Any]) -> str:
@@ -134,14 +132,14 @@ def _show_trainings(folders: Mapping[str, Path], plots: Path) -> list[Section]:
     grids = {name: path for model, folder in folders.items() for name, path in _some_grids(model, folder).items()}
     if grids:
         save_montage(grids, plots / "grids_over_training.png", columns=MONTAGE_GRIDS)
-        sections.append(Section("Grids over training", TRAINING_CAPTION, {"": plots / "grids_over_training.png"}))
+        sections.append(Section("Grids over training", {"": plots / "grids_over_training.png"}))
     curves = {model: curve for model, folder in folders.items() if (curve := _loss_curve(folder))}
     if curves:
         losses = [loss for _, ys in curves.values() for loss in ys]
         save_lines(
             curves, plots / "loss.png", xlabel="step", ylabel="loss", title="Training loss", log_y=min(losses) > 0
         )
-        sections.append(Section("Loss", LOSS_CAPTION, {"": plots / "loss.png"}))
+        sections.append(Section("Loss", {"": plots / "loss.png"}))
     return sections
 
 
@@ -178,7 +176,7 @@ def _facts(artifacts: Artifacts) -> dict[str, str]:
 
 
 def _describe_model(folder: Path) -> str:
-    """Say in a few words what `folder` holds: network, parameters, length of training."""
+    """Describe the model in `folder`: network, parameters, length of training."""
     spec = _read_spec(folder)
     if spec is None:
         return "none"
@@ -258,23 +256,3 @@ def _readable(protocol: Mapping[str, Any]) -> dict[str, str]:
         "Parts of IS": ", ".join(f"{name} {row['isc_splits']}" for name, row in rows),
         "Subsets of KID": ", ".join(f"{name} {row['kid_subset_size']}" for name, row in rows),
     }
-
-
-LEAD = (
-    "How close images made in one or a few network calls come to real ones. "
-    "Two rows calibrate the numbers: real is the floor, untrained the ceiling."
-)
-TABLE_NOTE = (
-    "Every row is compared with the training images. real: held-out images, as close as a perfect generator would "
-    "come; untrained: the student before its training. The bar places a FID between the two, on a logarithmic scale. "
-    "FID is biased upwards where images are few, KID is not; IS needs many images in each part."
-)
-FID_CAPTION = "Lower is better. Dashed: the floor (real) and the ceiling (untrained)."
-GRIDS_CAPTION = "The first images of each row, not chosen. Same place, same noise: in every grid but the real one."
-EDITS_CAPTION = (
-    "What the student does to images without having been trained for it. Of the rows: the images, what the edit was "
-    "given of them, and results that differ by their noise. Off by: root mean square from the images, in grey levels."
-)
-STRIPS_CAPTION = "Held-out images, noised to growing levels, and what one call of the student makes of each."
-TRAINING_CAPTION = "The averaged weights at even distances in the training, always from the same noise."
-LOSS_CAPTION = "Each training has its own loss. A curve tells whether it ran smoothly, the FID how good the images are."

@@ -6,9 +6,14 @@ Images are uint8 [N, H, W, C] with C = 1 or 3, as every artifact of the pipeline
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SEPARATOR = 255  # white between tiles
 GAP = 2  # pixels between tiles, after upscaling
@@ -120,13 +125,7 @@ def save_lines(
     levels: Mapping[str, float] | None = None,
 ) -> None:
     """Plot named series of (x, y) points, and `levels` as dashed horizontal lines, into one PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # No pyplot: its global state is not safe where two stages draw at once.
-    figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel, title=title)
+    figure, axes = _figure(4, xlabel=xlabel, ylabel=ylabel, title=title)
     axes.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
     for (name, (x, y)), colour in zip(series.items(), _colours(len(series)), strict=True):
         axes.plot(x, y, label=name, color=colour, marker="o" if markers else None, **SERIES_STYLE)
@@ -135,10 +134,7 @@ def save_lines(
     if log_x:
         _mark_integers(axes, [x for xs, _ in series.values() for x in xs])
     axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    if series or levels:
-        figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(path, format="png", metadata={"Software": None})  # a version string would change the bytes
+    _save_figure(figure, path)
 
 
 def save_bars(
@@ -154,12 +150,7 @@ def save_bars(
 
     The scale is logarithmic where all values are positive.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 1.6 + 0.22 * len(categories) * (len(series) + 1)), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel=xlabel, title=title)
+    figure, axes = _figure(1.6 + 0.22 * len(categories) * (len(series) + 1), xlabel=xlabel, title=title)
     height = 1 / (len(series) + 1)
     for index, ((name, values), colour) in enumerate(zip(series.items(), _colours(len(series)), strict=True)):
         places = [categories.index(category) + index * height for category in values]
@@ -172,12 +163,28 @@ def save_bars(
     axes.set_yticks([place + height * (len(series) - 1) / 2 for place in range(len(categories))], categories)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.25)
+    _save_figure(figure, path)
+
+
+def _figure(height: float, **labels: str) -> "tuple[Figure, Axes]":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # No pyplot: its global state is not safe where two stages draw at once.
+    figure = Figure(figsize=(7, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(**labels)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(path, format="png", metadata={"Software": None})
+    return figure, axes
 
 
-def _mark_integers(axes, values: Sequence[float]) -> None:
+def _save_figure(figure: "Figure", path: Path) -> None:
+    if figure.axes[0].get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path, format="png", metadata={"Software": None})  # a version string would change the bytes
+
+
+def _mark_integers(axes: "Axes", values: Sequence[float]) -> None:
     """Label exactly the values that occur: decades say little about 1, 2 and 35 network calls."""
     ticks = sorted(set(values))
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -1,4 +1,4 @@
-"""What a stage run by `cm stage` shows and reports: a bar or lines, a progress file, metrics and pictures in MLflow."""
+"""Progress of a stage or a command: a bar or lines, a progress file, metrics and pictures in MLflow."""
 
 import json
 import os
@@ -6,41 +6,102 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flows.atomic import replace_text
 from flows.monitor import Monitor
-from flows.tracking.stage_run import StageRun
 from flows.workspace.clone import PROGRESS_VARIABLE
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from flows.checkpoints.store import Checkpoint
+    from flows.tracking.stage_run import StageRun
 
 LINE_EVERY, FILE_EVERY = 5.0, 0.5  # seconds between two lines of progress, two writes of the progress file
 
 
-class StageMonitor(Monitor):
-    """Shows a bar on a terminal and lines elsewhere, writes the progress file, logs to MLflow."""
+class Bar(Monitor):
+    """Progress as a bar on the terminal while entered; where stderr is no terminal, as `lines` or not at all."""
 
-    def __init__(self, stage: str, run: StageRun, stop_requested: Callable[[], bool]) -> None:
-        self._stage, self._run, self._stop_requested = stage, run, stop_requested
+    def __init__(self, title: str, *, lines: bool = False) -> None:
+        self._title, self._lines, self._loss = title, lines, ""
+        self._last, self._phase = time.monotonic(), None
+        self._bar = _rich_bar(transient=not lines) if sys.stderr.isatty() else None
+        self._task = self._bar and self._bar.add_task(title, total=None, count="")
+
+    def __enter__(self) -> "Bar":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def progress(self, done: int, total: int, unit: str = "images") -> None:
+        count = f"{done:,} of {total:,} {unit}{self._loss}"
+        if self._bar:
+            if self._phase != (total, unit):
+                self._phase = (total, unit)
+                self._bar.reset(self._task, total=total, completed=done, count=count)  # a resumed training begins here
+            self._bar.update(self._task, completed=done, count=count)
+        elif done >= total or time.monotonic() - self._last >= LINE_EVERY:
+            self._last = time.monotonic()
+            self.remark(count)
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self._loss = f", loss {values['loss']:.4g}" if "loss" in values else ""
+
+    def remark(self, text: str) -> None:
+        if self._bar:
+            self._bar.console.print(f"{self._title}: {text}", markup=False, highlight=False, soft_wrap=True)
+        elif self._lines:
+            print(f"{self._title}: {text}", flush=True)
+
+
+def _rich_bar(*, transient: bool) -> "Progress":
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[count]}", markup=False),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=Console(stderr=True),
+        transient=transient,
+        redirect_stdout=sys.stdout.isatty(),
+    )
+
+
+class StageMonitor(Monitor):
+    """The monitor of `cm stage`: shows progress, writes the progress file, logs to MLflow, has checkpoints uploaded."""
+
+    def __init__(
+        self, display: Bar, run: "StageRun", stop_requested: Callable[[], bool], checkpoint: "Checkpoint | None" = None
+    ) -> None:
+        self._display, self._run, self._stop_requested, self._checkpoint = display, run, stop_requested, checkpoint
         self._stop_announced = False
-        self._display = _Bar(stage) if sys.stderr.isatty() else _Lines(stage)
         self._file = _ProgressFile.from_environment()
-        self.on_state_saved: Callable[[], None] = lambda: None  # set once the state's place is held
 
     def progress(self, done: int, total: int, unit: str) -> None:
         self._display.progress(done, total, unit)
         self._file.write(done, total, unit)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        self._display.loss = values.get("loss")
+        self._display.metrics(values, step)
         self._run.metrics({key: value for key, value in values.items() if key != "step"}, step)
 
     def image(self, key: str, path: Path, step: int) -> None:
         self._run.image(key, path, step)
 
     def remark(self, text: str) -> None:
-        self._display.write(f"{self._stage}: {text}")
+        self._display.remark(text)
 
     def state_saved(self, state_dir: Path) -> None:
-        self.on_state_saved()
+        if self._checkpoint:
+            self._checkpoint.publish()
 
     def stop_requested(self) -> bool:
         requested = self._stop_requested()
@@ -50,52 +111,8 @@ class StageMonitor(Monitor):
         return requested
 
 
-class _Lines:
-    """Progress as a line now and then, and one at the end."""
-
-    loss: float | None = None
-
-    def __init__(self, stage: str) -> None:
-        self._stage, self._last = stage, time.monotonic()
-
-    def progress(self, done: int, total: int, unit: str) -> None:
-        if done >= total or time.monotonic() - self._last >= LINE_EVERY:
-            self._last = time.monotonic()
-            loss = "" if self.loss is None else f", loss {self.loss:.4g}"
-            self.write(f"{self._stage}: {done:,} of {total:,} {unit}{loss}")
-
-    def write(self, text: str) -> None:
-        print(text, flush=True)
-
-
-class _Bar:
-    """Progress as a bar on the terminal."""
-
-    loss: float | None = None
-
-    def __init__(self, stage: str) -> None:
-        self._stage, self._bar = stage, None
-
-    def progress(self, done: int, total: int, unit: str) -> None:
-        from tqdm import tqdm
-
-        if self._bar is None or (self._bar.total, self._bar.unit) != (total, f" {unit}"):
-            self._bar = tqdm(desc=self._stage, total=total, unit=f" {unit}", unit_scale=True, dynamic_ncols=True)
-        if self.loss is not None:
-            self._bar.set_postfix(loss=f"{self.loss:.4g}", refresh=False)
-        self._bar.update(done - self._bar.n)
-        if done >= total:
-            self._bar.close()
-            self._bar = None
-
-    def write(self, text: str) -> None:
-        from tqdm import tqdm
-
-        tqdm.write(text, file=sys.stderr)
-
-
 class _ProgressFile:
-    """How far the stage is, for the process that started it: one JSON object, replaced whole."""
+    """Progress of the stage for the process that started it: one JSON object, replaced whole."""
 
     def __init__(self, path: Path | None) -> None:
         self._path, self._last = path, -FILE_EVERY

@@ -5,19 +5,19 @@ import inspect
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import flows
-from flows.checkpoints.store import drop_finished, hold_state, mark_finished, share_kernels
+from flows.checkpoints.store import Checkpoint, drop_finished, hold_checkpoint, mark_finished, share_kernels
 from flows.distributed.devices import SHARED
 from flows.distributed.launch import join_stage, several_processes
 from flows.errors import UserError
 from flows.recipes.overrides import flatten
 from flows.recipes.recipe import Recipe, load_active, recipe_name
-from flows.stage_runner.progress import StageMonitor
+from flows.stage_runner.progress import Bar, StageMonitor
 from flows.stage_runner.signals import StageSignals, end_with_caller
 from flows.tracking.run_context import RunContext
 from flows.tracking.stage_run import StageRun
@@ -52,17 +52,21 @@ def run_stage(name: str, root: Path) -> None:
         if LIFELINE_VARIABLE in os.environ:
             end_with_caller()
         run = stack.enter_context(_tracked_run(stages[name], root, recipe, inputs))
-        monitor = StageMonitor(name, run, signals.received)
-        given: dict[str, Any] = {"out_dir": _emptied(root / "out" / name), "monitor": monitor}
+        display = stack.enter_context(Bar(name, lines=True))
+        checkpoint = None
         if "state_dir" in parameters:
-            given["state_dir"] = stack.enter_context(_state(stages[name], root, inputs, monitor))
+            checkpoint = stack.enter_context(_checkpoint(stages[name], root, inputs, display.remark))
+        monitor = StageMonitor(display, run, signals.received, checkpoint)
+        given: dict[str, Any] = {"out_dir": _emptied(root / "out" / name), "monitor": monitor}
+        if checkpoint:
+            given["state_dir"] = checkpoint.folder
         section = getattr(recipe, name, None)
         together = {"facts": partial(facts, stages[name], root, inputs), "monitor": monitor}
         with signals.as_exit(), several_processes(name, section, root, given.get("state_dir"), **together):
             function(**fill_parameters(function, given, recipe, root))
         outs = {path: dvc_md5(root / path) for path in stages[name].outs}
-        if "state_dir" in given:
-            mark_finished(given["state_dir"], outs)
+        if checkpoint:
+            mark_finished(checkpoint.folder, outs)
         _log_outputs(run, stages[name], root, recipe, outs)
 
 
@@ -122,19 +126,15 @@ def fill_parameters(function: Callable, given: Mapping[str, Any], recipe: Recipe
     return {name: argument(name) for name in inspect.signature(function).parameters}
 
 
-@contextmanager
-def _state(stage: Stage, root: Path, inputs: Mapping[str, str], monitor: StageMonitor) -> Iterator[Path]:
-    """Yield the folder of the training in flight, after removing those whose outputs are safely stored."""
+def _checkpoint(
+    stage: Stage, root: Path, inputs: Mapping[str, str], say: Callable[[str], None]
+) -> AbstractContextManager[Checkpoint]:
+    """Return the checkpoint to hold while a stage trains, after removing those whose outputs are safely stored."""
     home = shared_root(root)
     drop_finished(home, cache_of(root).holds)
     share_kernels(home)
-
-    def on_wait() -> None:
-        monitor.remark("another process trains exactly this; waiting for it")
-
-    with hold_state(home, stage.name, stage_key(root, stage, inputs), on_wait, monitor.remark) as state:
-        monitor.on_state_saved = state.publish
-        yield state.folder
+    waits = partial(say, "another process trains exactly this; waiting for it")
+    return hold_checkpoint(home, stage.name, stage_key(root, stage, inputs), waits, say)
 
 
 @contextmanager

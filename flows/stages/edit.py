@@ -1,4 +1,4 @@
-"""Stage `edit`: a gallery of what the student can do to held-out images without being trained for it."""
+"""Stage `edit`: a gallery of edits of held-out images by a student that was not trained for them."""
 
 import json
 from collections.abc import Callable
@@ -82,7 +82,7 @@ class Task:
     """One kind of edit, of images [B, C, H, W] in -1..1."""
 
     sigmas: list[float]  # one network call each
-    spoil: Callable[[Tensor], Tensor]  # what is left of an image for the edit to start from
+    spoil: Callable[[Tensor], Tensor]  # image -> the input of the edit
     restore: Callable[[Denoiser, Draws, Tensor], Tensor]
     operator: Operator | None = None  # whose known coefficients stay
     num_results: int | None = None  # where noise makes no difference
@@ -193,7 +193,7 @@ def _add_noise(x0: Tensor, *, edit: Edit) -> Tensor:
 
 @torch.no_grad()
 def _gallery(task: Task, edit: Edit, spec: ModelSpec, f: Precond, images: Originals, path: Path) -> dict[str, Any]:
-    """Draw the rows of one task and return what edit.json says of it."""
+    """Draw the rows of one task and return its entry of edit.json."""
     pixels, count = images.pixels, task.num_results or edit.num_results
     given = task.spoil(from_pixels(pixels))
     labels = images.labels.repeat(count) if spec.num_classes else None

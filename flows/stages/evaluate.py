@@ -44,14 +44,14 @@ def evaluate(
     Raises:
         UserError: an artifact that is missing or belongs to other data, or a row with too few images.
     """
-    dataset, files, samples = load_dataset(prepare_dir), load_feature_files(features_dir), _read_samples(sample_dir)
+    dataset, files = load_dataset(prepare_dir), load_feature_files(features_dir)
+    samples = _read_index(sample_dir / "samples.json", "no samples here; the stage sample writes them")
+    edits = _read_index(edit_dir / "edit.json", "no edited images here; the stage edit makes them")
     rows = _read_rows(samples, sample_dir, dataset, evaluate, monitor)
     _refuse_unusable(rows, dataset, files, evaluate)
     rows = _measure(rows, files, evaluate, monitor)
     protocol = _protocol(rows, dataset, files, samples, evaluate)
-    artifacts = Artifacts(
-        dataset, files, samples, sample_dir, teacher_dir, student_dir, edit_dir, _read_edits(edit_dir)
-    )
+    artifacts = Artifacts(dataset, files, samples, sample_dir, teacher_dir, student_dir, edit_dir, edits)
     plots = out_dir / "plots"
     plots.mkdir(parents=True, exist_ok=True)
     write_report(compose_report(rows, artifacts, protocol, plots), out_dir / "report.html")
@@ -61,14 +61,6 @@ def evaluate(
     monitor.metrics({f"{key}/{row}": value for key, by_row in metrics.items() for row, value in by_row.items()}, 0)
     for picture in sorted(plots.glob("*.png")):
         monitor.image(picture.stem, picture, 0)
-
-
-def _read_samples(sample_dir: Path) -> dict[str, Any]:
-    return _read_index(sample_dir / "samples.json", "no samples here; the stage sample writes them")
-
-
-def _read_edits(edit_dir: Path) -> dict[str, Any]:
-    return _read_index(edit_dir / "edit.json", "no edited images here; the stage edit makes them")
 
 
 def _read_index(path: Path, absent: str) -> dict[str, Any]:
@@ -128,7 +120,7 @@ def _measure(rows: Sequence[Row], files: FeatureFiles, evaluate: Evaluate, monit
 
 
 def _by_metric(rows: Sequence[Row], short_name: str) -> dict[str, dict[str, float]]:
-    """Turn rows of metrics into <metric>_<network> -> row -> value, spreads left out."""
+    """Return {<metric>_<network>: {row: value}}, spreads left out."""
     keys = [key for key in rows[0].metrics if not key.endswith("_std")]
     return {f"{key}_{short_name}": {row.name: row.metrics[key] for row in rows} for key in keys}
 
@@ -140,7 +132,7 @@ def _protocol(
     samples: Mapping[str, Any],
     evaluate: Evaluate,
 ) -> dict[str, Any]:
-    """Say everything that decides the numbers."""
+    """Return all settings and inputs that decide the numbers."""
     return {
         "reference": {"images": f"{len(files.reference)} training images", "sha256": files.reference_sha256},
         "network": {"name": files.extractor, "sha256": files.sha256, "feature_dim": files.reference.shape[1]},

@@ -3,7 +3,6 @@
 The reference features are an artifact, so an evaluation never reads the training images again.
 """
 
-import hashlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -28,13 +27,13 @@ from flows.data.dataset import Dataset, load_dataset
 from flows.data.feature_files import write_feature_files
 from flows.errors import UserError
 from flows.monitor import Monitor
-from flows.storage.fetch import download_dir, fetch
+from flows.storage.fetch import download_dir, fetch, file_digest
 
 LOG_EVERY = 10  # steps
 
 
 class Download(NamedTuple):
-    """Where a pretrained network is published; `digest` is what its file name promises of the SHA-256, if anything."""
+    """Where a pretrained network is published; `digest` is the start of the SHA-256, where the file name gives it."""
 
     url: str
     digest: str = ""
@@ -44,24 +43,36 @@ class Download(NamedTuple):
         return self.url.rpartition("/")[2]
 
 
-INCEPTION = Download(  # what torch-fidelity downloads
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
-    "6726825d",
-)
-VGG16 = Download("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af")  # what torchvision downloads
+PUBLISHED = {
+    "inception-v3-compat": Download(  # by torch-fidelity
+        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+        "6726825d",
+    ),
+    "vgg16": Download("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"),  # by torchvision
+}
 
 
 class Pretrained(Params):
-    """What the pretrained feature networks share."""
+    """The fields of the pretrained feature networks."""
 
     kind: str
     """Name of the feature network."""
     weights: str | None = None
     """State dict: a path, s3:// or https:// address; null: the published file, from torch's cache or its download."""
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
-    """Checksum the weights must have; null accepts what is there and records its checksum."""
+    """Checksum the weights must have; null accepts any file and records its checksum."""
     batch_size: int = Field(100, ge=1)
     """Images at once through the network."""
+
+    @property
+    def extractor(self) -> str:
+        """Name in torch-fidelity's registry."""
+        return self.kind
+
+    @property
+    def download(self) -> Download:
+        """The published weights."""
+        return PUBLISHED[self.kind]
 
 
 class InceptionFeatures(Pretrained):
@@ -72,16 +83,6 @@ class InceptionFeatures(Pretrained):
     kind: Literal["inception-v3-compat"] = "inception-v3-compat"
     """Name of the feature network."""
 
-    @property
-    def extractor(self) -> str:
-        """Name in torch-fidelity's registry."""
-        return self.kind
-
-    @property
-    def download(self) -> Download:
-        """The published weights."""
-        return INCEPTION
-
 
 class Vgg16Features(Pretrained):
     """VGG16 trained on ImageNet, the network of published precision and recall (Kynkaanniemi et al., 2019)."""
@@ -90,16 +91,6 @@ class Vgg16Features(Pretrained):
 
     kind: Literal["vgg16"] = "vgg16"
     """Name of the feature network."""
-
-    @property
-    def extractor(self) -> str:
-        """Name in torch-fidelity's registry."""
-        return self.kind
-
-    @property
-    def download(self) -> Download:
-        """The published weights."""
-        return VGG16
 
 
 class DinoFeatures(Pretrained):
@@ -114,12 +105,10 @@ class DinoFeatures(Pretrained):
 
     @property
     def extractor(self) -> str:
-        """Name in torch-fidelity's registry."""
         return f"dinov2_vit{self.size}14"
 
     @property
     def download(self) -> Download:
-        """The published weights."""
         return Download(f"https://dl.fbaipublicfiles.com/dinov2/{self.extractor}/{self.extractor}_pretrain.pth")
 
 
@@ -144,7 +133,10 @@ def features(seed: int, features: Features, prepare_dir: Path, out_dir: Path, mo
         extractor_name, facts = features.extractor, {}
         weights = out_dir / "weights.pth"
         _place_weights(features, weights, monitor)
-    extractor = _build(extractor_name, weights, device)
+    try:
+        extractor = build_extractor(extractor_name, weights, device)
+    except ValueError as error:
+        raise UserError(f"features.weights: {error}") from error
     reference = extract_features(
         dataset.train_images,
         extractor,
@@ -158,7 +150,7 @@ def features(seed: int, features: Features, prepare_dir: Path, out_dir: Path, mo
         "short_name": NETWORKS[extractor_name].short_name,
         "layer": NETWORKS[extractor_name].layer,
         "weights": weights.name,
-        "sha256": _sha256(weights),
+        "sha256": file_digest(weights),
         "reference_sha256": dataset.sha256["train"],
         **facts,
     }
@@ -217,7 +209,7 @@ def _published_weights(features: Pretrained, monitor: Monitor) -> Path:
     path = folder / download.name
     if not path.is_file() or features.sha256:
         path = _fetch_published(features, folder, monitor)
-    if not _sha256(path).startswith(download.digest):
+    if not file_digest(path).startswith(download.digest):
         raise UserError(f"{path}: its SHA-256 does not begin with {download.digest}; remove the damaged file")
     return path
 
@@ -231,15 +223,3 @@ def _fetch_published(features: Pretrained, folder: Path, monitor: Monitor) -> Pa
             f"features={features.kind}: no {features.download.name} in {folder}, and {error}; put the file there, "
             "set features.weights to its path or s3:// address, or use features: classifier"
         ) from error
-
-
-def _build(name: str, weights: Path, device: torch.device) -> nn.Module:
-    try:
-        return build_extractor(name, weights, device)
-    except ValueError as error:
-        raise UserError(f"features.weights: {error}") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

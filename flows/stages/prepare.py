@@ -144,18 +144,13 @@ def _common_shape(items: list[Item], data: Data, monitor: Monitor) -> tuple[int,
     grey = data.channels == "grey" or (data.channels == "auto" and all(colourless for _, colourless in headers))
     side = data.resolution
     width, height = (side, side) if side else headers[0][0]
-    if data.resize == "none":
-        _refuse_other_sizes(items, [size for size, _ in headers], (width, height))
-    return height, width, 1 if grey else 3
-
-
-def _refuse_other_sizes(items: list[Item], sizes: list[tuple[int, int]], expected: tuple[int, int]) -> None:
-    for item, size in zip(items, sizes, strict=True):
-        if size != expected:
+    for item, (size, _) in zip(items, headers, strict=True):
+        if data.resize == "none" and size != (width, height):
             raise UserError(
-                f"{item.where}: is {size[0]}x{size[1]} pixels, where {expected[0]}x{expected[1]} are expected;"
+                f"{item.where}: is {size[0]}x{size[1]} pixels, where {width}x{height} are expected;"
                 " set data.resolution and data.resize to bring all to one size"
             )
+    return height, width, 1 if grey else 3
 
 
 def _read_header(item: Item) -> tuple[tuple[int, int], bool]:
@@ -171,28 +166,20 @@ def _write_split(
     path = out_dir / f"{split}_images.npy"
     images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(items), *shape))
 
+    how = {"channels": shape[2], **data.model_dump(include={"resize", "resolution", "background"})}
+
     def decode(index: int) -> set[str]:
-        images[index], traits = _convert(items[index], shape, data)
+        where = items[index].where
+        with items[index].open() as image:
+            pixels, traits = convert(image, where, **how)
+        if pixels.shape != shape:  # a header that promised another size
+            raise UserError(f"{where}: decodes to {list(pixels.shape)}, where {list(shape)} is expected")
+        images[index] = pixels
         return traits
 
     counts = Counter(trait for traits in _map(decode, len(items), monitor, f"{split} images") for trait in traits)
     images.flush()
     return counts
-
-
-def _convert(item: Item, shape: tuple[int, int, int], data: Data) -> tuple[np.ndarray, set[str]]:
-    with item.open() as image:
-        pixels, traits = convert(
-            image,
-            item.where,
-            channels=shape[2],
-            resize=data.resize,
-            resolution=data.resolution,
-            background=data.background,
-        )
-    if pixels.shape != shape:  # a header that promised another size
-        raise UserError(f"{item.where}: decodes to {list(pixels.shape)}, where {list(shape)} is expected")
-    return pixels, traits
 
 
 def _map(work: Callable[[int], T], count: int, monitor: Monitor, unit: str) -> Iterator[T]:

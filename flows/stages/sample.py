@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -67,7 +67,7 @@ class Row:
     nfe: int
     sigmas: list[float]
     num_images: int
-    draw: Callable[[ImageNoise, Tensor | None], Tensor] = field(repr=False)
+    draw: Callable[[ImageNoise, Tensor | None], Tensor]
 
 
 def sample(
@@ -79,24 +79,30 @@ def sample(
     set_float32_products(sample.precision)
     spec, f = _load(student_dir, device, autocast)
     _check_levels(sample, spec)
-    rows = [*_student_rows(sample, spec, f), _untrained_row(sample, spec, student_dir, teacher_dir, device, autocast)]
+    untrained = _untrained(spec, student_dir, teacher_dir, device, autocast)
+    rows = [*_student_rows(sample, spec, f), _student_row("untrained", "untrained", sample, spec, untrained)]
     if not (teacher_dir / ABSENT_FILE).exists() and sample.teacher_images != 0:
         rows.append(_teacher_row(sample, teacher_dir, device, autocast))
     out_dir.mkdir(parents=True, exist_ok=True)
     total, done = sum(row.num_images for row in rows), 0
     for row in rows:
-        _draw_row(
-            row, sample, spec, device, out_dir, lambda n, before=done: monitor.progress(before + n, total, "images")
-        )
+
+        def draw(indices: range, row: Row = row) -> Tensor:
+            noise = ImageNoise(sample.seed, indices, spec.image_shape, device)
+            return row.draw(noise, fixed_labels(spec, indices, device))
+
+        def progress(drawn: int, before: int = done) -> None:
+            monitor.progress(before + drawn, total, "images")
+
+        path, grid = out_dir / f"{row.name}.npy", out_dir / f"{row.name}_grid.png"
+        write_images(path, draw, row.num_images, spec, batch_size=sample.batch_size, progress=progress)
         done += row.num_images
         if ranks.is_main():
-            images = np.load(out_dir / f"{row.name}.npy", mmap_mode="r")
-            save_grid(images[:GRID_IMAGES], out_dir / f"{row.name}_grid.png")
-            monitor.image(f"grid/{row.name}", out_dir / f"{row.name}_grid.png", 0)
-    if not ranks.is_main():
-        return
-    _save_strips(spec, f, load_dataset(prepare_dir), device, out_dir / "strips.png")
-    _write_index(sample, spec, rows, out_dir)
+            save_grid(np.load(path, mmap_mode="r")[:GRID_IMAGES], grid)
+            monitor.image(f"grid/{row.name}", grid, 0)
+    if ranks.is_main():
+        _save_strips(spec, f, load_dataset(prepare_dir), device, out_dir / "strips.png")
+        _write_index(sample, spec, rows, out_dir)
 
 
 def _load(folder: Path, device: torch.device, autocast: torch.dtype | None) -> tuple[ModelSpec, Precond]:
@@ -134,19 +140,14 @@ def _student_row(
     return Row(name, model, len(sigmas), sigmas, sample.num_images, draw)
 
 
-def _untrained_row(
-    sample: Sample,
-    spec: ModelSpec,
-    student_dir: Path,
-    teacher_dir: Path,
-    device: torch.device,
-    autocast: torch.dtype | None,
-) -> Row:
+def _untrained(
+    spec: ModelSpec, student_dir: Path, teacher_dir: Path, device: torch.device, autocast: torch.dtype | None
+) -> Precond:
     origin = json.loads((student_dir / "origin.json").read_text())
     f = to_device(initial_student(spec, **origin, teacher_dir=teacher_dir), device).eval().requires_grad_(False)
     f.autocast = autocast
     f.network_pass = with_cuda_graphs(f.net)
-    return _student_row("untrained", "untrained", sample, spec, f)
+    return f
 
 
 def _teacher_row(sample: Sample, teacher_dir: Path, device: torch.device, autocast: torch.dtype | None) -> Row:
@@ -161,18 +162,6 @@ def _teacher_row(sample: Sample, teacher_dir: Path, device: torch.device, autoca
     return Row(f"teacher_nfe_{sampler.nfe}", "teacher", sampler.nfe, sigmas, num_images, draw)
 
 
-def _draw_row(
-    row: Row, sample: Sample, spec: ModelSpec, device: torch.device, out_dir: Path, progress: Callable[[int], None]
-) -> None:
-    def draw(indices: range) -> Tensor:
-        noise = ImageNoise(sample.seed, indices, spec.image_shape, device)
-        return row.draw(noise, fixed_labels(spec, indices, device))
-
-    write_images(
-        out_dir / f"{row.name}.npy", draw, row.num_images, spec, batch_size=sample.batch_size, progress=progress
-    )
-
-
 @torch.no_grad()
 def write_images(
     path: Path,
@@ -185,7 +174,7 @@ def write_images(
 ) -> None:
     """Draw images in batches into one array, uint8 [N, H, W, C]; a batch is written while the next is computed.
 
-    Several processes take the batches in turn; all end when the array is whole. Images do not depend on how many.
+    Several processes take every n-th batch each; all end when the array is whole. Images do not depend on how many.
     """
     channels, height, width = spec.image_shape
     shape = (num_images, height, width, channels)
@@ -214,7 +203,7 @@ def write_images(
 
 
 def _hand_over(images: np.ndarray, batch_size: int) -> None:
-    """Bring everybody's batches into the first process's array."""
+    """Bring the batches of all processes into the array of rank 0."""
     for number, start in enumerate(range(0, len(images), batch_size)):
         ranks.send_to_main(torch.from_numpy(images[start : start + batch_size]), number % ranks.world_size())
 
@@ -258,13 +247,9 @@ def _save_strips(spec: ModelSpec, f: Precond, dataset: Dataset, device: torch.de
 
 
 def _write_index(sample: Sample, spec: ModelSpec, rows: list[Row], out_dir: Path) -> None:
-    def describe(row: Row) -> dict:
-        facts = asdict(row)
-        del facts["draw"]
-        return facts | {"file": f"{row.name}.npy"}
-
+    facts = ("name", "model", "nfe", "sigmas", "num_images")
     index = {
-        "rows": [describe(row) for row in rows],
+        "rows": [{key: getattr(row, key) for key in facts} | {"file": f"{row.name}.npy"} for row in rows],
         "seed": sample.seed,
         "rounding": ROUNDING,
         "precision": sample.precision,

@@ -15,7 +15,7 @@ from cm_core.parallel import ranks, sharding
 from cm_core.precision import set_float32_products
 from cm_core.precond import Precond
 from cm_core.training.batches import Batches
-from cm_core.training.checkpoint import list_states
+from cm_core.training.checkpoint import LOG, list_states
 from cm_core.training.config import Train
 from cm_core.training.cost import Speed, advice
 from cm_core.training.passes import compose_passes
@@ -70,7 +70,7 @@ def run_training(
     _keep_compiled(state_dir.parent / "compiled", device)
     _resume(state, state_dir, monitor)
     trainer.models = compose_passes(trainer.models, trainer.method, train, graphs=not sharding.is_wanted())
-    log = TrainingLog((state_dir if ranks.is_main() else out_dir) / "log", before=state.step)
+    log = TrainingLog((state_dir if ranks.is_main() else out_dir) / LOG, before=state.step)
     averaged = spec.build(autocast=train.autocast).eval().requires_grad_(False)
     if ranks.is_main():  # which alone draws
         averaged = to_device(averaged, device)

@@ -1,4 +1,4 @@
-"""Objects below an s3:// address: whole or absent, checked at both ends, replaced only by whom they belong to."""
+"""Objects below an s3:// address: whole or absent, checked at both ends, replaced only over a known version."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from flows.errors import UserError
-from flows.storage.s3 import s3_address, s3_client, s3_errors
+from flows.storage.fetch import file_digest
+from flows.storage.s3 import list_objects, s3_address, s3_client, s3_errors
 
 PART = 8 * 2**20  # bytes; larger files travel in such parts, several at once
 PART_WORKERS = 4
-TRIES = 2  # downloads of one object, when what arrives is not what was stored
+TRIES = 2  # downloads of one object whose bytes arrive damaged
 DELETED_AT_ONCE = 1000  # S3's own limit
 
-OnBytes = Callable[[int], None]  # how many bytes went over the line since the last call
+OnBytes = Callable[[int], None]  # bytes transferred since the last call
 
 
 class WrongBytes(UserError):
-    """An object is there, and is not what was stored under its name."""
+    """An object exists, with other bytes than were stored under its name, or is missing."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Bucket:
     def write(self, key: str, data: bytes, *, replacing: str | None) -> str | None:
         """Write a small object over the version `replacing` (its ETag), or where there is none (None).
 
-        Return the new ETag; None if somebody else's write came first.
+        Return the new ETag; None if another write came first.
         """
         condition = {"IfNoneMatch": "*"} if replacing is None else {"IfMatch": replacing}
         with self._naming(key) as named:
@@ -109,9 +110,9 @@ class Bucket:
             raise
 
     def upload(self, path: Path, key: str, on_bytes: OnBytes = lambda count: None) -> None:
-        """Store a file, large ones in parallel parts, then ask what has arrived. Raises WrongBytes.
+        """Store a file, large ones in parallel parts, then ask for its checksum. Raises WrongBytes.
 
-        A store that computes SHA-256 refuses what was altered on the way; the question is for those that do not.
+        A store that computes SHA-256 refuses bytes altered on the way; the question is for stores that do not.
         """
         extra, config = {"ChecksumAlgorithm": "SHA256"}, _transfer()
         with self._naming(key) as named:
@@ -124,12 +125,12 @@ class Bucket:
             self._read_back(key, path)
 
     def _read_back(self, key: str, path: Path) -> None:
-        """Compare what the store has with the file: not every store's ETag is an MD5."""
+        """Compare the stored bytes with the file: not every store's ETag is an MD5."""
         stored = hashlib.sha256()
         with self._naming(key) as named:
             for chunk in self._client.get_object(**named)["Body"].iter_chunks(PART):
                 stored.update(chunk)
-        if stored.hexdigest() != sha256_of(path):
+        if stored.hexdigest() != file_digest(path):
             raise WrongBytes(f"{self.uri}/{key}: the store holds other bytes than were sent")
 
     def download(self, key: str, path: Path, sha256: str, on_bytes: OnBytes = lambda count: None) -> None:
@@ -143,36 +144,30 @@ class Bucket:
             partial.unlink(missing_ok=True)
 
     def _fetch(self, key: str, path: Path, sha256: str, on_bytes: OnBytes, tries: int = TRIES) -> None:
+        from botocore.exceptions import ClientError
+
         try:
-            with self._naming(key) as named, self._missing_is_wrong(key), path.open("wb") as file:
-                self._client.download_fileobj(
-                    named["Bucket"], named["Key"], file, Config=_transfer(), Callback=on_bytes
-                )
-            if (found := sha256_of(path)) != sha256:
+            with self._naming(key) as named, path.open("wb") as file:
+                try:
+                    where = named["Bucket"], named["Key"]
+                    self._client.download_fileobj(*where, file, Config=_transfer(), Callback=on_bytes)
+                except ClientError as error:
+                    if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
+                        raise WrongBytes(f"{self.uri}/{key}: no such object") from error
+                    raise
+            if (found := file_digest(path)) != sha256:
                 raise WrongBytes(f"{self.uri}/{key}: sha256 is {found}, expected {sha256}")
         except WrongBytes:
             if tries == 1:
                 raise
             self._fetch(key, path, sha256, on_bytes, tries - 1)
 
-    @contextmanager
-    def _missing_is_wrong(self, key: str) -> Iterator[None]:
-        from botocore.exceptions import ClientError
-
-        try:
-            yield
-        except ClientError as error:
-            if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
-                raise WrongBytes(f"{self.uri}/{key}: no such object") from error
-            raise
-
     def entries(self, folder: str = "") -> Iterator[Entry]:
         """Yield the objects below a folder."""
         prefix = self._prefix + folder
         with s3_errors(f"{self.uri}/{folder}"):
-            for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix):
-                for entry in page.get("Contents", ()):
-                    yield Entry(entry["Key"].removeprefix(self._prefix), entry["Size"], entry["LastModified"])
+            for entry in list_objects(self._client, self._bucket, prefix):
+                yield Entry(entry["Key"].removeprefix(self._prefix), entry["Size"], entry["LastModified"])
 
     def remove(self, keys: Iterable[str]) -> None:
         """Delete objects; one that is not there is no error."""
@@ -185,7 +180,7 @@ class Bucket:
                 raise UserError(f"s3://{self._bucket}/{error['Key']}: cannot be deleted ({error['Code']})")
 
     def open_uploads(self) -> list[tuple[str, str, datetime]]:
-        """Return (key, upload id, start) of the uploads in parts that nobody has completed: they cost space unseen."""
+        """Return (key, upload id, start) of incomplete multipart uploads, which cost space unseen."""
         with s3_errors(self.uri):
             pages = self._client.get_paginator("list_multipart_uploads")
             found = [
@@ -196,15 +191,9 @@ class Bucket:
         return [(one["Key"].removeprefix(self._prefix), one["UploadId"], one["Initiated"]) for one in found]
 
     def abort_upload(self, key: str, upload_id: str) -> None:
-        """Drop the parts of an upload that nobody has completed."""
+        """Drop the parts of an incomplete upload."""
         with self._naming(key) as named:
             self._client.abort_multipart_upload(**named, UploadId=upload_id)
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _transfer() -> Any:

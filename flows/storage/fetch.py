@@ -6,7 +6,7 @@ import os
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from flows.errors import UserError
 from flows.monitor import Monitor
-from flows.storage.s3 import S3_WORKERS, TIMEOUT, public_uri, s3_address, s3_client, s3_errors
+from flows.storage.s3 import S3_WORKERS, TIMEOUT, list_objects, public_uri, s3_address, s3_client, s3_errors
 
 CHUNK = 1 << 20  # bytes between two reports of progress
 
@@ -35,21 +35,14 @@ def fetch(
     if is_local(uri):
         return _verified(uri, _existing_file(uri), checksums)
     path = into / _file_name(uri)
-    if checksums and path.is_file() and _digests(path, checksums) == checksums:
+    if checksums and path.is_file() and all(file_digest(path, name) == sum for name, sum in checksums.items()):
         return path
     with _temporary_file(into) as partial:
         _download(uri, partial, monitor or Monitor())
         return _verified(uri, partial, checksums).replace(path)
 
 
-def fetch_first(
-    uris: Sequence[str],
-    into: Path,
-    *,
-    sha256: str | None = None,
-    md5: str | None = None,
-    monitor: Monitor | None = None,
-) -> Path:
+def fetch_first(uris: Sequence[str], into: Path, *, monitor: Monitor | None = None, **checksums: str | None) -> Path:
     """Return `fetch` of the first of `uris` that works.
 
     Raises:
@@ -58,7 +51,7 @@ def fetch_first(
     causes = []
     for uri in uris:
         try:
-            return fetch(uri, into, sha256=sha256, md5=md5, monitor=monitor)
+            return fetch(uri, into, monitor=monitor, **checksums)
         except UserError as error:
             causes.append(str(error))
     raise UserError("; ".join(causes) or "no address to fetch from")
@@ -74,7 +67,7 @@ def fetch_prefix(uri: str, into: Path, *, monitor: Monitor | None = None) -> Pat
     prefix = prefix and prefix.rstrip("/") + "/"
     with s3_errors(uri):
         client = s3_client()
-        keys = [key for key in _list_keys(client, bucket, prefix) if not key.endswith("/")]
+        keys = [entry["Key"] for entry in list_objects(client, bucket, prefix) if not entry["Key"].endswith("/")]
         if not keys:
             raise UserError(f"{public_uri(uri)}: no object under this prefix")
         paths = [into / _relative(uri, key.removeprefix(prefix)) for key in keys]
@@ -88,7 +81,7 @@ def fetch_prefix(uri: str, into: Path, *, monitor: Monitor | None = None) -> Pat
 
 
 def download_dir(checksum: str) -> Path:
-    """Return the folder of the user's cache that keeps what has this checksum from run to run."""
+    """Return the folder of the user's cache that keeps the download with this checksum from run to run."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "consistency-pipeline" / checksum[:16].lower()
 
@@ -138,18 +131,16 @@ def _temporary_file(folder: Path) -> Iterator[Path]:
 
 
 def _verified(uri: str, path: Path, checksums: dict[str, str]) -> Path:
-    for name, found in _digests(path, checksums).items():
-        if found != checksums[name]:
-            raise UserError(f"{public_uri(uri)}: {name} is {found}, expected {checksums[name]}")
+    for name, expected in checksums.items():
+        if (found := file_digest(path, name)) != expected:
+            raise UserError(f"{public_uri(uri)}: {name} is {found}, expected {expected}")
     return path
 
 
-def _digests(path: Path, names: Iterable[str]) -> dict[str, str]:
-    digests = {}
-    for name in names:
-        with path.open("rb") as stream:
-            digests[name] = hashlib.file_digest(stream, name).hexdigest()
-    return digests
+def file_digest(path: Path, name: str = "sha256") -> str:
+    """Return the checksum of a file, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, name).hexdigest()
 
 
 def _download(uri: str, path: Path, monitor: Monitor) -> None:
@@ -166,7 +157,7 @@ def _download(uri: str, path: Path, monitor: Monitor) -> None:
 
 
 def _request(uri: str) -> urllib.request.Request:
-    # Some hosts turn the library's own agent name away; without "identity" a proxy may compress, and sizes differ.
+    # Some hosts refuse the library's own agent name; without "identity" a proxy may compress, and sizes differ.
     headers = {"User-Agent": "consistency-pipeline", "Accept-Encoding": "identity"}
     return urllib.request.Request(uri, headers=headers)
 
@@ -194,11 +185,6 @@ def _http_errors(uri: str) -> Iterator[None]:
         raise UserError(f"{public_uri(uri)}: cannot be reached ({error.reason})") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise UserError(f"{public_uri(uri)}: {str(error) or type(error).__name__}") from error
-
-
-def _list_keys(client: Any, bucket: str, prefix: str) -> Iterator[str]:
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-        yield from (entry["Key"] for entry in page.get("Contents", ()))
 
 
 def _copy_object(client: Any, bucket: str, key: str, path: Path, monitor: Monitor) -> None:

@@ -35,7 +35,7 @@ def public_uri(uri: str) -> str:
 
 @contextmanager
 def s3_errors(uri: str) -> Iterator[None]:
-    """Turn whatever goes wrong with a store into a UserError of one line."""
+    """Turn the failures of a store into a UserError of one line."""
     try:
         import botocore.exceptions as boto
         from boto3.exceptions import Boto3Error
@@ -74,3 +74,9 @@ def s3_client() -> Any:
         signature_version=None if session.get_credentials() else UNSIGNED,
     )
     return session.client("s3", config=config)
+
+
+def list_objects(client: Any, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
+    """Yield the objects under a prefix, page by page, as S3 describes them."""
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        yield from page.get("Contents", ())

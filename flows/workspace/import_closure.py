@@ -1,4 +1,4 @@
-"""Which of our files running a module may need, read from the import statements; nothing is imported for it."""
+"""Our files that running a module may need: code from its import statements, and templates that the code names."""
 
 import ast
 from collections.abc import Iterator
@@ -8,8 +8,9 @@ PACKAGES = ("cm_core", "flows")
 
 
 def import_closure(root: Path, module: str) -> list[str]:
-    """Return the files under `root` that importing `module` may run, itself and its packages included, sorted."""
+    """Return the files under `root` that running `module` may need, itself and its packages included, sorted."""
     found: dict[str, Path] = {}
+    templates: set[Path] = set()
     waiting = [module]
     while waiting:
         name = waiting.pop()
@@ -17,8 +18,10 @@ def import_closure(root: Path, module: str) -> list[str]:
         if name in found or file is None:
             continue
         found[name] = file
-        waiting += [*_parents(name), *_imports(ast.parse(file.read_text()), _package(name, file))]
-    return sorted(file.relative_to(root).as_posix() for file in found.values())
+        tree = ast.parse(file.read_text())
+        waiting += [*_parents(name), *_imports(tree, _package(name, file))]
+        templates |= set(_templates(tree, file.parent))
+    return sorted(file.relative_to(root).as_posix() for file in {*found.values(), *templates})
 
 
 def _find(root: Path, module: str) -> Path | None:
@@ -56,6 +59,13 @@ def _run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
             node = ast.Module(node.orelse, [])
         yield node
         yield from _run_time_nodes(node)
+
+
+def _templates(tree: ast.AST, folder: Path) -> Iterator[Path]:
+    """Yield the files in `templates` beside a module that its string constants name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and str(node.value).startswith("templates/"):
+            yield from [path] if (path := folder / node.value).is_file() else ()
 
 
 def _absolute(node: ast.ImportFrom, package: str) -> str:

@@ -6,7 +6,7 @@ from itertools import chain
 
 import pytest
 
-from flows.operations.services import still_runs
+from flows.operations.process_trees import still_runs
 from live import Servers, cm, make_live_workspace, trainings, wait_until, worker
 from servers import needs_postgres, postgres
 

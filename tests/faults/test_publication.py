@@ -26,11 +26,11 @@ from pathlib import Path
 import torch
 from cm_core.training.checkpoint import list_states, save_state
 from flows.checkpoints import s3_store
-from flows.checkpoints.store import hold_state
+from flows.checkpoints.store import hold_checkpoint
 
 s3_store.LEASE_SECONDS = 2.0
 origin, key = Path(sys.argv[1]), sys.argv[2]
-with hold_state(origin, "student", key, lambda: None, print) as held:
+with hold_checkpoint(origin, "student", key, lambda: None, print) as held:
     saved = list_states(held.folder)
     step = int(saved[-1].name.removeprefix("step-")) if saved else 0
     print("from", step, flush=True)

@@ -1,15 +1,20 @@
-"""Where images come from. A source is a section of the recipe that can read itself.
+"""Sources of images. A source is a section of the recipe that can read itself.
 
-Each offers `native_shape()` ([C, H, W] of its images where that is known beforehand), `origin()` (what
-dataset.json names as the source), `dataset_name()` and `read(scratch, monitor) -> Contents`; `scratch` is a
-folder for unpacked files that lives as long as the images are read.
+Each offers the methods of `Source` and `read(scratch, monitor) -> Contents`; `scratch` is a folder for unpacked files
+that lives as long as the images are read.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
+
+from cm_core.params import Params
+from flows.storage.s3 import public_uri
 
 MAX_CLASSES = 100_000  # a label beyond is an identifier or an error, not a class
 
@@ -32,6 +37,45 @@ class Contents:
     heldout: list[Item] | None  # None: the source has no split of its own
     class_names: tuple[str, ...]  # empty: no labels
     ignored: int = 0  # files that are no images
+
+
+class Source(Params):
+    """A source of images; this one has a name and a shape of its own."""
+
+    NATIVE: ClassVar[tuple[int, int, int] | None] = None
+
+    kind: str
+
+    def native_shape(self) -> tuple[int, int, int] | None:
+        """Return [C, H, W] of the images where that is known before they are read."""
+        return self.NATIVE
+
+    def dataset_name(self) -> str:
+        """Return the name for reports."""
+        return self.kind
+
+
+class FileSource(Source):
+    """The fields of sources that are files of the user's."""
+
+    path: str = Field(min_length=1)
+    heldout_path: str | None = None
+    sha256: str | None = Field(None, pattern="^[0-9a-fA-F]{64}$")
+    """SHA-256 of the file at `path`; a download is kept and reused only with it."""
+    name: str | None = None
+    """Name of the data set in reports; null takes the name of the file or folder."""
+    version: str = ""
+    """Any word; stages are cached by the recipe, so change it when the contents of `path` changed."""
+    licence: str = "not stated; set data.source.licence"
+    """One line on the terms of use, repeated in dataset.json."""
+
+    def dataset_name(self) -> str:
+        """Return the name for reports."""
+        return self.name or PurePosixPath(public_uri(self.path)).name.partition(".")[0]
+
+    def origin(self) -> str:
+        """Return the source for dataset.json."""
+        return public_uri(self.path)
 
 
 def array_items(images: np.ndarray, labels: np.ndarray | None, where: str) -> list[Item]:

@@ -7,18 +7,17 @@ from typing import Literal
 import numpy as np
 from pydantic import ConfigDict, Field
 
-from cm_core.params import Params
-from flows.data.sources import MAX_CLASSES, Contents, array_items
+from flows.data.sources import MAX_CLASSES, Contents, FileSource, array_items
 from flows.errors import UserError
 from flows.monitor import Monitor
 from flows.storage.fetch import download_dir, fetch
 from flows.storage.s3 import public_uri
 
-IMAGE_KEYS = ("images", "arr_0")  # arr_0, arr_1: what np.savez calls unnamed arrays, as in the ADM references
+IMAGE_KEYS = ("images", "arr_0")  # arr_0, arr_1: np.savez's names of unnamed arrays, as in the ADM references
 LABEL_KEYS = ("labels", "arr_1")
 
 
-class ArrayFile(Params):
+class ArrayFile(FileSource):
     """Images as one uint8 array [N, H, W, C]."""
 
     model_config = ConfigDict(title="Array file")
@@ -29,28 +28,13 @@ class ArrayFile(Params):
     """The file: a path, file://, http(s):// or s3://."""
     heldout_path: str | None = None
     """A second file, held out from training; null holds out a part of the first."""
-    sha256: str | None = Field(None, pattern="^[0-9a-fA-F]{64}$")
-    """SHA-256 of the file at `path`; a download is kept and reused only with it."""
-    name: str | None = None
-    """Name of the data set in reports; null takes the file's."""
-    version: str = ""
-    """Any word; stages are cached by the recipe, so change it when the file behind `path` changed."""
-    licence: str = "not stated; set data.source.licence"
-    """One line on the terms of use, repeated in dataset.json."""
-
-    def native_shape(self) -> None:
-        """Return None: the file has to be read."""
 
     def dataset_name(self) -> str:
         """Return the name for reports."""
-        return self.name or PurePosixPath(public_uri(self.path)).stem
-
-    def origin(self) -> str:
-        """Return what dataset.json names as the source."""
-        return public_uri(self.path)
+        return self.name or PurePosixPath(self.origin()).stem
 
     def read(self, scratch: Path, monitor: Monitor) -> Contents:
-        """Open the arrays and check what they are."""
+        """Open the arrays and check their types and shapes."""
         kept = download_dir(self.sha256) if self.sha256 else scratch / "train"
         images, labels = _load(fetch(self.path, kept, sha256=self.sha256, monitor=monitor))
         train = array_items(images, labels, self.origin())

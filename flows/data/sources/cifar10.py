@@ -3,23 +3,23 @@
 import io
 import pickle
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import ConfigDict, Field
 
-from cm_core.params import Params
 from flows.data.archives import Files, archive_files, contents
-from flows.data.sources import Contents, array_items
+from flows.data.sources import Contents, Source, array_items
 from flows.errors import UserError
 from flows.monitor import Monitor
 from flows.storage.fetch import download_dir, fetch_first
 from flows.storage.s3 import public_uri
 
 
-class Cifar10(Params):
+class Cifar10(Source):
     """60,000 photographs of ten kinds of things, 32x32 RGB; the archive's own test batch is held out."""
 
+    NATIVE: ClassVar = (3, 32, 32)
     model_config = ConfigDict(title="CIFAR-10")
 
     kind: Literal["cifar10"] = "cifar10"
@@ -31,16 +31,8 @@ class Cifar10(Params):
     licence: str = "none stated; the authors ask to cite Krizhevsky, Learning Multiple Layers of Features, 2009"
     """One line on the terms of use, repeated in dataset.json."""
 
-    def native_shape(self) -> tuple[int, int, int]:
-        """Return [C, H, W]."""
-        return 3, 32, 32
-
-    def dataset_name(self) -> str:
-        """Return the name for reports."""
-        return "cifar10"
-
     def origin(self) -> str:
-        """Return what dataset.json names as the source."""
+        """Return the source for dataset.json."""
         return ", ".join(public_uri(url) for url in self.urls)
 
     def read(self, scratch: Path, monitor: Monitor) -> Contents:
@@ -77,7 +69,7 @@ def _entries(archive: Path, files: Files, name: str, *keys: bytes) -> list[Any]:
     try:
         entries = _ArrayUnpickler(io.BytesIO(contents(files[name])), encoding="bytes").load()
         return [entries[key] for key in keys]
-    except Exception as error:  # what an unpickler raises on arbitrary bytes is not limited to UnpicklingError
+    except Exception as error:  # on arbitrary bytes an unpickler raises more than UnpicklingError
         raise UserError(f"{archive}: {name} is no batch of CIFAR-10 ({error})") from error
 
 

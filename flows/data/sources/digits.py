@@ -1,19 +1,19 @@
 """The scanned digits inside scikit-learn: real images that need no download."""
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import ConfigDict
 
-from cm_core.params import Params
-from flows.data.sources import Contents, array_items
+from flows.data.sources import Contents, Source, array_items
 from flows.monitor import Monitor
 
 
-class Digits(Params):
+class Digits(Source):
     """1,797 scans of handwritten digits, 8x8 grey, ten classes."""
 
+    NATIVE: ClassVar = (1, 8, 8)
     model_config = ConfigDict(title="Digits")
 
     kind: Literal["digits"] = "digits"
@@ -21,16 +21,8 @@ class Digits(Params):
     licence: str = "CC BY 4.0: Optical Recognition of Handwritten Digits, UCI (Alpaydin and Kaynak, 1998)"
     """One line on the terms of use, repeated in dataset.json."""
 
-    def native_shape(self) -> tuple[int, int, int]:
-        """Return [C, H, W]."""
-        return 1, 8, 8
-
-    def dataset_name(self) -> str:
-        """Return the name for reports."""
-        return "digits"
-
     def origin(self) -> str:
-        """Return what dataset.json names as the source."""
+        """Return the source for dataset.json."""
         return "sklearn.datasets.load_digits"
 
     def read(self, scratch: Path, monitor: Monitor) -> Contents:

@@ -4,15 +4,14 @@ import json
 import posixpath
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal
 
 from pydantic import ConfigDict, Field
 
-from cm_core.params import Params
 from flows.data.archives import Files, archive_files, contents, folder_files
 from flows.data.images import EXTENSIONS, open_image
-from flows.data.sources import MAX_CLASSES, Contents, Item
+from flows.data.sources import MAX_CLASSES, Contents, FileSource, Item
 from flows.errors import UserError
 from flows.monitor import Monitor
 from flows.storage.fetch import download_dir, fetch, fetch_prefix, is_local, local_path
@@ -25,7 +24,7 @@ ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".ta
 Classes = dict[str, str] | dict[str, int]  # name of an image -> its folder, or its number in the label file
 
 
-class Images(Params):
+class Images(FileSource):
     """Images as files, with or without classes."""
 
     model_config = ConfigDict(title="Image files")
@@ -38,25 +37,6 @@ class Images(Params):
     """A second such place, held out; null takes a folder `test` or `val` beside `train`, or else a part at random."""
     labels: Literal["auto", "folders", "file", "none"] = "auto"
     """From the folders that hold the images, an EDM-style dataset.json, or none; auto: the file where there is one."""
-    sha256: str | None = Field(None, pattern="^[0-9a-fA-F]{64}$")
-    """SHA-256 of the archive at `path`; a download is kept and reused only with it."""
-    name: str | None = None
-    """Name of the data set in reports; null takes the folder's or file's."""
-    version: str = ""
-    """Any word; stages are cached by the recipe, so change it when the files behind `path` changed."""
-    licence: str = "not stated; set data.source.licence"
-    """One line on the terms of use, repeated in dataset.json."""
-
-    def native_shape(self) -> None:
-        """Return None: the files have to be read."""
-
-    def dataset_name(self) -> str:
-        """Return the name for reports."""
-        return self.name or PurePosixPath(public_uri(self.path)).name.partition(".")[0]
-
-    def origin(self) -> str:
-        """Return what dataset.json names as the source."""
-        return public_uri(self.path)
 
     def read(self, scratch: Path, monitor: Monitor) -> Contents:
         """List the images, their classes and their split; nothing is decoded yet."""

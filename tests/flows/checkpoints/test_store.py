@@ -24,6 +24,7 @@ from flows.checkpoints.s3_store import HEAD, Head, LeaseLost, Training
 from flows.errors import UserError
 from flows.storage import bucket
 from flows.storage.bucket import Bucket
+from flows.storage.fetch import file_digest
 from s3_states import KEY, NAME, URI, take_over
 from servers import point_aws_at, shared_s3
 
@@ -37,7 +38,7 @@ def s3(server, monkeypatch):
         server.delete_object(Bucket="states", Key=entry["Key"])
     monkeypatch.setenv("CM_STATE", URI)
     monkeypatch.setattr(s3_store, "PATIENCE", (0.05,))
-    monkeypatch.setattr(s3_store, "RETRY_EVERY", 0.1)
+    monkeypatch.setattr(store, "RETRY_EVERY", 0.1)
     return server
 
 
@@ -55,7 +56,7 @@ class Worker:
         self.folder, self.said, self.waited = folder, [], 0
 
     def hold(self):
-        return store.hold_state(self.folder, "student", KEY, self.on_wait, self.said.append)
+        return store.hold_checkpoint(self.folder, "student", KEY, self.on_wait, self.said.append)
 
     def on_wait(self):
         self.waited += 1
@@ -280,7 +281,7 @@ def test_a_large_file_travels_in_parts(s3, monkeypatch, tmp_path):
     assert sum(counted) == path.stat().st_size
     stored = s3.head_object(Bucket="states", Key="in flight/large", ChecksumMode="ENABLED")
     assert stored["ETag"].endswith('-3"') and stored["ChecksumSHA256"]
-    Bucket(URI).download("large", tmp_path / "again", bucket.sha256_of(path))
+    Bucket(URI).download("large", tmp_path / "again", file_digest(path))
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
 
 
@@ -342,7 +343,7 @@ def test_the_training_outlives_the_store_and_says_where_its_state_is(proxy, work
         proxy.strike(fault, method="PUT")
         save(held.folder, 2)
         held.publish()
-        wait_for(lambda: first.heard("the training goes on"))
+        wait_for(lambda: first.heard("training continues"))
     assert first.heard(says), first.said
     assert first.heard(f"is on this machine alone, in {held.folder}") and steps(held.folder) == [1, 2]
     proxy.heal()
@@ -361,9 +362,9 @@ def test_a_store_that_comes_back_gets_the_newest_state(proxy, workers):
         for step in (1, 2, 3):
             save(held.folder, step)
             held.publish()
-        wait_for(lambda: worker.heard("the training goes on"))
+        wait_for(lambda: worker.heard("training continues"))
         proxy.heal()
-        wait_for(lambda: worker.heard("stored again"))
+        wait_for(lambda: worker.heard("works again"))
         assert len(head(boto3.client("s3")).states) == 1, "of the waiting states only the newest was sent"
     with workers[1].hold() as held:
         assert steps(held.folder) == [3]
@@ -424,7 +425,7 @@ def test_wrong_bytes_under_a_right_name_are_noticed_and_the_state_before_is_take
     assert newest not in head(s3).states
     spoil(s3, head(s3).states[0])
     spoil(s3, older)
-    with pytest.raises(UserError, match="every stored training state is damaged"), workers[0].hold():
+    with pytest.raises(UserError, match="every stored checkpoint is damaged"), workers[0].hold():
         pass
 
 
@@ -433,7 +434,7 @@ def test_a_missing_object_counts_as_damage(s3, workers):
         save(held.folder, 1)
     (key,) = {key for key in needed(s3) if not key.endswith(head(s3).states[0])} & objects(s3) and list(needed(s3))[:1]
     s3.delete_object(Bucket="states", Key=key)
-    with pytest.raises(UserError, match="every stored training state is damaged"), workers[1].hold():
+    with pytest.raises(UserError, match="every stored checkpoint is damaged"), workers[1].hold():
         pass
 
 

@@ -149,7 +149,7 @@ def test_states_and_clones_go_when_nobody_will_go_on_with_them(root, monkeypatch
     monkeypatch.setattr(garbage, "ORPHANED", ALL_AGES)
     with pytest.raises(ZeroDivisionError), clone.clone(root, "failed") as failed:
         raise ZeroDivisionError
-    with clone.clone(root, "live") as live, store.hold_state(root, "student", "k" * 16, print, print) as held:
+    with clone.clone(root, "live") as live, store.hold_checkpoint(root, "student", "k" * 16, print, print) as held:
         (held.folder / "step-000000001").mkdir()
         (store.states_folder(root) / "old").mkdir()
         found = list(find_garbage(root, older_than=ALL_AGES, with_remote=False))
@@ -207,11 +207,11 @@ def test_a_bucket_loses_orphans_and_torn_uploads_alone(root, monkeypatch):
         monkeypatch.setattr(garbage, "ORPHANED", ALL_AGES)
         upload = client.create_multipart_upload(Bucket="states", Key="x/a/objects/1")["UploadId"]
         client.upload_part(Bucket="states", Key="x/a/objects/1", UploadId=upload, PartNumber=1, Body=b"part")
-        with store.hold_state(root, "student", "k" * 16, print, print) as held:
+        with store.hold_checkpoint(root, "student", "k" * 16, print, print) as held:
             (held.folder / "step-000000001").mkdir()
             (held.folder / "step-000000001" / "state.json").write_text("{}")
         monkeypatch.setattr(s3_store, "is_orphan", lambda place, seconds: True)  # its lease would run for a minute
-        with store.hold_state(root, "teacher", "k" * 16, print, print):
+        with store.hold_checkpoint(root, "teacher", "k" * 16, print, print):
             found = list(find_garbage(root, older_than=ALL_AGES, with_remote=False))
             assert {one.kind for one in found} == {"state", "torn upload"}
             for one in found:

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from flows.distributed.devices import visible_devices
-from flows.operations.services import still_runs
+from flows.operations.process_trees import still_runs
 from live import CHROMIUM, Up, make_live_workspace, trainings, wait_until, worker
 from servers import needs_postgres, postgres
 

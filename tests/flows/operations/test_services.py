@@ -16,7 +16,8 @@ import pytest
 
 from flows.distributed.devices import devices_for, hold_devices, visible_devices
 from flows.errors import UserError
-from flows.operations import services
+from flows.operations import service_environment, services
+from flows.operations.process_trees import end_trees, still_runs
 from flows.workspace.dvc_files import load_yaml, read_stages
 from live import Up, cm, environment, make_live_workspace, wait_until
 from miniature import REPOSITORY
@@ -143,10 +144,10 @@ def test_a_port_is_free_or_refused_by_its_option():
 
 
 def test_both_servers_share_a_database_but_no_table(tmp_path):
-    prefect, mlflow = services._database_urls(tmp_path, "postgresql://me:p%40ss@db.example:5433/cm")
+    prefect, mlflow = service_environment._database_urls(tmp_path, "postgresql://me:p%40ss@db.example:5433/cm")
     assert prefect == "postgresql+asyncpg://me:p%40ss@db.example:5433/cm"
     assert mlflow == "postgresql+psycopg2://me:p%40ss@db.example:5433/cm?options=-csearch_path%3Dmlflow"
-    prefect, mlflow = services._database_urls(tmp_path, None)
+    prefect, mlflow = service_environment._database_urls(tmp_path, None)
     assert mlflow == f"sqlite:///{tmp_path}/mlflow.db", "what `mlflow ui` and runs without a server use"
 
 
@@ -161,14 +162,16 @@ def test_both_servers_share_a_database_but_no_table(tmp_path):
 )
 def test_a_database_that_cannot_be_used_is_refused_without_its_password(url, says):
     with pytest.raises(UserError, match=says) as refused:
-        services.prepare_database(url)
+        service_environment.prepare_database(url)
     assert "secret" not in str(refused.value)
 
 
 def test_nothing_leaves_the_machine_and_no_secret_stands_in_a_command_line(tmp_path):
-    at = services.Services("http://127.0.0.1:4200", "http://127.0.0.1:5000")
+    at = service_environment.Services("http://127.0.0.1:4200", "http://127.0.0.1:5000")
     database = "postgresql://me:secret@db/cm"
-    variables = services.client_variables(tmp_path, at) | services.server_variables(tmp_path, at, database)
+    variables = service_environment.client_variables(tmp_path, at) | service_environment.server_variables(
+        tmp_path, at, database
+    )
     assert variables["DO_NOT_TRACK"] == "true", "MLflow takes no other word"
     assert variables["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false" and variables["DVC_NO_ANALYTICS"] == "1"
     assert variables["PREFECT_SERVER_UI_API_URL"] == "http://127.0.0.1:4200/api"
@@ -187,13 +190,13 @@ def test_without_services_there_is_nothing_to_stop_to_show_or_to_use(tmp_path, m
 @pytest.fixture
 def leftover(tmp_path):
     """A workspace whose `cm up` was killed, and the child that it left."""
-    at = services.Services("http://127.0.0.1:1", "http://127.0.0.1:2")
+    at = service_environment.Services("http://127.0.0.1:1", "http://127.0.0.1:2")
     logs = services.folder_of(tmp_path) / "logs"
     logs.mkdir(parents=True)
     child = services.Child("prefect", ["http.server", "0"], cwd=tmp_path, env=os.environ, logs=logs)
     services._write_note(tmp_path, at, [child])
     yield tmp_path, child
-    services._end_all([child.pid], 1)
+    end_trees([child.pid], 1)
 
 
 def test_what_a_killed_up_has_left_the_next_one_ends(leftover):
@@ -269,7 +272,7 @@ def test_up_status_down_and_up_again(root, begin_up):
     second = cm(root, "up")
     assert second.returncode == 2 and second.stderr.count("\n") == 1 and up.note["prefect"] in second.stderr
     pools = {pool["name"]: pool["type"] for pool in up.post("/work_pools/filter")}
-    assert pools == {"gpu": "process", "cpu": "process"}
+    assert pools == {"gpu": "process"}
     limit = up.get("/v2/concurrency_limits/gpu")
     assert (limit["limit"], limit["active"]) == (max(1, len(visible_devices())), True)
     deployed = up.get("/deployments/name/consistency/tiny")
@@ -284,7 +287,7 @@ def test_up_status_down_and_up_again(root, begin_up):
             assert connection.laddr.ip == "127.0.0.1"
     assert cm(root, "down").stdout == "stopped\n"
     assert up.process.wait(timeout=10) == 0
-    assert not [child for child in up.children if services.still_runs(child)]
+    assert not [child for child in up.children if still_runs(child)]
     assert cm(root, "status").returncode == 1
 
     again = begin_up()
@@ -297,7 +300,7 @@ def test_up_status_down_and_up_again(root, begin_up):
     said = again.process.stderr.read()
     assert said.startswith("cm: worker-gpu ended with code -9; the end of ") and "worker-gpu.log:" in said
     time.sleep(0.2)
-    assert not [child for child in again.children if services.still_runs(child)]
+    assert not [child for child in again.children if still_runs(child)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -374,5 +374,5 @@ def test_there_is_no_bar_without_sensible_bounds(bounds):
 def test_names_from_outside_cannot_put_markup_into_the_page(tmp_path):
     evil = "<script>alert(1)</script>"
     row = TableRow(evil, evil, [evil])
-    write_report(Report(evil, evil, {evil: evil}, [evil], [row], evil, [], {evil: evil}), tmp_path / "page.html")
+    write_report(Report(evil, {evil: evil}, [evil], [row], [], {evil: evil}), tmp_path / "page.html")
     assert "<script" not in (tmp_path / "page.html").read_text()

@@ -217,7 +217,7 @@ def test_missing_weights_name_the_file_the_folder_and_the_alternative(prepared, 
 def test_a_damaged_file_in_the_cache_of_torch_is_refused(prepared, tmp_path, monkeypatch):
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
-    (folder / stage.INCEPTION.name).write_bytes(b"half a download")
+    (folder / stage.PUBLISHED["inception-v3-compat"].name).write_bytes(b"half a download")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     with pytest.raises(UserError, match="does not begin with 6726825d"):
         features(0, InceptionFeatures(), prepared, tmp_path / "out", Monitor())
@@ -228,8 +228,8 @@ def test_published_addresses_are_those_of_torch_fidelity():
     import torchvision
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-    assert stage.INCEPTION.url == URL_INCEPTION_V3
-    assert stage.VGG16.url == torchvision.models.VGG16_Weights.IMAGENET1K_V1.url
+    assert stage.PUBLISHED["inception-v3-compat"].url == URL_INCEPTION_V3
+    assert stage.PUBLISHED["vgg16"].url == torchvision.models.VGG16_Weights.IMAGENET1K_V1.url
 
 
 def test_torchvision_comes_without_the_compiler_which_is_there_when_asked():

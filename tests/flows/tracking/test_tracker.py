@@ -1,5 +1,6 @@
 """`cm stage`: parameters filled by name, MLflow runs that say what was made from what, states that outlive a stop."""
 
+import io
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from flows.errors import UserError
 from flows.recipes.recipe import Recipe, write_active
 from flows.reports.figures import save_grid
 from flows.stage_runner import run as running
-from flows.stage_runner.progress import StageMonitor
+from flows.stage_runner.progress import Bar, StageMonitor
 from flows.tracking.pipeline_run import PipelineRun
 from flows.tracking.run_context import RunContext
 from flows.tracking.stage_run import StageRun
@@ -191,11 +192,13 @@ def test_a_state_is_one_process_at_a_time_and_is_not_dropped_in_use(tmp_path):
     holder = f"""
 import sys
 from pathlib import Path
-from flows.checkpoints.store import hold_state
-with hold_state(Path({str(tmp_path)!r}), "teacher", "key", lambda: print("waits", flush=True), print) as held:
+from flows.checkpoints.store import hold_checkpoint
+with hold_checkpoint(Path({str(tmp_path)!r}), "teacher", "key", lambda: print("waits", flush=True), print) as held:
     print("has", held.folder.name, flush=True)
 """
-    with store.hold_state(tmp_path, "teacher", "key", lambda: pytest.fail("nobody to wait for"), pytest.fail) as held:
+    with store.hold_checkpoint(
+        tmp_path, "teacher", "key", lambda: pytest.fail("nobody to wait for"), pytest.fail
+    ) as held:
         store.mark_finished(held.folder, {})
         other = subprocess.Popen(
             [sys.executable, "-c", holder], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -208,7 +211,7 @@ with hold_state(Path({str(tmp_path)!r}), "teacher", "key", lambda: print("waits"
 
 def test_another_place_for_states(tmp_path, monkeypatch):
     monkeypatch.setenv("CM_STATE", str(tmp_path / "elsewhere"))
-    with store.hold_state(tmp_path, "teacher", "key", lambda: None, pytest.fail) as held:
+    with store.hold_checkpoint(tmp_path, "teacher", "key", lambda: None, pytest.fail) as held:
         assert held.folder == tmp_path / "elsewhere" / "teacher-key" and held.folder.is_dir()
     monkeypatch.setenv("CM_STATE", "ftp://bucket/states")
     with pytest.raises(UserError, match="CM_STATE=ftp://bucket/states: must be a folder of this machine or s3://"):
@@ -251,7 +254,7 @@ class SilentRun:
 
 def test_progress_is_a_line_now_and_then_and_a_file(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("CM_PROGRESS_FILE", str(tmp_path / "progress.json"))
-    monitor = StageMonitor("teacher", SilentRun(), lambda: False)
+    monitor = StageMonitor(Bar("teacher", lines=True), SilentRun(), lambda: False)
     monitor.metrics({"step": 1, "loss": 0.25}, 1)
     for done in range(1, 1001):
         monitor.progress(done, 1000, "steps")
@@ -259,6 +262,22 @@ def test_progress_is_a_line_now_and_then_and_a_file(capsys, monkeypatch, tmp_pat
     assert capsys.readouterr().out == "teacher: 1,000 of 1,000 steps, loss 0.25\nteacher: done early\n"
     assert (tmp_path / "progress.json").read_text() == '{"done": 1000, "total": 1000, "unit": "steps"}'
     assert list(tmp_path.iterdir()) == [tmp_path / "progress.json"]
+
+
+def test_a_terminal_gets_a_bar_and_a_resumed_training_begins_where_it_stopped(monkeypatch):
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    with Bar("teacher", lines=True) as bar:
+        bar.metrics({"loss": 0.25}, 600)
+        bar.progress(600, 1000, "steps")
+        (task,) = bar._bar.tasks
+        assert (task.completed, task.total, task.speed) == (600, 1000, None), (
+            "steps of another process took no time here"
+        )
+        bar.progress(700, 1000, "steps")
+        bar.remark("saved [1]")
+    assert "700 of 1,000 steps, loss 0.25" in sys.stderr.getvalue() and "teacher: saved [1]" in sys.stderr.getvalue()
 
 
 def test_numbers_get_keys_that_mlflow_groups():

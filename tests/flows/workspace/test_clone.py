@@ -318,7 +318,7 @@ def test_a_stage_whose_flow_is_gone_saves_and_ends(tmp_path):
 COLLIDER = """
 import io, os, signal, sys
 from pathlib import Path
-from flows.stage_runner.progress import StageMonitor
+from flows.stage_runner.progress import Bar, StageMonitor
 from flows.stage_runner.signals import StageSignals
 
 class SignallingStream(io.RawIOBase):
@@ -335,7 +335,7 @@ class SignallingStream(io.RawIOBase):
 
 sys.stdout = io.TextIOWrapper(io.BufferedWriter(SignallingStream()))
 with StageSignals(deferred=True) as signals:
-    monitor = StageMonitor("teacher", None, signals.received)
+    monitor = StageMonitor(Bar("teacher", lines=True), None, signals.received)
     monitor.progress(1, 1, "steps")
     assert monitor.stop_requested()
     assert monitor.stop_requested()

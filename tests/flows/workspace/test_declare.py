@@ -91,14 +91,17 @@ def x(seed, data, a_dir, *, out_dir, state_dir, monitor):
     "cm_core/beside.py": "import cm_core.inside",
     "cm_core/deep/__init__.py": "",
     "cm_core/deep/er.py": "from .. import up",
-    "cm_core/up.py": "",
+    "cm_core/up.py": "PAGE = 'templates/page.html'",
+    "cm_core/templates/page.html": "",
+    "cm_core/templates/of_another_page.html": "",
     "cm_core/nobody_imports_it.py": "",
 }
 
 
-def test_closure_follows_every_import_that_may_run(tmp_path):
+def test_closure_follows_every_import_that_may_run_and_has_the_templates(tmp_path):
     write_tree(tmp_path, TREE)
-    expected = set(TREE) - {"cm_core/only_for_types.py", "cm_core/nobody_imports_it.py"}
+    unused = ("only_for_types.py", "nobody_imports_it.py", "templates/of_another_page.html")
+    expected = set(TREE) - {f"cm_core/{name}" for name in unused}
     assert import_closure.import_closure(tmp_path, "flows.stages.x") == sorted(expected)
 
 
