@@ -26,7 +26,7 @@ from flows.orchestration.embedded import embedded_prefect
 from flows.orchestration.gpu_slots import gpu_slot
 from flows.orchestration.recovery import end_earlier_starts
 from flows.recipes.overrides import flatten
-from flows.recipes.recipe import Recipe, recipe_name, write_active
+from flows.recipes.recipe import EDITED, Recipe, write_active
 from flows.tracking.pipeline_run import PipelineRun
 from flows.tracking.registry import Rule, register_student
 from flows.tracking.tracker import MODEL_NAME, Tracker, shown_files
@@ -49,7 +49,7 @@ RETRY_DELAYS = [2, 20]  # seconds; a training goes on from its last state
 FIGURES_OF = ("prepare/", "sample/", "edit/", "evaluate/")  # what these stages show belongs on the parent run
 
 
-def run(recipe: Recipe, root: Path, *, name: str = "", keep: bool = True) -> dict[str, Any]:
+def run(recipe: Recipe, root: Path, *, name: str = EDITED, keep: bool = True) -> dict[str, Any]:
     """Run the pipeline on a recipe: here, with Prefect embedded, or with the server of PREFECT_API_URL.
 
     With `keep`, recipe and results are put in force in the workspace `root`, so that `dvc repro` has nothing to do.
@@ -58,7 +58,7 @@ def run(recipe: Recipe, root: Path, *, name: str = "", keep: bool = True) -> dic
     with embedded_prefect(root), chdir(root):
         results = consistency(recipe, name)
     if keep:
-        write_active(recipe, root)
+        write_active(recipe, root, name)
         take_over(root, {stage: result["entry"] for stage, result in results["stages"].items()})
     return results
 
@@ -79,15 +79,14 @@ def title(recipe: Recipe, name: str) -> str:
 
 
 @flow(flow_run_name=run_title, log_prints=True)
-def consistency(recipe: Recipe, name: str = "") -> dict[str, Any]:
+def consistency(recipe: Recipe, name: str = EDITED) -> dict[str, Any]:
     """Prepare images, train teacher and student, sample, edit, evaluate: whatever of it is not known already.
 
     Args:
         recipe: Every choice of the run.
-        name: What the run is called; empty: the recipe page that it equals.
+        name: What the run is called, such as the name of its recipe file.
     """
     root = workspace_root()
-    name = name or recipe_name(recipe, root)
     Rule.in_force()  # this and the next complain before anything is computed
     for stage in SHARED:
         processes_for(stage, getattr(recipe, stage))

@@ -12,7 +12,6 @@ from flows.errors import StageFailed
 from flows.orchestration.artifacts import show_metrics, show_pictures, show_tracking
 from flows.orchestration.embedded import embedded_prefect
 from flows.pipeline import consistency
-from flows.recipes.recipe import with_absolute_paths
 from flows.reports.metrics_table import Rows
 from flows.sweeps.page import Point, Sweep, load_sweep
 from flows.sweeps.report import Outcome, network_of, table, write_report
@@ -72,8 +71,7 @@ def run_points(
         print(f"point {number} of {len(planned.points)}: {point.name}")
         try:
             with parent.belonging().in_environment():
-                recipe = with_absolute_paths(point.recipe, root)
-                results = consistency(recipe, f"{planned.name} {point.name}")
+                results = consistency(point.recipe, f"{planned.name} {point.name}")
         except Exception as error:  # whatever it is: the other points are not concerned, and the end tells it
             failed[point.name] = next(iter(str(error).splitlines()[-1:]), type(error).__name__)
             print(f"point {point.name} failed: {failed[point.name]}")

@@ -4,7 +4,6 @@ import json
 import signal
 import sys
 import tempfile
-import textwrap
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.commands.output import Bar, add_json_option, positive, print_json, print_table
-from flows.commands.recipes import add_recipe_arguments
+from flows.commands.recipes import add_recipe_arguments, run_name
 from flows.errors import UserError
 from flows.tracking.stage_run import StageRun
 from flows.tracking.tracker import Tracker
@@ -31,7 +30,6 @@ NUM_IMAGES = 10_000  # (CM, App. C)
 NUM_IMAGES_HELP = f"images a candidate, always of the same noise; default {NUM_IMAGES:,}, at most as many as trained on"
 NUM_SCALES = 40  # of the grid, where the method has none of its own (CM, section 6.1, for images of 64 pixels and more)
 DIGITS = 4  # of a noise level: what is printed is exactly what was measured
-MAX_NAME = 120  # characters of a search's name
 
 
 def add_parsers(commands: Any) -> None:
@@ -50,17 +48,16 @@ def add_parsers(commands: Any) -> None:
 
 def search(args: Namespace) -> None:
     """Bring the student and the feature network up to date, search, and print what was found."""
-    from flows.recipes.recipe import load_recipe, with_absolute_paths, write_active
+    from flows.recipes.recipe import load_recipe, write_active
 
     # As for `cm run`: the default end by SIGTERM would leave stages running.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     root = workspace_root()
-    recipe = with_absolute_paths(load_recipe(args.recipe, args.overrides, root=root), Path.cwd())
+    recipe = load_recipe(args.recipe, args.overrides, root=root, base=Path.cwd())
     grid = make_grid(recipe, args.nfe, args.num_scales)
     if args.num_images == 1:
         raise UserError("--num-images 1: FID compares spreads, which takes 2 images or more")
-    name = textwrap.shorten(" ".join(["search", Path(args.recipe).stem, *args.overrides]), MAX_NAME, placeholder=" ...")
-    with clone(root, name) as workspace:
+    with clone(root, f"search {run_name(args.recipe, args.overrides)}") as workspace:
         write_active(recipe, workspace.root)
         entries = reproduce(workspace)
         found = find(recipe, grid, args, workspace, entries)
@@ -103,10 +100,8 @@ def find(
     scorer = Scorer(recipe, workspace.root, args.num_images)
     versions = {f"dvc.dep.{name}": version(locked_outs(entries[name])) for name in NEEDED}
 
-    from flows.recipes.recipe import recipe_name
-
     def tags() -> dict[str, str]:
-        return {**describe_code(workspace.origin), "recipe": recipe_name(recipe, workspace.origin), **versions}
+        return {**describe_code(workspace.origin), "recipe": run_name(args.recipe, args.overrides), **versions}
 
     with StageRun(shared_root(workspace.origin), "search", None, tags) as run:
 
@@ -205,7 +200,7 @@ class Scorer:
 
 def report(recipe: "Recipe", found: Mapping[str, Any], args: Namespace) -> None:
     """Print the candidates and how to use the best; with --write, put it in force."""
-    from flows.recipes.recipe import load_recipe, with_absolute_paths, write_active
+    from flows.recipes.recipe import load_recipe, write_active
 
     best, override = found["best"], set_override(found["best"]["sigmas"])
     rows = [
@@ -221,8 +216,8 @@ def report(recipe: "Recipe", found: Mapping[str, Any], args: Namespace) -> None:
     if args.write:
         overrides = [*args.overrides, override]
         root = workspace_root()
-        path = write_active(with_absolute_paths(load_recipe(args.recipe, overrides, root=root), Path.cwd()), root)
-        print(f"{path}: holds {' '.join([args.recipe, *overrides])}", file=sys.stderr)
+        recipe, name = load_recipe(args.recipe, overrides, root=root, base=Path.cwd()), run_name(args.recipe, overrides)
+        print(f"{write_active(recipe, root, name)}: holds {name}", file=sys.stderr)
 
 
 def set_override(sigmas: Sequence[float]) -> str:

@@ -16,7 +16,7 @@ from flows.distributed.devices import SHARED
 from flows.distributed.launch import join_stage, several_processes
 from flows.errors import UserError
 from flows.recipes.overrides import flatten
-from flows.recipes.recipe import Recipe, load_active, recipe_name
+from flows.recipes.recipe import Recipe, active_name, load_active
 from flows.stage_runner.progress import StageMonitor
 from flows.stage_runner.signals import StageSignals, end_with_caller
 from flows.tracking.run_context import RunContext
@@ -143,7 +143,7 @@ def _tracked_run(stage: Stage, root: Path, recipe: Recipe, inputs: Mapping[str, 
     belonging = RunContext.read()
 
     def tags() -> dict[str, str]:
-        whence = belonging.tags or {**describe_code(root), "recipe": recipe_name(recipe, root)}
+        whence = belonging.tags or {**describe_code(root), "recipe": active_name(root)}
         return {**whence, **{f"dvc.dep.{Path(path).name}": md5 for path, md5 in inputs.items()}}
 
     def log_inputs(tracker: Tracker, run_id: str) -> None:

@@ -80,10 +80,7 @@ def root(tmp_path_factory):
     root = make_workspace(tmp_path_factory.mktemp("workspace"))
     (root / "dvc.yaml").write_text(STAGES)
     (root / "flows").symlink_to(REPOSITORY / "flows")
-    (root / "params" / "recipes").mkdir()
-    (root / "params" / "recipes" / "mine.yaml").write_text("seed: 0\n")
-    (root / "params" / "recipes" / "broken.yaml").write_text("sed: 0\n")
-    write_active(Recipe(), root)
+    write_active(Recipe(), root, "mine")
     return root
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from command import run
 from flows.errors import UserError
-from flows.recipes.recipe import load_recipe, with_absolute_paths
+from flows.recipes.recipe import load_recipe
 from flows.workspace import clone
 from flows.workspace.data_versions import fetch_versioned
 from miniature import REPOSITORY, commit, git, make_workspace
@@ -63,7 +63,7 @@ def test_a_folder_becomes_one_versioned_archive_that_every_clone_finds(root, pic
     assert code == 0 and "6 images, 2 classes, 1 ignored files" in out
     version = re.search(r"version ([0-9a-f]{32})", out)[1]
     override = re.search(r"--set '(.*)'", out)[1]
-    recipe = with_absolute_paths(load_recipe("tiny", [override], root=root), root)
+    recipe = load_recipe("tiny", [override], root=root, base=root)
     assert (recipe.data.source.path, recipe.data.source.version) == ("data/pictures.zip", version)
     git(root, "add", "--all")
     commit(root)
