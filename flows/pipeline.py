@@ -7,7 +7,6 @@ stage (command, dependencies, params) and only while DVC's cache has the result;
 import json
 import os
 from collections.abc import Mapping
-from contextlib import chdir
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -55,8 +54,8 @@ def run(recipe: Recipe, root: Path, *, name: str = EDITED, keep: bool = True) ->
     With `keep`, recipe and results are put in force in the workspace `root`, so that `dvc repro` has nothing to do.
     Returns what the flow returns. Raises UserError for what the user can mend, StageFailed for the rest.
     """
-    with embedded_prefect(root), chdir(root):
-        results = consistency(recipe, name)
+    with embedded_prefect(root):
+        results = consistency(recipe, name, root)
     if keep:
         write_active(recipe, root, name)
         take_over(root, {stage: result["entry"] for stage, result in results["stages"].items()})
@@ -79,14 +78,15 @@ def title(recipe: Recipe, name: str) -> str:
 
 
 @flow(flow_run_name=run_title, log_prints=True)
-def consistency(recipe: Recipe, name: str = EDITED) -> dict[str, Any]:
+def consistency(recipe: Recipe, name: str = EDITED, root: Path = Path()) -> dict[str, Any]:
     """Prepare images, train teacher and student, sample, edit, evaluate: whatever of it is not known already.
 
     Args:
         recipe: Every choice of the run.
         name: What the run is called, such as the name of its recipe file.
+        root: The workspace, or a folder in it; by default the folder in which a worker runs the flow.
     """
-    root = workspace_root()
+    root = workspace_root(root)
     Rule.in_force()  # this and the next complain before anything is computed
     for stage in SHARED:
         processes_for(stage, getattr(recipe, stage))
@@ -94,7 +94,7 @@ def consistency(recipe: Recipe, name: str = EDITED) -> dict[str, Any]:
         write_active(recipe, workspace.root)
         tags = {**describe_code(root), "recipe": name, **_flow_tags()}
         params = flatten(recipe.model_dump(mode="json"))
-        tracker = Tracker(workspace.origin)
+        tracker = Tracker(workspace.shared_root)
         end_earlier_starts(tracker)
         with PipelineRun(tracker, title(recipe, name), tags, params) as parent:
             stages = bring_up_all(workspace, parent)
@@ -221,7 +221,7 @@ def publish_student(
     trained_by: str | None,
 ) -> None:
     """Log the student, and register it as measured; say what it is called there."""
-    model_id = parent.log_student(files, outs[MODEL_NAME], metrics, trained_by, recipe.sample.mid_sigmas)
+    model_id = parent.log_student(recipe, files, outs[MODEL_NAME], metrics, trained_by)
     name, registered = register_student(
         parent.tracker,
         model_id,

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +37,20 @@ def run_sweep(name: str, overrides: Sequence[str], root: Path) -> dict[str, Any]
 
     Returns what the flow returns. Raises SweepFailed when all points have been tried and some failed.
     """
-    with embedded_prefect(root), chdir(root):
-        return sweep(name, list(overrides))
+    with embedded_prefect(root):
+        return sweep(name, list(overrides), root)
 
 
 @flow(flow_run_name="{name}", log_prints=True)
-def sweep(name: str, overrides: list[str] | None = None) -> dict[str, Any]:
+def sweep(name: str, overrides: list[str] | None = None, root: Path = Path()) -> dict[str, Any]:
     """Run the pipeline on every point of a page of params/sweeps, and compare them in one table.
 
     Args:
         name: A page of params/sweeps.
         overrides: Values over its recipe, such as student.train.num_steps=100.
+        root: The workspace, or a folder in it.
     """
-    root = workspace_root()
+    root = workspace_root(root)
     planned = load_sweep(name, overrides or (), root=root)
     tags = {**describe_code(root), "recipe": planned.recipe, "sweep": planned.name}
     params = {"points": len(planned.points), "recipe": planned.recipe, "overrides": overrides or []}
@@ -71,7 +71,7 @@ def run_points(
         print(f"point {number} of {len(planned.points)}: {point.name}")
         try:
             with parent.belonging().in_environment():
-                results = consistency(point.recipe, f"{planned.name} {point.name}")
+                results = consistency(point.recipe, f"{planned.name} {point.name}", root)
         except Exception as error:  # whatever it is: the other points are not concerned, and the end tells it
             failed[point.name] = next(iter(str(error).splitlines()[-1:]), type(error).__name__)
             print(f"point {point.name} failed: {failed[point.name]}")

@@ -18,7 +18,7 @@ from flows.tracking.tracker import Tracker
 from flows.workspace.clone import Workspace, clone
 from flows.workspace.dvc_files import ancestors, locked_outs, read_stages, version
 from flows.workspace.git import describe_code
-from flows.workspace.locations import shared_root, workspace_root
+from flows.workspace.locations import workspace_root
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,9 +101,9 @@ def find(
     versions = {f"dvc.dep.{name}": version(locked_outs(entries[name])) for name in NEEDED}
 
     def tags() -> dict[str, str]:
-        return {**describe_code(workspace.origin), "recipe": run_name(args.recipe, args.overrides), **versions}
+        return {**describe_code(workspace.shared_root), "recipe": run_name(args.recipe, args.overrides), **versions}
 
-    with StageRun(shared_root(workspace.origin), "search", None, tags) as run:
+    with StageRun(workspace.shared_root, "search", None, tags) as run:
 
         def score(indices: tuple[int, ...]) -> float:
             sigmas = [grid[index] for index in indices]

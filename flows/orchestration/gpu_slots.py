@@ -31,7 +31,7 @@ def gpu_slot(stage: Stage, workspace: Workspace, say: Callable[[str], None]) -> 
     if stage.needs != GPU or not PREFECT_API_URL.value():
         yield {}
         return
-    folder, devices, count = workspace.origin / ".cm" / "devices", visible_devices(), devices_for(stage.name)
+    folder, devices, count = workspace.shared_root / ".cm" / "devices", visible_devices(), devices_for(stage.name)
 
     def on_wait() -> None:
         wanted = "one" if count == 1 else count

@@ -21,7 +21,7 @@ from flows.stage_runner.progress import StageMonitor
 from flows.stage_runner.signals import StageSignals, end_with_caller
 from flows.tracking.run_context import RunContext
 from flows.tracking.stage_run import StageRun
-from flows.tracking.tracker import MODEL_FILES, MODEL_NAME, Tracker, describe_run, files_below, shown_files
+from flows.tracking.tracker import Tracker, describe_run, files_below, shown_files
 from flows.workspace.clone import LIFELINE_VARIABLE
 from flows.workspace.data_versions import fetch_versioned
 from flows.workspace.dvc_files import Stage, dvc_md5, read_stages, stage_facts, stage_key, version
@@ -63,7 +63,7 @@ def run_stage(name: str, root: Path) -> None:
         outs = {path: dvc_md5(root / path) for path in stages[name].outs}
         if "state_dir" in given:
             mark_finished(given["state_dir"], outs)
-        _log_outputs(run, stages[name], root, recipe, outs)
+        _log_outputs(run, stages[name], root, outs)
 
 
 def join(name: str, root: Path, say: Callable[[str], None]) -> None:
@@ -158,8 +158,8 @@ def _tracked_run(stage: Stage, root: Path, recipe: Recipe, inputs: Mapping[str, 
         yield run
 
 
-def _log_outputs(run: StageRun, stage: Stage, root: Path, recipe: Recipe, outs: Mapping[str, str]) -> None:
-    """Log what the stage made: its data version, the files worth a look, the data set, the model."""
+def _log_outputs(run: StageRun, stage: Stage, root: Path, outs: Mapping[str, str]) -> None:
+    """Log what the stage made: its data version, the files worth a look, the data set."""
     folder = root / "out" / stage.name
 
     def log_outputs(tracker: Tracker, run_id: str) -> None:
@@ -167,10 +167,5 @@ def _log_outputs(run: StageRun, stage: Stage, root: Path, recipe: Recipe, outs: 
         tracker.log_files(run_id, shown_files(files_below(folder, stage.name)))
         if PREPARED in outs:
             tracker.log_dataset(run_id, folder / FACTS_FILE, outs[PREPARED], "preparation")
-        if stage.name == MODEL_NAME:
-            method = flatten({"method": recipe.student.method.model_dump(mode="json")})
-            weights = {name: folder / name for name in MODEL_FILES}
-            model_id = tracker.student_model(run_id, weights, version(outs), method, recipe.sample.mid_sigmas)
-            tracker.link_model(run_id, model_id)
 
     run.submit(log_outputs)

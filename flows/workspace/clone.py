@@ -1,7 +1,7 @@
 """A flow run's own clone of the workspace, and DVC at work in it.
 
 Two runs in one workspace block each other, so each gets a clone at a recorded revision, with the uncommitted edits
-of its origin as a commit of their own. All clones share the origin's DVC cache: what one computed, all have.
+of the workspace as a commit of their own. All clones share that workspace's DVC cache: what one computed, all have.
 """
 
 import fcntl
@@ -107,7 +107,7 @@ def is_live(folder: Path) -> bool:
 
 
 def _share_dvc(root: Path, target: Path) -> None:
-    """Give the clone the origin's DVC cache and remotes (its own relative paths would lead elsewhere).
+    """Give the clone the DVC cache and remotes of `root` (its own relative paths would lead elsewhere).
 
     What comes from a remote is always verified: DVC would otherwise trust the name of damaged bytes.
     """
@@ -125,8 +125,8 @@ def _share_dvc(root: Path, target: Path) -> None:
 class Workspace:
     """The clone of one run. Leave it (it is a context manager) and whatever still runs in it is ended."""
 
-    def __init__(self, folder: Path, origin: Path, revision: str) -> None:
-        self.folder, self.root, self.origin = folder, folder / CLONE, origin
+    def __init__(self, folder: Path, shared_root: Path, revision: str) -> None:
+        self.folder, self.root, self.shared_root = folder, folder / CLONE, shared_root
         self.revision = revision
         self._live = (folder / LIVE_FILE).open("w")
         fcntl.flock(self._live, fcntl.LOCK_EX)
@@ -173,7 +173,7 @@ class Workspace:
 
     def push(self, stages: Sequence[str], on_line: Callable[[str], None] = print) -> None:
         """Give the results of stages to DVC's remote if others share it; say why where that fails, and go on."""
-        url = shared_remote(self.origin)  # seen from the clone, the origin's own folder would be somebody else's
+        url = shared_remote(self.shared_root)  # seen from the clone, a folder of the workspace would look like a remote
         if not stages or not url:
             return
         code, lines = self._run([*DVC, "push", "--run-cache", *stages], {}, lambda line: None, lambda: None)
@@ -216,10 +216,10 @@ class Workspace:
         return {EDITS_FILE: patch} if patch.exists() else {}
 
     def environment(self) -> dict[str, str]:
-        """Return the environment in which a command runs this clone's code with the origin's stores."""
+        """Return the environment in which a command runs this clone's code with the shared stores."""
         return {
             **os.environ,
-            HOME_VARIABLE: str(self.origin),
+            HOME_VARIABLE: str(self.shared_root),
             LIFELINE_VARIABLE: "stdin",
             "PYTHONPATH": str(self.root),
             "PYTHONUNBUFFERED": "1",
