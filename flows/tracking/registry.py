@@ -6,20 +6,19 @@ version and a digest of the protocol. Numbers of different protocols are never c
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flows.errors import UserError
+from flows.settings import Settings
 from flows.tracking.tracker import Tracker, student_numbers
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CANDIDATE, CHAMPION = "candidate", "champion"
-METRIC_VARIABLE, METRIC = "CM_CHAMPION_METRIC", "fid/nfe_1"  # by which a champion is chosen: METRIC/ROW
 LARGER_IS_BETTER = {"fid": False, "kid": False, "is": True, "precision": True, "recall": True}
 DATA_TAG, PROTOCOL_TAG, MODEL_TAG, RUN_TAG, PROMOTED_TAG = "data", "protocol", "model_id", "run_id", "promoted"
 PAGE = 1000  # versions asked for at a time
@@ -35,10 +34,11 @@ class Rule:
     @classmethod
     def in_force(cls) -> "Rule":
         """Read the rule from CM_CHAMPION_METRIC, or take the usual one. Raises UserError for an unknown metric."""
-        text = os.environ.get(METRIC_VARIABLE, METRIC)
+        text = Settings.read().champion_metric
         metric, _, row = text.partition("/")
         if metric not in LARGER_IS_BETTER or not row.startswith("nfe_"):
-            raise UserError(f"{METRIC_VARIABLE}={text}: expected {'|'.join(LARGER_IS_BETTER)}/nfe_N, such as {METRIC}")
+            allowed = f"{'|'.join(LARGER_IS_BETTER)}/nfe_N, such as {Settings.champion_metric}"
+            raise UserError(f"CM_CHAMPION_METRIC={text}: expected {allowed}")
         return cls(metric, row)
 
     def cost(self, version: "Version") -> float | None:

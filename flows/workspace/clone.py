@@ -23,7 +23,7 @@ from flows.atomic import try_lock
 from flows.errors import USER_ERROR, RunEnding, StageFailed, UserError
 from flows.workspace.dvc_files import DVC, LOCK_FILE, locked_outs, read_lock, update_lock
 from flows.workspace.git import commit_edits, git, revision, uncommitted_patch
-from flows.workspace.locations import HOME_VARIABLE, cache_of, shared_remote, shared_root
+from flows.workspace.locations import cache_of, shared_remote, shared_root
 from flows.workspace.process import Process
 
 PROGRESS_VARIABLE = "CM_PROGRESS_FILE"  # where a stage says how far it is
@@ -219,7 +219,7 @@ class Workspace:
         """Return the environment in which a command runs this clone's code with the shared stores."""
         return {
             **os.environ,
-            HOME_VARIABLE: str(self.shared_root),
+            "CM_HOME": str(self.shared_root),
             LIFELINE_VARIABLE: "stdin",
             "PYTHONPATH": str(self.root),
             "PYTHONUNBUFFERED": "1",
