@@ -1,5 +1,6 @@
 """A sweep as one Prefect flow: every point is a run of the pipeline, and what points share is computed once."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from prefect import flow
 
 from flows.errors import StageFailed
 from flows.orchestration.artifacts import show_metrics, show_pictures, show_tracking
-from flows.orchestration.embedded import embedded_prefect
+from flows.orchestration.embedded import embedded_prefect, log_to_prefect
 from flows.pipeline import consistency
 from flows.reports.metrics_table import Rows
 from flows.sweeps.page import Point, Sweep, load_sweep
@@ -19,6 +20,7 @@ from flows.tracking.tracker import Tracker
 from flows.workspace.git import describe_code
 from flows.workspace.locations import shared_root, workspace_root
 
+logger = logging.getLogger(__name__)
 RESULTS = Path("out/sweeps")  # in the workspace: table and plots of each sweep, by name
 
 
@@ -41,7 +43,7 @@ def run_sweep(name: str, overrides: Sequence[str], root: Path) -> dict[str, Any]
         return sweep(name, list(overrides), root)
 
 
-@flow(flow_run_name="{name}", log_prints=True)
+@flow(flow_run_name="{name}")
 def sweep(name: str, overrides: list[str] | None = None, root: Path = Path()) -> dict[str, Any]:
     """Run the pipeline on every point of a page of params/sweeps, and compare them in one table.
 
@@ -50,6 +52,7 @@ def sweep(name: str, overrides: list[str] | None = None, root: Path = Path()) ->
         overrides: Values over its recipe, such as student.train.num_steps=100.
         root: The workspace, or a folder in it.
     """
+    log_to_prefect()
     root = workspace_root(root)
     planned = load_sweep(name, overrides or (), root=root)
     tags = {**describe_code(root), "recipe": planned.recipe, "sweep": planned.name}
@@ -68,13 +71,13 @@ def run_points(
     """Run all points one after the other; return what was measured, and why the others failed, by name."""
     outcomes, failed = [], {}
     for number, point in enumerate(planned.points, 1):
-        print(f"point {number} of {len(planned.points)}: {point.name}")
+        logger.info("sweep: point %s of %s, %s", number, len(planned.points), point.name)
         try:
             with parent.belonging().in_environment():
                 results = consistency(point.recipe, f"{planned.name} {point.name}", root)
         except Exception as error:  # whatever it is: the other points are not concerned, and the end tells it
             failed[point.name] = next(iter(str(error).splitlines()[-1:]), type(error).__name__)
-            print(f"point {point.name} failed: {failed[point.name]}")
+            logger.error("sweep: point %s failed, the others go on: %s", point.name, failed[point.name])
         else:
             outcomes.append((Outcome(point, results["metrics"]), results))
     return outcomes, failed

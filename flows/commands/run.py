@@ -8,7 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.output import CHARTS, add_json_option, prepare_for_cancelling, print_json, print_metrics
+from flows.commands.output import (
+    CHARTS,
+    add_json_option,
+    log_to_terminal,
+    prepare_for_cancelling,
+    print_json,
+    print_metrics,
+)
 from flows.commands.recipes import add_recipe_arguments, run_name
 from flows.monitor import PROFILE_VARIABLE
 from flows.operations.services import use_running
@@ -60,6 +67,7 @@ def _ask_for_profile(args: Namespace) -> None:
 def stage(args: Namespace) -> None:
     """Run one stage in this workspace."""
     _ask_for_profile(args)
+    log_to_terminal()
     from flows.stage_runner.run import run_stage
 
     run_stage(args.stage, workspace_root())

@@ -1,7 +1,7 @@
 """`cm search`: the noise levels at which a student of few network calls makes the best images, by FID."""
 
 import json
-import signal
+import logging
 import sys
 import tempfile
 from argparse import Namespace
@@ -10,7 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.output import Bar, add_json_option, positive, print_json, print_table
+from flows.commands.output import (
+    Bar,
+    add_json_option,
+    log_to_terminal,
+    positive,
+    prepare_for_cancelling,
+    print_json,
+    print_table,
+)
 from flows.commands.recipes import add_recipe_arguments, run_name
 from flows.errors import UserError
 from flows.tracking.stage_run import StageRun
@@ -25,6 +33,7 @@ if TYPE_CHECKING:
 
     from flows.recipes.recipe import Recipe
 
+logger = logging.getLogger(__name__)
 NEEDED = ("student", "features")  # the artifacts that a search reads
 NUM_IMAGES = 10_000  # (CM, App. C)
 NUM_IMAGES_HELP = f"images a candidate, always of the same noise; default {NUM_IMAGES:,}, at most as many as trained on"
@@ -50,8 +59,8 @@ def search(args: Namespace) -> None:
     """Bring the student and the feature network up to date, search, and print what was found."""
     from flows.recipes.recipe import load_recipe, write_active
 
-    # As for `cm run`: the default end by SIGTERM would leave stages running.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    log_to_terminal()
+    prepare_for_cancelling()
     root = workspace_root()
     recipe = load_recipe(args.recipe, args.overrides, root=root, base=Path.cwd())
     grid = make_grid(recipe, args.nfe, args.num_scales)
@@ -81,14 +90,10 @@ def reproduce(workspace: Workspace) -> dict[str, dict[str, Any]]:
     wanted = {*NEEDED, *(name for needed in NEEDED for name in ancestors(stages[needed], stages))}
     entries = {}
     for name in (name for name in stages if name in wanted):
-        result = workspace.reproduce(name, on_line=_to_stderr)
-        _to_stderr(f"{name}: cached" if result.cached else f"{name}: done in {workspace.seconds[name]:.1f} s")
+        result = workspace.reproduce(name)
+        logger.info("%s: %s", name, "cached" if result.cached else f"done in {workspace.seconds[name]:.1f} s")
         entries[name] = result.entry
     return entries
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # stdout is for the result
 
 
 def find(
@@ -109,7 +114,7 @@ def find(
             sigmas = [grid[index] for index in indices]
             fid = scorer.fid(sigmas, f"candidate {len(search.scores) + 1}: sigma {_words(sigmas)}")
             run.metrics({scorer.metric: fid}, len(search.scores))
-            _to_stderr(f"sigma {_words(sigmas)}: {scorer.metric} {fid:.4g}")
+            logger.info("search: sigma %s, %s %.4g", _words(sigmas), scorer.metric, fid)
             return fid
 
         search = Search(score)

@@ -7,7 +7,6 @@ version that they carry, and runs that are going on. What cannot be asked ends t
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -21,6 +20,7 @@ from flows.storage.bucket import Bucket, Entry
 from flows.tracking.tracker import Tracker
 from flows.workspace.clone import is_live
 from flows.workspace.dvc_files import LOCK_FILE, locked_outs, version
+from flows.workspace.git import git
 from flows.workspace.locations import cache_of, remote_address, shared_root
 
 OBJECTS, RUNS = "files/md5/", "runs/"
@@ -167,11 +167,7 @@ def _committed(root: Path) -> Iterator[str]:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    done = subprocess.run(["git", *arguments], cwd=root, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"{root}: git {arguments[0]} failed: {' '.join(done.stderr.split())}")
-    return done.stdout
+    return git(root, *arguments).decode()
 
 
 def _tracked_versions(root: Path) -> set[str]:

@@ -97,7 +97,7 @@ def _refuse_other_code(root: Path) -> None:
 def _versioned_data(recipe: Recipe, root: Path) -> dict[str, str]:
     """Have the data here that the recipe names and DVC versions; return their versions by path."""
     source = recipe.data.source
-    return fetch_versioned(root, source.path, source.version, print) if hasattr(source, "path") else {}
+    return fetch_versioned(root, source.path, source.version) if hasattr(source, "path") else {}
 
 
 def stage_function(name: str) -> Callable[..., None]:

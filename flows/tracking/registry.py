@@ -7,13 +7,13 @@ version and a digest of the protocol. Numbers of different protocols are never c
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flows.errors import UserError
 from flows.settings import Settings
-from flows.tracking.tracker import Tracker, student_numbers
+from flows.tracking.tracker import Tracker, all_pages, student_numbers
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -207,7 +207,7 @@ class Registry:
 
     def names(self) -> list[str]:
         """Return the names of the registered models, sorted."""
-        return sorted(model.name for model in _all_pages(self._client.search_registered_models))
+        return sorted(model.name for model in all_pages(self._client.search_registered_models, max_results=PAGE))
 
     def read(self, name: str) -> Registered:
         """Read one registered model. Raises UserError where there is none."""
@@ -221,19 +221,11 @@ class Registry:
             raise UserError(
                 f"no registered model {name!r}; there are {', '.join(self.names()) or 'none yet'}"
             ) from None
-        found = _all_pages(self._client.search_model_versions, filter_string=f"name = '{name}'")
+        found = all_pages(self._client.search_model_versions, f"name = '{name}'", max_results=PAGE)
         versions = {version.number: version for version in sorted(map(Version.read, found), key=lambda v: v.number)}
         aliases = {alias: int(number) for alias, number in model.aliases.items()}
         promotion = json.loads(model.tags.get(PROMOTED_TAG, "{}"))
         return Registered(name, versions, aliases, promotion.get("version"), promotion.get("among", 0))
-
-
-def _all_pages(search: Any, **query: str) -> Iterable[Any]:
-    page = search(max_results=PAGE, **query)
-    yield from page
-    while page.token:
-        page = search(max_results=PAGE, page_token=page.token, **query)
-        yield from page
 
 
 def model_name(dataset: str) -> str:

@@ -76,9 +76,9 @@ class Tracker:
     def data_versions(self) -> set[str]:
         """Return every DVC hash that a run or a model of any experiment carries; a registered model's too."""
         experiments = [one.experiment_id for one in self.client.search_experiments()]
-        runs = list(_pages(lambda token: self.client.search_runs(experiments, page_token=token)))
-        models = list(_pages(lambda token: self.client.search_logged_models(experiments, page_token=token)))
-        registered = _pages(lambda token: self.client.search_model_versions(page_token=token))
+        runs = list(all_pages(self.client.search_runs, experiments))
+        models = list(all_pages(self.client.search_logged_models, experiments))
+        registered = all_pages(self.client.search_model_versions)
         runs += [self.client.get_run(one.run_id) for one in registered if one.run_id]  # deleted ones among them
         tags = [run.data.tags for run in runs] + [model.tags for model in models]
         return {value for one in tags for key, value in one.items() if key.startswith("dvc.")}
@@ -163,11 +163,11 @@ class Tracker:
             self.client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
 
 
-def _pages(ask: Callable[[str | None], Any]) -> Iterator[Any]:
-    """Yield the items of all pages of an answer."""
+def all_pages(search: Callable[..., Any], *arguments: Any, **query: Any) -> Iterator[Any]:
+    """Yield the items of all pages that one of MLflow's searches returns."""
     token = None
     while True:
-        page = ask(token)
+        page = search(*arguments, page_token=token, **query)
         yield from page
         token = page.token
         if not token:

@@ -6,6 +6,7 @@ of the workspace as a commit of their own. All clones share that workspace's DVC
 
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from flows.workspace.git import commit_edits, git, revision, uncommitted_patch
 from flows.workspace.locations import cache_of, shared_remote, shared_root
 from flows.workspace.process import Process
 
+logger = logging.getLogger(__name__)
 PROGRESS_VARIABLE = "CM_PROGRESS_FILE"  # where a stage says how far it is
 LIFELINE_VARIABLE = "CM_LIFELINE"  # set: a stage ends when its standard input does, for then its flow is gone
 CLONE, EDITS_FILE, LIVE_FILE, DONE_FILE = "workspace", "edits.patch", "live", "done"
@@ -149,54 +151,54 @@ class Workspace:
         stage: str,
         *,
         variables: Mapping[str, str] | None = None,
-        on_line: Callable[[str], None] = print,
         on_progress: Callable[[dict[str, Any]], None] = lambda progress: None,
     ) -> StageResult:
         """Bring one stage up to date through DVC, its inputs taken from the cache or the remote where missing.
 
-        `variables` are added to its environment, `on_line` gets its output, `on_progress` what it says of its
-        progress. Raises UserError where the stage did, StageFailed for any other bad end, RunEnding after `stop`.
+        `variables` are added to its environment; its output is logged, `on_progress` gets its progress.
+        Raises UserError where the stage did, StageFailed for any other bad end, RunEnding after `stop`.
         """
         progress = _Progress(self.folder / f"progress-{stage}.json", on_progress)
         started = time.monotonic()
         command = [*DVC, "repro", "--single-item", "--pull", stage]
         variables = {PROGRESS_VARIABLE: str(progress.path), **(variables or {})}
-        code, lines = self._run(command, variables, on_line, progress.look)
+        code, lines = self._run(command, variables, progress.look, logged=True)
         progress.look()
         if code:
             raise RunEnding(stage) if self._stopping else _failure(stage, lines)
         cached = f"Running stage '{stage}':" not in lines
         self.seconds[stage] = time.monotonic() - started
         if not cached:
-            self.push([stage], on_line)
+            self.push([stage])
         return StageResult(cached, read_lock(self.root)[stage])
 
-    def push(self, stages: Sequence[str], on_line: Callable[[str], None] = print) -> None:
+    def push(self, stages: Sequence[str]) -> None:
         """Give the results of stages to DVC's remote if others share it; say why where that fails, and go on."""
         url = shared_remote(self.shared_root)  # seen from the clone, a folder of the workspace would look like a remote
         if not stages or not url:
             return
-        code, lines = self._run([*DVC, "push", "--run-cache", *stages], {}, lambda line: None, lambda: None)
+        code, lines = self._run([*DVC, "push", "--run-cache", *stages], {}, lambda: None, logged=False)
         errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
         if code or errors:  # where only records of runs fail to travel, DVC says so and exits with 0
             self._unpushed += stages
-            on_line(f"{', '.join(stages)}: not pushed to {url} yet ({next(iter(errors), lines[-1:])})")
+            reason = next(iter(errors), lines[-1:])
+            logger.warning("%s: not pushed to %s, tried again later: %s", ", ".join(stages), url, reason)
 
-    def push_again(self, on_line: Callable[[str], None] = print) -> None:
+    def push_again(self) -> None:
         """Try once more to push what the remote did not take; see `push`."""
         stages, self._unpushed = self._unpushed, []
-        self.push(stages, on_line)
+        self.push(stages)
 
     def _run(
-        self, command: list[str], variables: Mapping[str, str], on_line: Callable[[str], None], on_tick: Callable
+        self, command: list[str], variables: Mapping[str, str], on_tick: Callable[[], None], *, logged: bool
     ) -> tuple[int, list[str]]:
         """Run a command in the clone and return its exit code and output; see `reproduce`."""
         lines, process = [], self._start(command, variables)
         try:
             for line in process.lines(on_tick=on_tick):
                 lines.append(line)
-                if line.strip() and not line.startswith(DVC_CHATTER):
-                    on_line(line)
+                if logged and line.strip() and not line.startswith(DVC_CHATTER):
+                    logger.info("%s", line)
         finally:
             code = process.end()
             self._running.discard(process)
