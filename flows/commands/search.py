@@ -29,8 +29,6 @@ from flows.workspace.git import describe_code
 from flows.workspace.locations import workspace_root
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from flows.recipes.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -162,7 +160,7 @@ class Scorer:
         from cm_core.metrics.features import build_extractor
         from cm_core.model import load_model
         from flows.data.feature_files import load_feature_files
-        from flows.stages.models import pick_device, to_device
+        from flows.stages.models import pick_device
 
         files, self.sample, self.device = load_feature_files(root / "out" / "features"), recipe.sample, pick_device()
         self.batch_size = recipe.evaluate.batch_size
@@ -171,36 +169,28 @@ class Scorer:
         self.metric = f"fid_{files.short_name}"
         self.extractor = build_extractor(files.extractor, files.weights, self.device)
         autocast = torch.bfloat16 if self.sample.precision == "bf16" else None
-        self.spec, f = load_model(root / "out" / "student", autocast=autocast)
-        self.f = to_device(f, self.device)
+        self.spec, self.f = load_model(root / "out" / "student", autocast=autocast)
 
     def fid(self, sigmas: Sequence[float], title: str) -> float:
         """Return the FID of images drawn at these levels; the noise is the same each time."""
         from cm_core.metrics.evaluation import frechet_distance
         from cm_core.metrics.features import extract_features
+        from flows.inference.generate import draw_images
+        from flows.stages.models import few_steps
 
         with Bar(title) as bar:
-            images = self._draw(sigmas, bar)
+            images = draw_images(
+                self.spec,
+                self.f,
+                partial(few_steps, self.spec, mid_sigmas=sigmas[1:]),
+                n=self.num_images,
+                seed=self.sample.seed,
+                device=self.device,
+                batch_size=self.sample.batch_size,
+                on_batch=bar.progress,
+            )
             found = extract_features(images, self.extractor, batch_size=self.batch_size, device=self.device)
         return frechet_distance(found.features, self.reference)
-
-    def _draw(self, sigmas: Sequence[float], bar: Bar) -> "np.ndarray":
-        import numpy as np
-        import torch
-
-        from cm_core.sampling import ImageNoise
-        from cm_core.tensors import to_pixels
-        from flows.stages.models import few_steps, fixed_labels
-
-        batches, size = [], self.sample.batch_size
-        with torch.no_grad():
-            for start in range(0, self.num_images, size):
-                indices = range(start, min(start + size, self.num_images))
-                noise = ImageNoise(self.sample.seed, indices, self.spec.image_shape, self.device)
-                f = partial(self.f, labels=fixed_labels(self.spec, indices, self.device))
-                batches.append(to_pixels(few_steps(self.spec, f, noise, sigmas[1:])).cpu().numpy())
-                bar.progress(indices.stop, self.num_images)
-        return np.concatenate(batches)
 
 
 def report(recipe: "Recipe", found: Mapping[str, Any], args: Namespace) -> None:

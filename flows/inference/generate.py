@@ -32,6 +32,7 @@ def draw_images(
     seed: int,
     device: torch.device,
     labels: Sequence[int] | None = None,
+    batch_size: int = BATCH,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
     """Return images, uint8 [N, H, W, C]; image i is drawn from (seed, i).
@@ -39,8 +40,8 @@ def draw_images(
     Without `labels` a conditional model draws every class equally often.
     """
     model, batches = to_device(model, device), []
-    for start in range(0, n, BATCH):
-        indices = range(start, min(start + BATCH, n))
+    for start in range(0, n, batch_size):
+        indices = range(start, min(start + batch_size, n))
         chosen = fixed_labels(spec, indices, device)
         if labels is not None:
             chosen = torch.tensor(labels[start : indices.stop], device=device)
