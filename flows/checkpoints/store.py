@@ -15,10 +15,10 @@ from pathlib import Path
 
 from flows.atomic import replace_text, try_lock
 from flows.checkpoints import s3_store
-from flows.errors import UserError
+from flows.settings import Settings
 from flows.storage.bucket import Bucket
 
-STATE_VARIABLE, FINISHED_FILE = "CM_STATE", "finished.json"
+FINISHED_FILE = "finished.json"
 KERNELS_VARIABLE, KERNELS = "CM_KERNELS", "compiled"  # where compiled kernels are shared: beside the states
 Stored = Callable[[Mapping[str, str]], bool]  # whether DVC's cache has all of {path: hash}
 
@@ -35,15 +35,13 @@ class HeldState:
 
 def states_folder(origin: Path) -> Path:
     """Return the folder of all states, or of their working copies: $CM_STATE, else .cm/states of the workspace."""
-    place = os.environ.get(STATE_VARIABLE)
+    place = Settings.read().state
     return Path(place) if place and not states_bucket() else origin / ".cm" / "states"
 
 
 def states_bucket() -> Bucket | None:
-    """Return the bucket that $CM_STATE names, if it names one. Raises UserError for other addresses."""
-    place = os.environ.get(STATE_VARIABLE, "")
-    if "://" in place and not place.startswith("s3://"):
-        raise UserError(f"{STATE_VARIABLE}={place}: must be a folder of this machine or s3://bucket/prefix")
+    """Return the bucket that $CM_STATE names, if it names one."""
+    place = Settings.read().state or ""
     return Bucket(place) if "://" in place else None
 
 

@@ -1,7 +1,6 @@
 """What a stage run by `cm stage` shows and reports: a bar or lines, a progress file, metrics and pictures in MLflow."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -9,8 +8,8 @@ from pathlib import Path
 
 from flows.atomic import replace_text
 from flows.monitor import Monitor
+from flows.settings import Settings
 from flows.tracking.stage_run import StageRun
-from flows.workspace.clone import PROGRESS_VARIABLE
 
 LINE_EVERY, FILE_EVERY = 5.0, 0.5  # seconds between two lines of progress, two writes of the progress file
 
@@ -102,8 +101,7 @@ class _ProgressFile:
 
     @classmethod
     def from_environment(cls) -> "_ProgressFile":
-        path = os.environ.get(PROGRESS_VARIABLE)
-        return cls(Path(path) if path else None)
+        return cls(Settings.read().progress_file)
 
     def write(self, done: int, total: int, unit: str) -> None:
         if self._path is None or (done < total and time.monotonic() - self._last < FILE_EVERY):

@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -17,12 +16,12 @@ from flows.distributed.launch import join_stage, several_processes
 from flows.errors import UserError
 from flows.recipes.overrides import flatten
 from flows.recipes.recipe import Recipe, active_name, load_active
+from flows.settings import Settings
 from flows.stage_runner.progress import StageMonitor
 from flows.stage_runner.signals import StageSignals, end_with_caller
 from flows.tracking.run_context import RunContext
 from flows.tracking.stage_run import StageRun
 from flows.tracking.tracker import Tracker, describe_run, files_below, shown_files
-from flows.workspace.clone import LIFELINE_VARIABLE
 from flows.workspace.data_versions import fetch_versioned
 from flows.workspace.dvc_files import Stage, dvc_md5, read_stages, stage_facts, stage_key, version
 from flows.workspace.git import describe_code
@@ -49,7 +48,7 @@ def run_stage(name: str, root: Path) -> None:
         inputs |= _versioned_data(recipe, root)
     parameters = inspect.signature(function).parameters
     with StageSignals(deferred="state_dir" in parameters) as signals, ExitStack() as stack:
-        if LIFELINE_VARIABLE in os.environ:
+        if Settings.read().lifeline:
             end_with_caller()
         run = stack.enter_context(_tracked_run(stages[name], root, recipe, inputs))
         monitor = StageMonitor(name, run, signals.received)

@@ -28,8 +28,6 @@ from flows.workspace.locations import cache_of, shared_remote, shared_root
 from flows.workspace.process import Process
 
 logger = logging.getLogger(__name__)
-PROGRESS_VARIABLE = "CM_PROGRESS_FILE"  # where a stage says how far it is
-LIFELINE_VARIABLE = "CM_LIFELINE"  # set: a stage ends when its standard input does, for then its flow is gone
 CLONE, EDITS_FILE, LIVE_FILE, DONE_FILE = "workspace", "edits.patch", "live", "done"
 KEPT_DONE, KEPT_FAILED = 2, 5  # folders of finished runs; a failed one serves debugging
 MAX_NAME = 60  # characters of a run's name in its folder's; overrides can make it longer than a file system takes
@@ -161,7 +159,7 @@ class Workspace:
         progress = _Progress(self.folder / f"progress-{stage}.json", on_progress)
         started = time.monotonic()
         command = [*DVC, "repro", "--single-item", "--pull", stage]
-        variables = {PROGRESS_VARIABLE: str(progress.path), **(variables or {})}
+        variables = {"CM_PROGRESS_FILE": str(progress.path), **(variables or {})}
         code, lines = self._run(command, variables, progress.look, logged=True)
         progress.look()
         if code:
@@ -222,7 +220,7 @@ class Workspace:
         return {
             **os.environ,
             "CM_HOME": str(self.shared_root),
-            LIFELINE_VARIABLE: "stdin",
+            "CM_LIFELINE": "stdin",
             "PYTHONPATH": str(self.root),
             "PYTHONUNBUFFERED": "1",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
