@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 CLONE, EDITS_FILE, LIVE_FILE, DONE_FILE = "workspace", "edits.patch", "live", "done"
 KEPT_DONE, KEPT_FAILED = 2, 5  # folders of finished runs; a failed one serves debugging
 MAX_NAME = 60  # characters of a run's name in its folder's; overrides can make it longer than a file system takes
+DVC_EMPTY = "__init__.py' is empty."  # how DVC ends its warning of a package without text
 DVC_CHATTER = (  # advice and bookkeeping that says nothing about the stage
     "Generating lock file",
     "Updating lock file",
@@ -195,7 +196,7 @@ class Workspace:
         try:
             for line in process.lines(on_tick=on_tick):
                 lines.append(line)
-                if logged and line.strip() and not line.startswith(DVC_CHATTER):
+                if logged and line.strip() and not line.startswith(DVC_CHATTER) and not line.endswith(DVC_EMPTY):
                     logger.info("%s", line)
         finally:
             code = process.end()
