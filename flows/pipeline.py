@@ -5,9 +5,9 @@ stage (command, dependencies, params) and only while DVC's cache has the result;
 """
 
 import json
+import logging
 import os
 from collections.abc import Mapping
-from contextlib import chdir
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from flows.distributed.devices import SHARED
 from flows.distributed.launch import processes_for
 from flows.errors import StageFailed
 from flows.orchestration.artifacts import ProgressArtifact, show_metrics, show_pictures, show_tracking
-from flows.orchestration.embedded import embedded_prefect
+from flows.orchestration.embedded import embedded_prefect, log_to_prefect
 from flows.orchestration.gpu_slots import gpu_slot
 from flows.orchestration.recovery import end_earlier_starts
 from flows.recipes.overrides import flatten
-from flows.recipes.recipe import Recipe, recipe_name, write_active
+from flows.recipes.recipe import EDITED, Recipe, write_active
 from flows.tracking.pipeline_run import PipelineRun
 from flows.tracking.registry import Rule, register_student
 from flows.tracking.tracker import MODEL_NAME, Tracker, shown_files
@@ -45,20 +45,21 @@ from flows.workspace.dvc_files import (
 from flows.workspace.git import describe_code
 from flows.workspace.locations import cache_of, workspace_root
 
+logger = logging.getLogger(__name__)
 RETRY_DELAYS = [2, 20]  # seconds; a training goes on from its last state
 FIGURES_OF = ("prepare/", "sample/", "edit/", "evaluate/")  # what these stages show belongs on the parent run
 
 
-def run(recipe: Recipe, root: Path, *, name: str = "", keep: bool = True) -> dict[str, Any]:
+def run(recipe: Recipe, root: Path, *, name: str = EDITED, keep: bool = True) -> dict[str, Any]:
     """Run the pipeline on a recipe: here, with Prefect embedded, or with the server of PREFECT_API_URL.
 
     With `keep`, recipe and results are put in force in the workspace `root`, so that `dvc repro` has nothing to do.
     Returns what the flow returns. Raises UserError for what the user can mend, StageFailed for the rest.
     """
-    with embedded_prefect(root), chdir(root):
-        results = consistency(recipe, name)
+    with embedded_prefect(root):
+        results = consistency(recipe, name, root)
     if keep:
-        write_active(recipe, root)
+        write_active(recipe, root, name)
         take_over(root, {stage: result["entry"] for stage, result in results["stages"].items()})
     return results
 
@@ -78,16 +79,17 @@ def title(recipe: Recipe, name: str) -> str:
     return " ".join(([f"{name} ·"] if name else []) + [method.kind, *words])
 
 
-@flow(flow_run_name=run_title, log_prints=True)
-def consistency(recipe: Recipe, name: str = "") -> dict[str, Any]:
+@flow(flow_run_name=run_title)
+def consistency(recipe: Recipe, name: str = EDITED, root: Path = Path()) -> dict[str, Any]:
     """Prepare images, train teacher and student, sample, edit, evaluate: whatever of it is not known already.
 
     Args:
         recipe: Every choice of the run.
-        name: What the run is called; empty: the recipe page that it equals.
+        name: What the run is called, such as the name of its recipe file.
+        root: The workspace, or a folder in it; by default the folder in which a worker runs the flow.
     """
-    root = workspace_root()
-    name = name or recipe_name(recipe, root)
+    log_to_prefect()
+    root = workspace_root(root)
     Rule.in_force()  # this and the next complain before anything is computed
     for stage in SHARED:
         processes_for(stage, getattr(recipe, stage))
@@ -95,7 +97,7 @@ def consistency(recipe: Recipe, name: str = "") -> dict[str, Any]:
         write_active(recipe, workspace.root)
         tags = {**describe_code(root), "recipe": name, **_flow_tags()}
         params = flatten(recipe.model_dump(mode="json"))
-        tracker = Tracker(workspace.origin)
+        tracker = Tracker(workspace.shared_root)
         end_earlier_starts(tracker)
         with PipelineRun(tracker, title(recipe, name), tags, params) as parent:
             stages = bring_up_all(workspace, parent)
@@ -159,21 +161,16 @@ def is_worth_a_retry(_: Task, __: TaskRun, state: State) -> bool:
     retries=len(RETRY_DELAYS),
     retry_delay_seconds=RETRY_DELAYS,
     retry_condition_fn=is_worth_a_retry,
-    log_prints=True,
 )
 def reproduce(stage: str, inputs: dict[str, Any], workspace: Workspace, variables: dict[str, str]) -> Any:
     """Bring one stage up to date and return its entry of dvc.lock; `inputs` are the entries of those it reads."""
     update_lock(workspace.root, inputs)  # where Prefect skipped their tasks, DVC does not know them yet
     progress = ProgressArtifact(stage)
-    with gpu_slot(read_stages(workspace.root)[stage], workspace, _say) as device:
-        result = workspace.reproduce(stage, variables={**variables, **device}, on_line=_say, on_progress=progress.show)
+    with gpu_slot(read_stages(workspace.root)[stage], workspace) as device:
+        result = workspace.reproduce(stage, variables={**variables, **device}, on_progress=progress.show)
     if result.cached:
         return Completed(name="Cached", message="DVC's cache had it", data=result.entry)
     return result.entry
-
-
-def _say(line: str) -> None:
-    print(line)  # looked up at the call: Prefect replaces it while a task runs, so that the line is logged
 
 
 def _outcome(stage: str, future: PrefectFuture, workspace: Workspace) -> dict[str, Any]:
@@ -181,7 +178,7 @@ def _outcome(stage: str, future: PrefectFuture, workspace: Workspace) -> dict[st
     entry, cached = future.result(), future.state.name == "Cached"
     seconds = workspace.seconds.get(stage, 0.0)
     came = "cached" if cached else f"done in {seconds:.1f} s"
-    print(f"{stage}: {came}, data version {version(locked_outs(entry))}")
+    logger.info("%s: %s, data version %s", stage, came, version(locked_outs(entry)))
     return {"cached": cached, "seconds": seconds, "entry": entry}
 
 
@@ -222,7 +219,7 @@ def publish_student(
     trained_by: str | None,
 ) -> None:
     """Log the student, and register it as measured; say what it is called there."""
-    model_id = parent.log_student(files, outs[MODEL_NAME], metrics, trained_by, recipe.sample.mid_sigmas)
+    model_id = parent.log_student(recipe, files, outs[MODEL_NAME], metrics, trained_by)
     name, registered = register_student(
         parent.tracker,
         model_id,
@@ -232,7 +229,7 @@ def publish_student(
         metrics=metrics,
         tags={"recipe": parent.tags["recipe"], "method": recipe.student.method.kind, "run_id": parent.run_id},
     )
-    print(f"student: {name} version {registered.number} in MLflow's registry")
+    logger.info("student: %s version %s in MLflow's registry", name, registered.number)
 
 
 def stored_files(outs: Mapping[str, Mapping[str, str]], cache: Cache) -> dict[str, Path]:

@@ -1,8 +1,8 @@
 """A sweep as one Prefect flow: every point is a run of the pipeline, and what points share is computed once."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,8 @@ from prefect import flow
 
 from flows.errors import StageFailed
 from flows.orchestration.artifacts import show_metrics, show_pictures, show_tracking
-from flows.orchestration.embedded import embedded_prefect
+from flows.orchestration.embedded import embedded_prefect, log_to_prefect
 from flows.pipeline import consistency
-from flows.recipes.recipe import with_absolute_paths
 from flows.reports.metrics_table import Rows
 from flows.sweeps.page import Point, Sweep, load_sweep
 from flows.sweeps.report import Outcome, network_of, table, write_report
@@ -21,6 +20,7 @@ from flows.tracking.tracker import Tracker
 from flows.workspace.git import describe_code
 from flows.workspace.locations import shared_root, workspace_root
 
+logger = logging.getLogger(__name__)
 RESULTS = Path("out/sweeps")  # in the workspace: table and plots of each sweep, by name
 
 
@@ -39,19 +39,21 @@ def run_sweep(name: str, overrides: Sequence[str], root: Path) -> dict[str, Any]
 
     Returns what the flow returns. Raises SweepFailed when all points have been tried and some failed.
     """
-    with embedded_prefect(root), chdir(root):
-        return sweep(name, list(overrides))
+    with embedded_prefect(root):
+        return sweep(name, list(overrides), root)
 
 
-@flow(flow_run_name="{name}", log_prints=True)
-def sweep(name: str, overrides: list[str] | None = None) -> dict[str, Any]:
+@flow(flow_run_name="{name}")
+def sweep(name: str, overrides: list[str] | None = None, root: Path = Path()) -> dict[str, Any]:
     """Run the pipeline on every point of a page of params/sweeps, and compare them in one table.
 
     Args:
         name: A page of params/sweeps.
         overrides: Values over its recipe, such as student.train.num_steps=100.
+        root: The workspace, or a folder in it.
     """
-    root = workspace_root()
+    log_to_prefect()
+    root = workspace_root(root)
     planned = load_sweep(name, overrides or (), root=root)
     tags = {**describe_code(root), "recipe": planned.recipe, "sweep": planned.name}
     params = {"points": len(planned.points), "recipe": planned.recipe, "overrides": overrides or []}
@@ -69,14 +71,13 @@ def run_points(
     """Run all points one after the other; return what was measured, and why the others failed, by name."""
     outcomes, failed = [], {}
     for number, point in enumerate(planned.points, 1):
-        print(f"point {number} of {len(planned.points)}: {point.name}")
+        logger.info("sweep: point %s of %s, %s", number, len(planned.points), point.name)
         try:
             with parent.belonging().in_environment():
-                recipe = with_absolute_paths(point.recipe, root)
-                results = consistency(recipe, f"{planned.name} {point.name}")
+                results = consistency(point.recipe, f"{planned.name} {point.name}", root)
         except Exception as error:  # whatever it is: the other points are not concerned, and the end tells it
             failed[point.name] = next(iter(str(error).splitlines()[-1:]), type(error).__name__)
-            print(f"point {point.name} failed: {failed[point.name]}")
+            logger.error("sweep: point %s failed, the others go on: %s", point.name, failed[point.name])
         else:
             outcomes.append((Outcome(point, results["metrics"]), results))
     return outcomes, failed

@@ -11,8 +11,8 @@ from typing import Any
 
 from triton.runtime.cache import RemoteCacheBackend
 
-from flows.checkpoints.store import KERNELS_VARIABLE
 from flows.errors import UserError
+from flows.settings import Settings
 from flows.storage.bucket import Bucket
 
 
@@ -22,8 +22,8 @@ class KernelBucket(RemoteCacheBackend):
     _given_up = False  # by this process, for all keys: each silent request would delay the training
 
     def __init__(self, key: str) -> None:
-        self._bucket = Bucket(os.environ[KERNELS_VARIABLE]).below(key)
-        self._folder = Path(os.environ["TRITON_CACHE_DIR"]) / key  # where Triton puts the files that it gets from here
+        self._bucket = Bucket(Settings.read().kernels).below(key)
+        self._folder = Path(os.environ["TRITON_CACHE_DIR"]) / key  # where Triton puts what it gets from here
 
     def get(self, filenames: list[str]) -> dict[str, bytes]:
         """Return those of the files that exist."""

@@ -19,9 +19,10 @@ from flows.atomic import replace_text, try_lock, wait_lock
 from flows.checkpoints import s3_store
 from flows.checkpoints.s3_store import LeaseLost, Say, Training, drop_folder, list_files, patiently
 from flows.errors import UserError
+from flows.settings import Settings
 from flows.storage.bucket import Bucket
 
-STATE_VARIABLE, FINISHED_FILE = "CM_STATE", "finished.json"
+FINISHED_FILE = "finished.json"
 KERNELS_VARIABLE, KERNELS = "CM_KERNELS", "compiled"  # where compiled kernels are shared: beside the checkpoints
 RETRY_EVERY = 8.0  # seconds between two tries of an upload or a renewal that failed
 Stored = Callable[[Mapping[str, str]], bool]  # whether DVC's cache has all of {path: hash}
@@ -39,15 +40,13 @@ class Checkpoint:
 
 def states_folder(origin: Path) -> Path:
     """Return the folder of all checkpoints, or of their working copies: $CM_STATE, else .cm/states of the workspace."""
-    place = os.environ.get(STATE_VARIABLE)
+    place = Settings.read().state
     return Path(place) if place and not states_bucket() else origin / ".cm" / "states"
 
 
 def states_bucket() -> Bucket | None:
-    """Return the bucket that $CM_STATE names, if it names one. Raises UserError for other addresses."""
-    place = os.environ.get(STATE_VARIABLE, "")
-    if "://" in place and not place.startswith("s3://"):
-        raise UserError(f"{STATE_VARIABLE}={place}: must be a folder of this machine or s3://bucket/prefix")
+    """Return the bucket that $CM_STATE names, if it names one."""
+    place = Settings.read().state or ""
     return Bucket(place) if "://" in place else None
 
 

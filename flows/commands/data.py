@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import subprocess
 import zipfile
 from argparse import Namespace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from flows.commands.output import add_json_option, print_json, print_table
 from flows.errors import UserError
 from flows.stage_runner.progress import Bar
+from flows.workspace.git import git
 from flows.workspace.locations import shared_remote, workspace_root
 
 ARRAYS = (".npz", ".npy")
@@ -128,5 +128,4 @@ def show(root: Path, *, as_json: bool) -> None:
 
 
 def _commits(root: Path, path: Path) -> list[str]:
-    command = ["git", "log", "--format=%h", "--", f"{path}.dvc"]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.split()
+    return git(root, "log", "--format=%h", "--", f"{path}.dvc").decode().split()

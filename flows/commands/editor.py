@@ -2,7 +2,6 @@
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -135,22 +134,21 @@ class Editor:
 
     def draw(self, make: "Make", *, at_once: bool = False) -> "np.ndarray":
         """Return --n results, uint8 [N, H, W, C], made in batches unless they belong together."""
-        import numpy as np
-        import torch
+        from flows.inference.generate import BATCH, draw_images
 
-        from flows.inference.generate import BATCH
-
-        batches, batch_size = [], self.args.n if at_once else BATCH
-        with torch.no_grad(), Bar("editing") as bar:
-            for start in range(0, self.args.n, batch_size):
-                indices = range(start, min(start + batch_size, self.args.n))
-                labels = (
-                    torch.full((len(indices),), self.args.label, device=self.device) if self.spec.num_classes else None
-                )
-                made = make(partial(self.net, labels=labels), self.noise(self.args.seed, indices), len(indices))
-                batches.append(to_array(made))
-                bar.progress(indices.stop, self.args.n)
-        return np.concatenate(batches)
+        labels = [self.args.label] * self.args.n if self.spec.num_classes else None
+        with Bar("editing") as bar:
+            return draw_images(
+                self.spec,
+                self.net,
+                lambda f, noise: make(f, noise, len(noise)),
+                n=self.args.n,
+                seed=self.args.seed,
+                device=self.device,
+                labels=labels,
+                batch_size=self.args.n if at_once else BATCH,
+                on_batch=bar.progress,
+            )
 
     def write(self, results: "np.ndarray", sigmas: Sequence[float], shown: "Mapping[str, np.ndarray]") -> None:
         """Write the results, and beside them a grid with the pictures that they came from; say where."""

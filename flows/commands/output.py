@@ -1,11 +1,14 @@
 """Output and argument types of the subcommands: tables for people, JSON for machines."""
 
 import json
+import logging
 import signal
 import sys
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import flows
 
 METRICS = ("fid", "is", "precision", "recall", "kid")
 CHARTS = "?workflowType=machine_learning&compareRunsMode=CHART"  # of MLflow's pages: curves, not language models
@@ -50,6 +53,21 @@ def print_metrics(rows: Mapping[str, Mapping[str, float]], *, title: str) -> Non
     cells = [[f"{row[key]:#.4g}" if key in row else "-" for key in METRICS] for row in rows.values()]
     table = [[name, *values] for name, values in zip(rows, cells, strict=True)]
     print_table(("images", *columns), table, title=title, numbers=len(METRICS))
+
+
+class _Terminal(logging.Handler):
+    """Log lines for a person: the message on stderr, for stdout is for results."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr, flush=True)
+
+
+def log_to_terminal() -> None:
+    """Show our log lines on the terminal; in a flow Prefect's console does so, and its pages."""
+    logger = logging.getLogger(flows.__name__)
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, _Terminal) for handler in logger.handlers):
+        logger.addHandler(_Terminal())
 
 
 def prepare_for_cancelling() -> None:

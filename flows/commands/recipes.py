@@ -1,6 +1,8 @@
 """`cm recipes`, `cm show`, `cm use`: look at recipes, and put one in force."""
 
+import textwrap
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ from flows.commands.output import add_json_option, print_json, print_table
 from flows.workspace.locations import workspace_root
 
 RECIPES_DIR = Path("params/recipes")  # as in flows.recipes.recipe, whose import would cost this command two seconds
+MAX_NAME = 120  # characters of a run's name, however many overrides it has
 
 
 def add_parsers(commands: Any) -> None:
@@ -44,6 +47,11 @@ def add_override_option(parser: Any, what: str) -> None:
     )
 
 
+def run_name(recipe: str, overrides: Sequence[str]) -> str:
+    """Return the name of a recipe with its overrides, MAX_NAME characters at most."""
+    return textwrap.shorten(" ".join([Path(recipe).stem, *overrides]), MAX_NAME, placeholder=" ...")
+
+
 def recipes(args: Namespace) -> None:
     """List the recipes by name with the first line of each page."""
     found = {path.stem: first_comment(path) for path in sorted((workspace_root() / RECIPES_DIR).glob("*.yaml"))}
@@ -75,11 +83,11 @@ def show(args: Namespace) -> None:
 
 def use(args: Namespace) -> None:
     """Write the resolved recipe to params/active.yaml."""
-    from flows.recipes.recipe import load_recipe, with_absolute_paths, write_active
+    from flows.recipes.recipe import load_recipe, write_active
 
-    recipe = load_recipe(args.recipe, args.overrides, root=workspace_root())
-    path = write_active(with_absolute_paths(recipe, Path.cwd()), workspace_root())
-    print(f"{path}: holds {' '.join([args.recipe, *args.overrides])}; `cm why` says what `dvc repro` will do")
+    root, name = workspace_root(), run_name(args.recipe, args.overrides)
+    path = write_active(load_recipe(args.recipe, args.overrides, root=root, base=Path.cwd()), root, name)
+    print(f"{path}: holds {name}; `cm why` says what `dvc repro` will do")
 
 
 def yaml_text(value: Any) -> str:

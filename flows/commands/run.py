@@ -1,7 +1,6 @@
 """`cm run`, `cm demo`, `cm stage`: bring recipes about through Prefect, or one stage as DVC starts it."""
 
 import os
-import textwrap
 import time
 from argparse import Namespace
 from collections.abc import Mapping
@@ -9,8 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.output import CHARTS, add_json_option, prepare_for_cancelling, print_json, print_metrics
-from flows.commands.recipes import add_recipe_arguments
+from flows.commands.output import (
+    CHARTS,
+    add_json_option,
+    log_to_terminal,
+    prepare_for_cancelling,
+    print_json,
+    print_metrics,
+)
+from flows.commands.recipes import add_recipe_arguments, run_name
 from flows.monitor import PROFILE_VARIABLE
 from flows.operations.services import use_running
 from flows.reports.metrics_table import Metrics, Rows, by_row
@@ -19,7 +25,6 @@ from flows.workspace.locations import workspace_root
 if TYPE_CHECKING:
     from flows.recipes.recipe import Recipe
 
-MAX_NAME = 120  # characters of a run's name, however many overrides it has
 DISTILLED, ISOLATED = "digits-cd", "digits-ct"  # the recipes of the demo
 
 
@@ -62,6 +67,7 @@ def _ask_for_profile(args: Namespace) -> None:
 def stage(args: Namespace) -> None:
     """Run one stage in this workspace."""
     _ask_for_profile(args)
+    log_to_terminal()
     from flows.stage_runner.run import run_stage
 
     run_stage(args.stage, workspace_root())
@@ -77,11 +83,11 @@ def join(args: Namespace) -> None:
 def run(args: Namespace) -> None:
     """Run the pipeline and print what came of it."""
     _ask_for_profile(args)
-    from flows.recipes.recipe import load_recipe, with_absolute_paths
+    from flows.recipes.recipe import load_recipe
 
-    recipe = with_absolute_paths(load_recipe(args.recipe, args.overrides, root=workspace_root()), Path.cwd())
-    name = textwrap.shorten(" ".join([Path(args.recipe).stem, *args.overrides]), MAX_NAME, placeholder=" ...")
-    result = run_pipeline(recipe, workspace_root(), name=name, keep=args.take_over)
+    root, name = workspace_root(), run_name(args.recipe, args.overrides)
+    recipe = load_recipe(args.recipe, args.overrides, root=root, base=Path.cwd())
+    result = run_pipeline(recipe, root, name=name, keep=args.take_over)
     if args.json:
         print_json(result)
     else:

@@ -1,18 +1,24 @@
 """`cm search`: the noise levels at which a student of few network calls makes the best images, by FID."""
 
 import json
-import signal
+import logging
 import sys
 import tempfile
-import textwrap
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.output import add_json_option, positive, print_json, print_table
-from flows.commands.recipes import add_recipe_arguments
+from flows.commands.output import (
+    add_json_option,
+    log_to_terminal,
+    positive,
+    prepare_for_cancelling,
+    print_json,
+    print_table,
+)
+from flows.commands.recipes import add_recipe_arguments, run_name
 from flows.errors import UserError
 from flows.stage_runner.progress import Bar
 from flows.tracking.stage_run import StageRun
@@ -20,17 +26,17 @@ from flows.tracking.tracker import Tracker
 from flows.workspace.clone import Workspace, clone
 from flows.workspace.dvc_files import ancestors, locked_outs, read_stages, version
 from flows.workspace.git import describe_code
-from flows.workspace.locations import shared_root, workspace_root
+from flows.workspace.locations import workspace_root
 
 if TYPE_CHECKING:
     from flows.recipes.recipe import Recipe
 
+logger = logging.getLogger(__name__)
 NEEDED = ("student", "features")  # the artifacts that a search reads
 NUM_IMAGES = 10_000  # (CM, App. C)
 NUM_IMAGES_HELP = f"images a candidate, always of the same noise; default {NUM_IMAGES:,}, at most as many as trained on"
 NUM_SCALES = 40  # of the grid, where the method has none of its own (CM, section 6.1, for images of 64 pixels and more)
 DIGITS = 4  # of a noise level: what is printed is exactly what was measured
-MAX_NAME = 120  # characters of a search's name
 
 
 def add_parsers(commands: Any) -> None:
@@ -49,17 +55,16 @@ def add_parsers(commands: Any) -> None:
 
 def search(args: Namespace) -> None:
     """Bring the student and the feature network up to date, search, and print what was found."""
-    from flows.recipes.recipe import load_recipe, with_absolute_paths, write_active
+    from flows.recipes.recipe import load_recipe, write_active
 
-    # As for `cm run`: the default end by SIGTERM would leave stages running.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    log_to_terminal()
+    prepare_for_cancelling()
     root = workspace_root()
-    recipe = with_absolute_paths(load_recipe(args.recipe, args.overrides, root=root), Path.cwd())
+    recipe = load_recipe(args.recipe, args.overrides, root=root, base=Path.cwd())
     grid = make_grid(recipe, args.nfe, args.num_scales)
     if args.num_images == 1:
         raise UserError("--num-images 1: FID compares spreads, which takes 2 images or more")
-    name = textwrap.shorten(" ".join(["search", Path(args.recipe).stem, *args.overrides]), MAX_NAME, placeholder=" ...")
-    with clone(root, name) as workspace:
+    with clone(root, f"search {run_name(args.recipe, args.overrides)}") as workspace:
         write_active(recipe, workspace.root)
         entries = reproduce(workspace)
         found = find(recipe, grid, args, workspace, entries)
@@ -83,14 +88,10 @@ def reproduce(workspace: Workspace) -> dict[str, dict[str, Any]]:
     wanted = {*NEEDED, *(name for needed in NEEDED for name in ancestors(stages[needed], stages))}
     entries = {}
     for name in (name for name in stages if name in wanted):
-        result = workspace.reproduce(name, on_line=_to_stderr)
-        _to_stderr(f"{name}: cached" if result.cached else f"{name}: done in {workspace.seconds[name]:.1f} s")
+        result = workspace.reproduce(name)
+        logger.info("%s: %s", name, "cached" if result.cached else f"done in {workspace.seconds[name]:.1f} s")
         entries[name] = result.entry
     return entries
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # stdout is for the result
 
 
 def find(
@@ -102,18 +103,16 @@ def find(
     scorer = Scorer(recipe, workspace.root, args.num_images)
     versions = {f"dvc.dep.{name}": version(locked_outs(entries[name])) for name in NEEDED}
 
-    from flows.recipes.recipe import recipe_name
-
     def tags() -> dict[str, str]:
-        return {**describe_code(workspace.origin), "recipe": recipe_name(recipe, workspace.origin), **versions}
+        return {**describe_code(workspace.shared_root), "recipe": run_name(args.recipe, args.overrides), **versions}
 
-    with StageRun(shared_root(workspace.origin), "search", None, tags) as run:
+    with StageRun(workspace.shared_root, "search", None, tags) as run:
 
         def score(indices: tuple[int, ...]) -> float:
             sigmas = [grid[index] for index in indices]
             fid = scorer.fid(sigmas, f"candidate {len(search.scores) + 1}: sigma {_words(sigmas)}")
             run.metrics({scorer.metric: fid}, len(search.scores))
-            _to_stderr(f"sigma {_words(sigmas)}: {scorer.metric} {fid:.4g}")
+            logger.info("search: sigma %s, %s %.4g", _words(sigmas), scorer.metric, fid)
             return fid
 
         search = Search(score)
@@ -162,7 +161,7 @@ class Scorer:
         from cm_core.model import load_model
         from cm_core.precision import autocast_dtype, set_float32_products
         from flows.data.feature_files import load_feature_files
-        from flows.stages.models import pick_device, to_device
+        from flows.stages.models import pick_device
 
         files, self.sample, self.device = load_feature_files(root / "out" / "features"), recipe.sample, pick_device()
         self.batch_size = recipe.evaluate.batch_size
@@ -170,10 +169,9 @@ class Scorer:
         self.num_images = num_images or min(NUM_IMAGES, len(files.reference))
         self.metric = f"fid_{files.short_name}"
         self.extractor = build_extractor(files.extractor, files.weights, self.device)
-        autocast = autocast_dtype(self.sample.precision)
         set_float32_products(self.sample.precision)
-        self.spec, f = load_model(root / "out" / "student", autocast=autocast)
-        self.f = to_device(f, self.device)
+        autocast = autocast_dtype(self.sample.precision)
+        self.spec, self.f = load_model(root / "out" / "student", autocast=autocast)
 
     def fid(self, sigmas: Sequence[float], title: str) -> float:
         """Return the FID of images drawn at these levels; the noise is the same each time."""
@@ -186,7 +184,7 @@ class Scorer:
             images = draw_images(
                 self.spec,
                 self.f,
-                lambda f, noise: few_steps(self.spec, f, noise, sigmas[1:]),
+                partial(few_steps, self.spec, mid_sigmas=sigmas[1:]),
                 n=self.num_images,
                 seed=self.sample.seed,
                 device=self.device,
@@ -199,7 +197,7 @@ class Scorer:
 
 def report(recipe: "Recipe", found: Mapping[str, Any], args: Namespace) -> None:
     """Print the candidates and how to use the best; with --write, put it in force."""
-    from flows.recipes.recipe import load_recipe, with_absolute_paths, write_active
+    from flows.recipes.recipe import load_recipe, write_active
 
     best, override = found["best"], set_override(found["best"]["sigmas"])
     rows = [
@@ -215,8 +213,8 @@ def report(recipe: "Recipe", found: Mapping[str, Any], args: Namespace) -> None:
     if args.write:
         overrides = [*args.overrides, override]
         root = workspace_root()
-        path = write_active(with_absolute_paths(load_recipe(args.recipe, overrides, root=root), Path.cwd()), root)
-        print(f"{path}: holds {' '.join([args.recipe, *overrides])}", file=sys.stderr)
+        recipe, name = load_recipe(args.recipe, overrides, root=root, base=Path.cwd()), run_name(args.recipe, overrides)
+        print(f"{write_active(recipe, root, name)}: holds {name}", file=sys.stderr)
 
 
 def set_override(sigmas: Sequence[float]) -> str:

@@ -12,6 +12,7 @@ from typing import IO
 
 from flows.atomic import try_lock
 from flows.errors import UserError
+from flows.settings import Settings
 
 DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
 COUNT_VARIABLE = "CM_DEVICES"  # how many devices of a machine such a stage uses
@@ -38,7 +39,7 @@ def devices_for(stage: str, batch_size: int | None = None, nodes: int = 1) -> in
     """
     if stage not in SHARED:
         return 1
-    count = _number(COUNT_VARIABLE, "devices")
+    count = Settings.read().devices
     if count > 1 and (there := len(visible_devices())) and count > there:  # for one, nobody has to be asked
         raise UserError(f"{COUNT_VARIABLE}={count}: there are {there} GPUs for this process")
     if batch_size is not None and batch_size % (nodes * count):
@@ -49,15 +50,7 @@ def devices_for(stage: str, batch_size: int | None = None, nodes: int = 1) -> in
 
 def nodes_for(stage: str) -> int:
     """Return how many machines a stage uses: CM_NODES for trainings and samples, else one; UserError for no number."""
-    return _number(NODES_VARIABLE, "machines") if stage in SHARED else 1
-
-
-def _number(variable: str, what: str) -> int:
-    value = os.environ.get(variable, "1")
-    count = int(value) if value.isascii() and value.isdigit() else 0
-    if count < 1:
-        raise UserError(f"{variable}={value}: must be a number of {what}, 1 or more")
-    return count
+    return Settings.read().nodes if stage in SHARED else 1
 
 
 @contextmanager

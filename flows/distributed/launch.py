@@ -26,6 +26,7 @@ from flows.distributed import rendezvous
 from flows.distributed.devices import COUNT_VARIABLE, devices_for, nodes_for
 from flows.errors import StageFailed, UserError
 from flows.monitor import Monitor
+from flows.settings import Settings
 
 GRACE = 30.0  # seconds for an exchange with a lost process to fail by itself, and for the others to end
 NOTICE = 2.0  # seconds after which it is known who was lost, when an exchange has failed
@@ -158,11 +159,8 @@ def processes_for(stage: str, section: Any) -> tuple[int, int]:
 
 
 def _check_sharding(stage: str, section: Any, count: int) -> None:
-    value = os.environ.get(sharding.VARIABLE, "0")
-    if value not in ("0", "1"):
-        raise UserError(f"{sharding.VARIABLE}={value}: must be 1, to divide weights among processes, or 0")
     obstacle = why_not_sharded(section.method, section.train)
-    if value == "1" and count > 1 and obstacle:
+    if Settings.read().shard and count > 1 and obstacle:
         raise UserError(f"{sharding.VARIABLE}=1: {stage}.{obstacle}; allowed there: {sharding.VARIABLE}=0")
 
 
@@ -175,13 +173,13 @@ def _meet(stage: str, node_count: int, facts: rendezvous.Facts, monitor: Monitor
 
 def _arithmetic() -> dict[str, str]:
     """Return what decides how a node rounds, and how many of its devices there are."""
-    gpu = torch.cuda.is_available()
+    gpu, settings = torch.cuda.is_available(), Settings.read()
     processor = torch.cuda.get_device_name() if gpu else torch.backends.cpu.get_cpu_capability()
     return {
         "PyTorch": torch.__version__,
         "the processor": processor,
-        COUNT_VARIABLE: os.environ.get(COUNT_VARIABLE, "1"),
-        sharding.VARIABLE: os.environ.get(sharding.VARIABLE, "0"),
+        COUNT_VARIABLE: str(settings.devices),
+        sharding.VARIABLE: str(int(settings.shard)),
     }
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from flows.distributed.devices import NODES_VARIABLE
 from flows.errors import UserError
 from flows.monitor import Monitor
+from flows.settings import Settings
 
 MEET_VARIABLE = "CM_MEET"
 WAIT = 600.0  # seconds for all nodes to come
@@ -112,10 +113,9 @@ class Link:
 
 def meeting_place() -> tuple[str, int]:
     """Return host and port of CM_MEET. Raises UserError where it is none."""
-    value = os.environ.get(MEET_VARIABLE, "")
-    host, _, port = value.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise UserError(f"{MEET_VARIABLE}={value}: must be host:port, an address of the main node that all nodes reach")
+    host, _, port = (Settings.read().meet or "").rpartition(":")
+    if not host:
+        raise UserError(f"{MEET_VARIABLE}=: must be host:port, an address of the main node that all nodes reach")
     return host.strip("[]"), int(port)
 
 

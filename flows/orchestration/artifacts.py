@@ -1,6 +1,7 @@
 """What a flow run shows in Prefect's pages: progress that moves, the metrics, pictures, the way to MLflow."""
 
 import base64
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
+logger = logging.getLogger(__name__)
 LARGEST_PICTURE = 2**20  # bytes; pictures are stored in Prefect's database
 
 
@@ -29,7 +31,7 @@ class ProgressArtifact:
         try:
             self._show(progress)
         except httpx.HTTPError as error:
-            print(f"{self._stage}: progress is not shown ({error})")
+            logger.warning("%s: progress is not shown, the stage goes on: %s", self._stage, error)
 
     def _show(self, progress: Mapping[str, Any]) -> None:
         percent = 100 * progress["done"] / max(progress["total"], 1)

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import prefect
 from prefect.client.orchestration import get_client
-from prefect.logging.handlers import PrefectConsoleHandler
+from prefect.context import get_run_context
+from prefect.exceptions import MissingContextError
+from prefect.logging.handlers import APILogHandler, PrefectConsoleHandler
 from prefect.settings import (
     PREFECT_API_URL,
     PREFECT_HOME,
@@ -19,6 +21,7 @@ from prefect.settings import (
     temporary_settings,
 )
 
+import flows
 from flows.errors import UserError
 
 PREFECT = Path(prefect.__file__).parent
@@ -51,6 +54,23 @@ def embedded_prefect(root: Path) -> Iterator[None]:
         yield
 
 
+def log_to_prefect() -> None:
+    """Send our log lines to the pages of the flow run; no worker has to be configured for it."""
+    logger = logging.getLogger(flows.__name__)
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, APILogHandler) for handler in logger.handlers):
+        logger.addHandler(APILogHandler())
+        logger.handlers[-1].addFilter(_is_of_a_run)
+
+
+def _is_of_a_run(_: logging.LogRecord) -> bool:
+    """Whether Prefect knows which run speaks; a thread of our own may belong to none."""
+    try:
+        return bool(get_run_context())
+    except MissingContextError:
+        return False
+
+
 def _start_server() -> None:
     """Start Prefect's temporary server deaf to Ctrl-C, which a terminal sends to it as well.
 
@@ -74,7 +94,7 @@ def _refuse_silent_server() -> None:
 
 
 def _plain_console() -> None:
-    """Show on the console, until the process ends, what the pipeline prints, and warnings.
+    """Show on the console, until the process ends, what the pipeline logs, and warnings.
 
     Errors are raised, so they need no second telling.
     """
@@ -85,7 +105,7 @@ def _plain_console() -> None:
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
-    """Whether a flow or task printed this, or it is a warning that does not come from Prefect's engine."""
+    """Whether this project logged this, or it is a warning that does not come from Prefect's engine."""
     if not Path(record.pathname).is_relative_to(PREFECT):
         return True
     return record.levelno >= logging.WARNING and record.module not in ("flow_engine", "task_engine")

@@ -1,8 +1,9 @@
 """A stage's turn on a GPU: a slot of the server's limit, so that flows queue, and devices of this machine alone."""
 
+import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from uuid import UUID
@@ -16,13 +17,14 @@ from flows.errors import RunEnding, StageFailed
 from flows.workspace.clone import Workspace
 from flows.workspace.dvc_files import GPU, Stage
 
+logger = logging.getLogger(__name__)
 LEASE_SECONDS = 60.0  # a slot of a worker that died is free again after this; Prefect takes no less
 RENEW_EVERY = LEASE_SECONDS / 4
 LOOK_EVERY = 2.0  # seconds between two looks for a free slot
 
 
 @contextmanager
-def gpu_slot(stage: Stage, workspace: Workspace, say: Callable[[str], None]) -> Iterator[dict[str, str]]:
+def gpu_slot(stage: Stage, workspace: Workspace) -> Iterator[dict[str, str]]:
     """Hold the slots and devices of a stage that needs GPUs while it is brought up to date; yield its variables.
 
     With Prefect embedded there is no other flow to queue with, and nothing is held. Raises RunEnding when the run
@@ -31,24 +33,24 @@ def gpu_slot(stage: Stage, workspace: Workspace, say: Callable[[str], None]) -> 
     if stage.needs != GPU or not PREFECT_API_URL.value():
         yield {}
         return
-    folder, devices, count = workspace.origin / ".cm" / "devices", visible_devices(), devices_for(stage.name)
+    folder, devices, count = workspace.shared_root / ".cm" / "devices", visible_devices(), devices_for(stage.name)
 
     def on_wait() -> None:
         wanted = "one" if count == 1 else count
-        say(f"{stage.name}: waits for {wanted} of the GPUs {', '.join(devices)}")
+        logger.info("%s: waits for %s of the GPUs %s", stage.name, wanted, ", ".join(devices))
 
-    with _slots(stage, count, workspace, say):
+    with _slots(stage, count, workspace):
         with hold_devices(folder, devices, count, on_wait, lambda: workspace.ending) as variables:
             _refuse_if_ending(stage, workspace)
             yield variables
 
 
 @contextmanager
-def _slots(stage: Stage, count: int, workspace: Workspace, say: Callable[[str], None]) -> Iterator[None]:
+def _slots(stage: Stage, count: int, workspace: Workspace) -> Iterator[None]:
     """Hold slots of the limit. While the server is away they cannot be renewed; that is no reason to end a training."""
     over = threading.Event()
     with get_client(sync_client=True) as client:
-        lease = _take_slots(client, stage, count, workspace, say)
+        lease = _take_slots(client, stage, count, workspace)
         renewal = threading.Thread(target=_renew, args=(client, lease, over))
         renewal.start()
         try:
@@ -59,14 +61,12 @@ def _slots(stage: Stage, count: int, workspace: Workspace, say: Callable[[str], 
             _release(client, lease)
 
 
-def _take_slots(
-    client: SyncPrefectClient, stage: Stage, count: int, workspace: Workspace, say: Callable[[str], None]
-) -> UUID:
+def _take_slots(client: SyncPrefectClient, stage: Stage, count: int, workspace: Workspace) -> UUID:
     """Wait for `count` slots at once and return their lease."""
     lease = _ask_for_slots(client, stage, count)
     if lease is None:
         wanted = "a slot" if count == 1 else f"{count} slots"
-        say(f"{stage.name}: waits for {wanted} of the limit `{GPU}`")
+        logger.info("%s: waits for %s of the limit `%s`", stage.name, wanted, GPU)
     while lease is None:
         time.sleep(LOOK_EVERY)
         _refuse_if_ending(stage, workspace)
@@ -94,14 +94,14 @@ def _renew(client: SyncPrefectClient, lease: UUID, over: threading.Event) -> Non
         try:
             client.renew_concurrency_lease(lease, LEASE_SECONDS)
         except httpx.HTTPError as error:
-            print(f"the slot of the limit `{GPU}` could not be renewed: {error}")
+            logger.warning("gpu slot: not renewed, the stage goes on: %s", error)
 
 
 def _release(client: SyncPrefectClient, lease: UUID) -> None:
     try:
         client.release_concurrency_slots_with_lease(lease)
     except httpx.HTTPError as error:  # it comes back by itself, and what was computed is good
-        print(f"the slot of the limit `{GPU}` could not be given back: {error}")
+        logger.warning("gpu slot: not given back, it is free after %.0f s: %s", LEASE_SECONDS, error)
 
 
 def _refuse_if_ending(stage: Stage, workspace: Workspace) -> None:

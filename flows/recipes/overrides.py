@@ -1,6 +1,7 @@
 """Layers of a recipe before they are validated: YAML files, --set options, and how they are merged."""
 
 import copy
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,11 @@ def parse_override(override: str) -> dict[str, Any]:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise UserError(f"--set {override}: {text!r} is not a YAML value") from None
-    return _nested(key, value)
+    return nested(key, value)
 
 
-def _nested(key: str, value: Any) -> Any:
+def nested(key: str, value: Any) -> Any:
+    """Turn the dotted key `a.b` and a value into {"a": {"b": value}}."""
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
@@ -70,3 +72,8 @@ def merge(base: Any, layer: Any) -> Any:
 
 class _Loader(yaml.SafeLoader):
     """YAML in which 1e-4 is a number, as in YAML 1.2 and in every paper."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*[eE][-+]?\d+$"), list("-+0123456789")
+)

@@ -5,11 +5,13 @@ recipe in force, every value spelled out, and the one params file that dvc.yaml 
 """
 
 import difflib
+import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin
 
 import torch
 import yaml
@@ -22,7 +24,7 @@ from cm_core.params import Params
 from cm_core.sampling import check_levels
 from flows.atomic import replace_text
 from flows.errors import UserError
-from flows.recipes.overrides import _Loader, _nested, flatten, merge, parse_override, read_yaml
+from flows.recipes.overrides import flatten, merge, nested, parse_override, read_yaml
 from flows.stages.edit import Edit
 from flows.stages.evaluate import Evaluate
 from flows.stages.features import ClassifierFeatures, Features
@@ -31,11 +33,8 @@ from flows.stages.sample import Sample
 from flows.stages.student import Student
 from flows.stages.teacher import Teacher
 
-if TYPE_CHECKING:
-    from flows.recipes.recipe import Recipe
-
-
 RECIPES_DIR, ACTIVE_FILE = Path("params/recipes"), Path("params/active.yaml")
+EDITED = "edited"  # the name of a recipe that no file holds
 PATH_KEYS = (  # values that may name a local file or folder
     "data.source.path",
     "data.source.heldout_path",
@@ -122,51 +121,46 @@ def recipe_names(root: Path) -> list[str]:
     return sorted(path.stem for path in (root / RECIPES_DIR).glob("*.yaml"))
 
 
-def load_recipe(name: str, overrides: Sequence[str] = (), *, root: Path) -> Recipe:
-    """Read a recipe by name or path and lay `key=value` overrides over it.
+def load_recipe(name: str, overrides: Sequence[str] = (), *, root: Path, base: Path | None = None) -> Recipe:
+    """Read a recipe by name or path and lay `key=value` overrides over it; `base` makes its local paths absolute.
 
     Raises UserError: one line with the file, the key, the value and what is allowed.
     """
-    path = _recipe_path(name, root)
-    tree = read_yaml(path)
-    for override in overrides:
-        tree = merge(tree, parse_override(override))
+    path, layers = _recipe_path(name, root), map(parse_override, overrides)
+    tree = _absolute_paths(reduce(merge, layers, read_yaml(path)), base)
     return validate(tree, source=path, origins=[override.split("=", 1)[0] for override in overrides])
 
 
 def vary(name: str, values: Iterable[Mapping[str, Any]], *, root: Path, source: str) -> Recipe:
-    """Read a recipe and lay mappings {dotted key: value} over it, one after the other, as `source` asks for.
+    """Read a recipe and lay mappings {dotted key: value} over it, one after the other, its local paths made absolute.
 
     Raises UserError as `load_recipe` does, naming `source`.
     """
-    tree = read_yaml(_recipe_path(name, root))
-    for layer in values:
-        for key, value in layer.items():
-            tree = merge(tree, _nested(key, value))
-    return validate(tree, source=source)
+    layers = (nested(key, value) for layer in values for key, value in layer.items())
+    return validate(_absolute_paths(reduce(merge, layers, read_yaml(_recipe_path(name, root))), root), source=source)
 
 
-def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
-    """Return the recipe with its local paths made absolute, `~` too: a flow run works in a clone, far from `base`.
+def _absolute_paths(tree: dict[str, Any], base: Path | None) -> dict[str, Any]:
+    """Make local paths absolute, `~` too, for a flow run works in a clone, far from `base`.
 
-    A path with a .dvc file beside it stays: every clone can bring that file about.
+    A path with a .dvc file beside it stays: every clone can restore that file. What is malformed is left to `validate`.
     """
-    tree = recipe.model_dump(mode="json")
-    for key in PATH_KEYS:
+    for key in PATH_KEYS if base else ():
         *sections, name = key.split(".")
-        section = tree
+        section: Any = tree
         for part in sections:
-            section = section.get(part) or {}
-        if section.get(name):
+            section = section.get(part) if isinstance(section, dict) else None
+        if isinstance(section, dict) and section.get(name):
             section[name] = _absolute(section[name], base)
-    return Recipe.model_validate(tree)
+    return tree
 
 
-def _absolute(path: str | list[str], base: Path) -> str | list[str]:
+def _absolute(path: Any, base: Path) -> Any:
     if isinstance(path, list):
         return [_absolute(one, base) for one in path]
-    versioned = (base / f"{path}.dvc").is_file()
-    return path if "://" in path or versioned else str(base / Path(path).expanduser())
+    if not isinstance(path, str) or "://" in path or (base / f"{path}.dvc").is_file():
+        return path
+    return str(base / Path(path).expanduser())
 
 
 def load_active(root: Path) -> Recipe:
@@ -179,15 +173,26 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100)
 
 
-def write_active(recipe: Recipe, root: Path) -> Path:
-    """Put a recipe in force: write `params/active.yaml` (only when its text changes) and return its path."""
-    path = root / ACTIVE_FILE
-    text = "# The resolved recipe in force; dvc.yaml reads it. Written by `cm use`, may be edited by hand.\n"
-    text += dump_recipe(recipe)
+def write_active(recipe: Recipe, root: Path, name: str = EDITED) -> Path:
+    """Put a recipe in force under its name: write `params/active.yaml`, only where it changes, and return its path."""
+    path, body = root / ACTIVE_FILE, dump_recipe(recipe)
+    header = f"# {' '.join(name.split())} ({_digest(body)}): the resolved recipe in force, for dvc.yaml; may be edited."
+    text = f"{header}\n{body}"
     if not path.exists() or path.read_text() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, text)
     return path
+
+
+def active_name(root: Path) -> str:
+    """Return the name of the recipe in force as `write_active` noted it, EDITED where its values changed since."""
+    header, _, body = (root / ACTIVE_FILE).read_text().partition("\n")
+    found = re.match(r"# (.+) \((\w+)\): ", header)
+    return found[1] if found and found[2] == _digest(body) else EDITED
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def explain(name: str, overrides: Sequence[str] = (), *, root: Path) -> list[tuple[str, Any, str]]:
@@ -228,7 +233,10 @@ class _Refused(Exception):
 
 
 def _build(model: type[Params], tree: Mapping[str, Any], prefix: str) -> Any:
-    """Validate a section after its subsections, so that an error speaks of the class that its `kind` chose."""
+    """Validate a section after its subsections, so that an error speaks of the class that its `kind` chose.
+
+    Pydantic's own discriminator would write `oneOf` into the schema, which Prefect's form does not render.
+    """
     values = {}
     for key, value in tree.items():
         field = model.model_fields.get(key)
@@ -285,11 +293,6 @@ def _nearest(key: str, model: type[Params]) -> str:
     return f", did you mean {close[0]}?" if close else ""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
 def _recipe_path(name: str, root: Path) -> Path:
     if name.endswith((".yaml", ".yml")):
         return Path(name)
@@ -299,19 +302,3 @@ def _recipe_path(name: str, root: Path) -> Path:
             f"no recipe {name!r}; there are {', '.join(recipe_names(root))}, or give a path to a .yaml file"
         )
     return path
-
-
-def recipe_name(recipe: "Recipe", root: Path) -> str:
-    """Return the name of the recipe page that resolves to `recipe`, or "edited"."""
-    from flows.recipes.recipe import recipe_names
-
-    return next((name for name in recipe_names(root) if _resolves_to(name, recipe, root)), "edited")
-
-
-def _resolves_to(name: str, recipe: "Recipe", root: Path) -> bool:
-    from flows.recipes.recipe import load_recipe
-
-    try:
-        return load_recipe(name, root=root) == recipe
-    except UserError:  # another page, half edited, is no reason to stop
-        return False

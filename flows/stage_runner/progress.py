@@ -1,7 +1,6 @@
 """Progress of a stage or a command: a bar or lines, a progress file, metrics and pictures in MLflow."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from flows.atomic import replace_text
 from flows.monitor import Monitor
-from flows.workspace.clone import PROGRESS_VARIABLE
+from flows.settings import Settings
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -119,8 +118,7 @@ class _ProgressFile:
 
     @classmethod
     def from_environment(cls) -> "_ProgressFile":
-        path = os.environ.get(PROGRESS_VARIABLE)
-        return cls(Path(path) if path else None)
+        return cls(Settings.read().progress_file)
 
     def write(self, done: int, total: int, unit: str) -> None:
         if self._path is None or (done < total and time.monotonic() - self._last < FILE_EVERY):

@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -16,13 +15,13 @@ from flows.distributed.devices import SHARED
 from flows.distributed.launch import join_stage, several_processes
 from flows.errors import UserError
 from flows.recipes.overrides import flatten
-from flows.recipes.recipe import Recipe, load_active, recipe_name
+from flows.recipes.recipe import Recipe, active_name, load_active
+from flows.settings import Settings
 from flows.stage_runner.progress import Bar, StageMonitor
 from flows.stage_runner.signals import StageSignals, end_with_caller
 from flows.tracking.run_context import RunContext
 from flows.tracking.stage_run import StageRun
-from flows.tracking.tracker import MODEL_FILES, MODEL_NAME, Tracker, describe_run, files_below, shown_files
-from flows.workspace.clone import LIFELINE_VARIABLE
+from flows.tracking.tracker import Tracker, describe_run, files_below, shown_files
 from flows.workspace.data_versions import fetch_versioned
 from flows.workspace.dvc_files import Stage, dvc_md5, read_stages, stage_facts, stage_key, version
 from flows.workspace.git import describe_code
@@ -49,7 +48,7 @@ def run_stage(name: str, root: Path) -> None:
         inputs |= _versioned_data(recipe, root)
     parameters = inspect.signature(function).parameters
     with StageSignals(deferred="state_dir" in parameters) as signals, ExitStack() as stack:
-        if LIFELINE_VARIABLE in os.environ:
+        if Settings.read().lifeline:
             end_with_caller()
         run = stack.enter_context(_tracked_run(stages[name], root, recipe, inputs))
         display = stack.enter_context(Bar(name, lines=True))
@@ -67,7 +66,7 @@ def run_stage(name: str, root: Path) -> None:
         outs = {path: dvc_md5(root / path) for path in stages[name].outs}
         if checkpoint:
             mark_finished(checkpoint.folder, outs)
-        _log_outputs(run, stages[name], root, recipe, outs)
+        _log_outputs(run, stages[name], root, outs)
 
 
 def join(name: str, root: Path, say: Callable[[str], None]) -> None:
@@ -101,7 +100,7 @@ def _refuse_other_code(root: Path) -> None:
 def _versioned_data(recipe: Recipe, root: Path) -> dict[str, str]:
     """Have the data here that the recipe names and DVC versions; return their versions by path."""
     source = recipe.data.source
-    return fetch_versioned(root, source.path, source.version, print) if hasattr(source, "path") else {}
+    return fetch_versioned(root, source.path, source.version) if hasattr(source, "path") else {}
 
 
 def stage_function(name: str) -> Callable[..., None]:
@@ -143,7 +142,7 @@ def _tracked_run(stage: Stage, root: Path, recipe: Recipe, inputs: Mapping[str, 
     belonging = RunContext.read()
 
     def tags() -> dict[str, str]:
-        whence = belonging.tags or {**describe_code(root), "recipe": recipe_name(recipe, root)}
+        whence = belonging.tags or {**describe_code(root), "recipe": active_name(root)}
         return {**whence, **{f"dvc.dep.{Path(path).name}": md5 for path, md5 in inputs.items()}}
 
     def log_inputs(tracker: Tracker, run_id: str) -> None:
@@ -158,8 +157,8 @@ def _tracked_run(stage: Stage, root: Path, recipe: Recipe, inputs: Mapping[str, 
         yield run
 
 
-def _log_outputs(run: StageRun, stage: Stage, root: Path, recipe: Recipe, outs: Mapping[str, str]) -> None:
-    """Log what the stage made: its data version, the files worth a look, the data set, the model."""
+def _log_outputs(run: StageRun, stage: Stage, root: Path, outs: Mapping[str, str]) -> None:
+    """Log what the stage made: its data version, the files worth a look, the data set."""
     folder = root / "out" / stage.name
 
     def log_outputs(tracker: Tracker, run_id: str) -> None:
@@ -167,10 +166,5 @@ def _log_outputs(run: StageRun, stage: Stage, root: Path, recipe: Recipe, outs: 
         tracker.log_files(run_id, shown_files(files_below(folder, stage.name)))
         if PREPARED in outs:
             tracker.log_dataset(run_id, folder / FACTS_FILE, outs[PREPARED], "preparation")
-        if stage.name == MODEL_NAME:
-            method = flatten({"method": recipe.student.method.model_dump(mode="json")})
-            weights = {name: folder / name for name in MODEL_FILES}
-            model_id = tracker.student_model(run_id, weights, version(outs), method, recipe.sample.mid_sigmas)
-            tracker.link_model(run_id, model_id)
 
     run.submit(log_outputs)

@@ -1,9 +1,10 @@
 """The MLflow run of a whole pipeline: the parent of its stages' runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from flows.recipes.overrides import flatten
 from flows.tracking.run_context import RunContext
 from flows.tracking.tracker import (
     MODEL_FILES,
@@ -17,6 +18,9 @@ from flows.tracking.tracker import (
     student_numbers,
 )
 from flows.workspace.dvc_files import version
+
+if TYPE_CHECKING:
+    from flows.recipes.recipe import Recipe
 
 
 class PipelineRun:
@@ -86,18 +90,21 @@ class PipelineRun:
 
     def log_student(
         self,
+        recipe: "Recipe",
         files: Mapping[str, Path],
         outs: Mapping[str, str],
         metrics: Mapping[str, Any],
         run_id: str | None,
-        mid_sigmas: Sequence[Sequence[float]],
     ) -> str:
-        """Link the student's model, logged now if need be, give it the metrics of its own images, return its id.
+        """Log the student's weights, `files` {student/NAME: path}, unless they are, and its metrics; return its id.
 
-        `run_id` is the run that trained it; `files` holds its weights as student/NAME.
+        `run_id` is the run that trained it, where this MLflow knows one.
         """
-        own = {name: files[f"{MODEL_NAME}/{name}"] for name in MODEL_FILES}
-        model_id = self.tracker.student_model(run_id or self.run_id, own, version(outs), {}, mid_sigmas)
-        self.tracker.link_model(self.run_id, model_id)
+        weights = {name: files[f"{MODEL_NAME}/{name}"] for name in MODEL_FILES}
+        method = flatten({"method": recipe.student.method.model_dump(mode="json")})
+        source, mid_sigmas = run_id or self.run_id, recipe.sample.mid_sigmas
+        model_id = self.tracker.student_model(source, weights, version(outs), method, mid_sigmas)
+        for run in {source, self.run_id}:
+            self.tracker.link_model(run, model_id)
         self.tracker.log_numbers(self.run_id, student_numbers(metrics), model_id=model_id)
         return model_id

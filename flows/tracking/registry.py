@@ -6,20 +6,19 @@ version and a digest of the protocol. Numbers of different protocols are never c
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flows.errors import UserError
-from flows.tracking.tracker import Tracker, student_numbers
+from flows.settings import Settings
+from flows.tracking.tracker import Tracker, all_pages, student_numbers
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CANDIDATE, CHAMPION = "candidate", "champion"
-METRIC_VARIABLE, METRIC = "CM_CHAMPION_METRIC", "fid/nfe_1"  # by which a champion is chosen: METRIC/ROW
 LARGER_IS_BETTER = {"fid": False, "kid": False, "is": True, "precision": True, "recall": True}
 DATA_TAG, PROTOCOL_TAG, MODEL_TAG, RUN_TAG, PROMOTED_TAG = "data", "protocol", "model_id", "run_id", "promoted"
 PAGE = 1000  # versions asked for at a time
@@ -35,10 +34,11 @@ class Rule:
     @classmethod
     def in_force(cls) -> "Rule":
         """Read the rule from CM_CHAMPION_METRIC, or take the usual one. Raises UserError for an unknown metric."""
-        text = os.environ.get(METRIC_VARIABLE, METRIC)
+        text = Settings.read().champion_metric
         metric, _, row = text.partition("/")
         if metric not in LARGER_IS_BETTER or not row.startswith("nfe_"):
-            raise UserError(f"{METRIC_VARIABLE}={text}: expected {'|'.join(LARGER_IS_BETTER)}/nfe_N, such as {METRIC}")
+            allowed = f"{'|'.join(LARGER_IS_BETTER)}/nfe_N, such as {Settings.champion_metric}"
+            raise UserError(f"CM_CHAMPION_METRIC={text}: expected {allowed}")
         return cls(metric, row)
 
     def cost(self, version: "Version") -> float | None:
@@ -207,7 +207,7 @@ class Registry:
 
     def names(self) -> list[str]:
         """Return the names of the registered models, sorted."""
-        return sorted(model.name for model in _all_pages(self._client.search_registered_models))
+        return sorted(model.name for model in all_pages(self._client.search_registered_models, max_results=PAGE))
 
     def read(self, name: str) -> Registered:
         """Read one registered model. Raises UserError where there is none."""
@@ -221,19 +221,11 @@ class Registry:
             raise UserError(
                 f"no registered model {name!r}; there are {', '.join(self.names()) or 'none yet'}"
             ) from None
-        found = _all_pages(self._client.search_model_versions, filter_string=f"name = '{name}'")
+        found = all_pages(self._client.search_model_versions, f"name = '{name}'", max_results=PAGE)
         versions = {version.number: version for version in sorted(map(Version.read, found), key=lambda v: v.number)}
         aliases = {alias: int(number) for alias, number in model.aliases.items()}
         promotion = json.loads(model.tags.get(PROMOTED_TAG, "{}"))
         return Registered(name, versions, aliases, promotion.get("version"), promotion.get("among", 0))
-
-
-def _all_pages(search: Any, **query: str) -> Iterable[Any]:
-    page = search(max_results=PAGE, **query)
-    yield from page
-    while page.token:
-        page = search(max_results=PAGE, page_token=page.token, **query)
-        yield from page
 
 
 def model_name(dataset: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-PARENT_VARIABLE, TAGS_VARIABLE = "CM_PARENT_RUN_ID", "CM_RUN_TAGS"  # how a flow's stages learn what they belong to
+from flows.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,13 @@ class RunContext:
     @classmethod
     def read(cls) -> "RunContext":
         """Read what a flow passed on; a stage started by `dvc repro` belongs to nothing."""
-        return cls(os.environ.get(PARENT_VARIABLE), json.loads(os.environ.get(TAGS_VARIABLE, "{}")))
+        settings = Settings.read()
+        return cls(settings.parent_run_id, settings.run_tags or {})
 
     def variables(self) -> dict[str, str]:
         """Return the environment variables that `read` reads."""
-        parent = {PARENT_VARIABLE: self.parent_run_id} if self.parent_run_id else {}
-        return {**parent, TAGS_VARIABLE: json.dumps(self.tags)}
+        parent = {"CM_PARENT_RUN_ID": self.parent_run_id} if self.parent_run_id else {}
+        return {**parent, "CM_RUN_TAGS": json.dumps(self.tags)}
 
     @contextmanager
     def in_environment(self) -> Iterator[None]:

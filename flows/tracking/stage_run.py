@@ -20,14 +20,14 @@ class StageRun:
 
     def __init__(
         self,
-        origin: Path,
+        shared_root: Path,
         stage: str,
         parent_run_id: str | None,
         tags: Callable[[], dict[str, str]],
         *,
         watch_machine: bool = False,
     ) -> None:
-        self._origin, self._stage, self._parent_run_id, self._make_tags = origin, stage, parent_run_id, tags
+        self._shared_root, self._stage, self._parent_run_id, self._make_tags = shared_root, stage, parent_run_id, tags
         self._watch_machine = watch_machine
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
         self._written: deque[tuple[Action, Future[None]]] = deque()
@@ -37,7 +37,7 @@ class StageRun:
         return self
 
     def _open(self) -> None:
-        tracker = Tracker(self._origin)
+        tracker = Tracker(self._shared_root)
         self.tags = {**self._make_tags(), "stage": self._stage}
         parent = {"mlflow.parentRunId": self._parent_run_id} if self._parent_run_id else {}
         tags = {**self.tags, **parent, **code_tags(self.tags, f"cm stage {self._stage}")}

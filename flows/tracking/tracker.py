@@ -40,7 +40,7 @@ SHOWN = {".png", ".json", ".jsonl", ".csv", ".html", ".patch"}
 class Tracker:
     """A connection to MLflow and the experiment that holds all runs."""
 
-    def __init__(self, origin: Path) -> None:
+    def __init__(self, shared_root: Path) -> None:
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
         import mlflow
@@ -48,12 +48,12 @@ class Tracker:
         for noisy in ("alembic", "mlflow.store.db.utils"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         given = os.environ.get("MLFLOW_TRACKING_URI")
-        self.uri = given or f"sqlite:///{origin / 'mlflow.db'}"
+        self.uri = given or f"sqlite:///{shared_root / 'mlflow.db'}"
         mlflow.set_tracking_uri(self.uri)
         if given is None:  # MLflow also writes it into the environment, where only the user's choice belongs
             os.environ.pop("MLFLOW_TRACKING_URI", None)
         self.client: MlflowClient = mlflow.MlflowClient(self.uri)
-        self.experiment_id = self._open_experiment(None if given else (origin / "mlruns").as_uri())
+        self.experiment_id = self._open_experiment(None if given else (shared_root / "mlruns").as_uri())
 
     def _open_experiment(self, artifacts: str | None) -> str:
         from mlflow.exceptions import MlflowException
@@ -76,9 +76,9 @@ class Tracker:
     def data_versions(self) -> set[str]:
         """Return every DVC hash that a run or a model of any experiment carries; a registered model's too."""
         experiments = [one.experiment_id for one in self.client.search_experiments()]
-        runs = list(_pages(lambda token: self.client.search_runs(experiments, page_token=token)))
-        models = list(_pages(lambda token: self.client.search_logged_models(experiments, page_token=token)))
-        registered = _pages(lambda token: self.client.search_model_versions(page_token=token))
+        runs = list(all_pages(self.client.search_runs, experiments))
+        models = list(all_pages(self.client.search_logged_models, experiments))
+        registered = all_pages(self.client.search_model_versions)
         runs += [self.client.get_run(one.run_id) for one in registered if one.run_id]  # deleted ones among them
         tags = [run.data.tags for run in runs] + [model.tags for model in models]
         return {value for one in tags for key, value in one.items() if key.startswith("dvc.")}
@@ -156,17 +156,18 @@ class Tracker:
         return model.model_id
 
     def link_model(self, run_id: str, model_id: str) -> None:
-        """Show a model among a run's outputs."""
+        """Show a model among a run's outputs, once."""
         from mlflow.entities import LoggedModelOutput
 
-        self.client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+        if model_id not in [output.model_id for output in self.client.get_run(run_id).outputs.model_outputs]:
+            self.client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
 
 
-def _pages(ask: Callable[[str | None], Any]) -> Iterator[Any]:
-    """Yield the items of all pages of an answer."""
+def all_pages(search: Callable[..., Any], *arguments: Any, **query: Any) -> Iterator[Any]:
+    """Yield the items of all pages that one of MLflow's searches returns."""
     token = None
     while True:
-        page = ask(token)
+        page = search(*arguments, page_token=token, **query)
         yield from page
         token = page.token
         if not token:
@@ -183,21 +184,21 @@ def _folder_of(files: Mapping[str, Path]) -> Iterator[str]:
         yield folder
 
 
-def fetch_student(model_uri: str, origin: Path) -> Path:
+def fetch_student(model_uri: str, shared_root: Path) -> Path:
     """Download a logged student (models:/ID, models:/NAME@ALIAS); return the folder that `load_model` reads."""
     from flows.inference.package import weights_of
 
-    Tracker(origin)
+    Tracker(shared_root)
     import mlflow
 
     return weights_of(Path(mlflow.artifacts.download_artifacts(model_uri)))
 
 
-def load_student(model_uri: str, origin: Path) -> "tuple[ModelSpec, Precond]":
+def load_student(model_uri: str, shared_root: Path) -> "tuple[ModelSpec, Precond]":
     """Download a logged student and build it, ready to sample."""
     from cm_core.model import load_model
 
-    return load_model(fetch_student(model_uri, origin))
+    return load_model(fetch_student(model_uri, shared_root))
 
 
 def _dataset_source(source: str) -> tuple[str, dict[str, Any]]:

@@ -1,11 +1,12 @@
 """A flow run's own clone of the workspace, and DVC at work in it.
 
 Two runs in one workspace block each other, so each gets a clone at a recorded revision, with the uncommitted edits
-of its origin as a commit of their own. All clones share the origin's DVC cache: what one computed, all have.
+of the workspace as a commit of their own. All clones share that workspace's DVC cache: what one computed, all have.
 """
 
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -23,14 +24,14 @@ from flows.atomic import try_lock
 from flows.errors import USER_ERROR, RunEnding, StageFailed, UserError
 from flows.workspace.dvc_files import DVC, LOCK_FILE, locked_outs, read_lock, update_lock
 from flows.workspace.git import commit_edits, git, revision, uncommitted_patch
-from flows.workspace.locations import HOME_VARIABLE, cache_of, shared_remote, shared_root
+from flows.workspace.locations import cache_of, shared_remote, shared_root
 from flows.workspace.process import Process
 
-PROGRESS_VARIABLE = "CM_PROGRESS_FILE"  # where a stage says how far it is
-LIFELINE_VARIABLE = "CM_LIFELINE"  # set: a stage ends when its standard input does, for then its flow is gone
+logger = logging.getLogger(__name__)
 CLONE, EDITS_FILE, LIVE_FILE, DONE_FILE = "workspace", "edits.patch", "live", "done"
 KEPT_DONE, KEPT_FAILED = 2, 5  # folders of finished runs; a failed one serves debugging
 MAX_NAME = 60  # characters of a run's name in its folder's; overrides can make it longer than a file system takes
+DVC_EMPTY = "__init__.py' is empty."  # how DVC ends its warning of a package without text
 DVC_CHATTER = (  # advice and bookkeeping that says nothing about the stage
     "Generating lock file",
     "Updating lock file",
@@ -107,7 +108,7 @@ def is_live(folder: Path) -> bool:
 
 
 def _share_dvc(root: Path, target: Path) -> None:
-    """Give the clone the origin's DVC cache and remotes (its own relative paths would lead elsewhere).
+    """Give the clone the DVC cache and remotes of `root` (its own relative paths would lead elsewhere).
 
     What comes from a remote is always verified: DVC would otherwise trust the name of damaged bytes.
     """
@@ -125,8 +126,8 @@ def _share_dvc(root: Path, target: Path) -> None:
 class Workspace:
     """The clone of one run. Leave it (it is a context manager) and whatever still runs in it is ended."""
 
-    def __init__(self, folder: Path, origin: Path, revision: str) -> None:
-        self.folder, self.root, self.origin = folder, folder / CLONE, origin
+    def __init__(self, folder: Path, shared_root: Path, revision: str) -> None:
+        self.folder, self.root, self.shared_root = folder, folder / CLONE, shared_root
         self.revision = revision
         self._live = (folder / LIVE_FILE).open("w")
         fcntl.flock(self._live, fcntl.LOCK_EX)
@@ -149,54 +150,54 @@ class Workspace:
         stage: str,
         *,
         variables: Mapping[str, str] | None = None,
-        on_line: Callable[[str], None] = print,
         on_progress: Callable[[dict[str, Any]], None] = lambda progress: None,
     ) -> StageResult:
         """Bring one stage up to date through DVC, its inputs taken from the cache or the remote where missing.
 
-        `variables` are added to its environment, `on_line` gets its output, `on_progress` what it says of its
-        progress. Raises UserError where the stage did, StageFailed for any other bad end, RunEnding after `stop`.
+        `variables` are added to its environment; its output is logged, `on_progress` gets its progress.
+        Raises UserError where the stage did, StageFailed for any other bad end, RunEnding after `stop`.
         """
         progress = _Progress(self.folder / f"progress-{stage}.json", on_progress)
         started = time.monotonic()
         command = [*DVC, "repro", "--single-item", "--pull", stage]
-        variables = {PROGRESS_VARIABLE: str(progress.path), **(variables or {})}
-        code, lines = self._run(command, variables, on_line, progress.look)
+        variables = {"CM_PROGRESS_FILE": str(progress.path), **(variables or {})}
+        code, lines = self._run(command, variables, progress.look, logged=True)
         progress.look()
         if code:
             raise RunEnding(stage) if self._stopping else _failure(stage, lines)
         cached = f"Running stage '{stage}':" not in lines
         self.seconds[stage] = time.monotonic() - started
         if not cached:
-            self.push([stage], on_line)
+            self.push([stage])
         return StageResult(cached, read_lock(self.root)[stage])
 
-    def push(self, stages: Sequence[str], on_line: Callable[[str], None] = print) -> None:
+    def push(self, stages: Sequence[str]) -> None:
         """Give the results of stages to DVC's remote if others share it; say why where that fails, and go on."""
-        url = shared_remote(self.origin)  # seen from the clone, the origin's own folder would be somebody else's
+        url = shared_remote(self.shared_root)  # seen from the clone, a folder of the workspace would look like a remote
         if not stages or not url:
             return
-        code, lines = self._run([*DVC, "push", "--run-cache", *stages], {}, lambda line: None, lambda: None)
+        code, lines = self._run([*DVC, "push", "--run-cache", *stages], {}, lambda: None, logged=False)
         errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
         if code or errors:  # where only records of runs fail to travel, DVC says so and exits with 0
             self._unpushed += stages
-            on_line(f"{', '.join(stages)}: not pushed to {url} yet ({next(iter(errors), lines[-1:])})")
+            reason = next(iter(errors), lines[-1:])
+            logger.warning("%s: not pushed to %s, tried again later: %s", ", ".join(stages), url, reason)
 
-    def push_again(self, on_line: Callable[[str], None] = print) -> None:
+    def push_again(self) -> None:
         """Try once more to push what the remote did not take; see `push`."""
         stages, self._unpushed = self._unpushed, []
-        self.push(stages, on_line)
+        self.push(stages)
 
     def _run(
-        self, command: list[str], variables: Mapping[str, str], on_line: Callable[[str], None], on_tick: Callable
+        self, command: list[str], variables: Mapping[str, str], on_tick: Callable[[], None], *, logged: bool
     ) -> tuple[int, list[str]]:
         """Run a command in the clone and return its exit code and output; see `reproduce`."""
         lines, process = [], self._start(command, variables)
         try:
             for line in process.lines(on_tick=on_tick):
                 lines.append(line)
-                if line.strip() and not line.startswith(DVC_CHATTER):
-                    on_line(line)
+                if logged and line.strip() and not line.startswith(DVC_CHATTER) and not line.endswith(DVC_EMPTY):
+                    logger.info("%s", line)
         finally:
             code = process.end()
             self._running.discard(process)
@@ -216,11 +217,11 @@ class Workspace:
         return {EDITS_FILE: patch} if patch.exists() else {}
 
     def environment(self) -> dict[str, str]:
-        """Return the environment in which a command runs this clone's code with the origin's stores."""
+        """Return the environment in which a command runs this clone's code with the shared stores."""
         return {
             **os.environ,
-            HOME_VARIABLE: str(self.origin),
-            LIFELINE_VARIABLE: "stdin",
+            "CM_HOME": str(self.shared_root),
+            "CM_LIFELINE": "stdin",
             "PYTHONPATH": str(self.root),
             "PYTHONUNBUFFERED": "1",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",

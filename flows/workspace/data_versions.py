@@ -3,13 +3,14 @@
 A recipe names such a file by its path in the workspace and its version, so that it means the same in every clone.
 """
 
+import logging
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 from flows.errors import UserError
 from flows.workspace.dvc_files import DVC, load_yaml
 
+logger = logging.getLogger(__name__)
 FOLDER = Path("data")
 
 
@@ -26,7 +27,7 @@ def version_of(entry: dict) -> str:
     return entry["outs"][0]["md5"]
 
 
-def fetch_versioned(root: Path, path: str, version: str, say: Callable[[str], None]) -> dict[str, str]:
+def fetch_versioned(root: Path, path: str, version: str) -> dict[str, str]:
     """Have the file at `path` here if DVC versions it, from the cache or a remote; return {path: version} of it.
 
     Raises UserError where the recipe asks for another version than the workspace points to, or none can be brought.
@@ -42,7 +43,7 @@ def fetch_versioned(root: Path, path: str, version: str, say: Callable[[str], No
         )
     if not (root / path).exists():
         _dvc(root, "pull", f"{path}.dvc")
-    say(f"{path}, version {found}")
+    logger.info("prepare: %s, version %s", path, found)
     return {path: found}
 
 

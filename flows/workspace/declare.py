@@ -5,9 +5,10 @@ outputs are written by hand. Nothing is imported for it, so that the code in a f
 """
 
 import ast
+from collections.abc import Sequence
 from pathlib import Path
 
-from flows.workspace.dvc_files import PARAMS_FILE, STAGES_FILE
+from flows.workspace.dvc_files import PARAMS_FILE, STAGES_FILE, files_in
 from flows.workspace.import_closure import import_closure
 
 NOT_DECLARED = ("out_dir", "state_dir", "monitor")  # given to a stage, but no reason to run it again
@@ -20,9 +21,19 @@ def declare(root: Path, stage: str) -> dict[str, object]:
     sections = [name for name in names if not name.endswith("_dir")]
     return {
         "cmd": f"cm stage {stage}",
-        "deps": artifacts + import_closure(root, f"flows.stages.{stage}"),
+        "deps": artifacts + whole_folders(root, import_closure(root, f"flows.stages.{stage}")),
         "params": [{PARAMS_FILE: sections}],
     }
+
+
+def whole_folders(root: Path, files: Sequence[str]) -> list[str]:
+    """Name a folder in place of its files where `files` holds all of them: shorter, and as exact."""
+    known, found = set(files), {}
+    for file in files:
+        folders = [folder.as_posix() for folder in Path(file).parents][-2::-1]  # from the outermost in
+        whole = (folder for folder in folders if {f"{folder}/{name}" for name in files_in(root / folder)} <= known)
+        found[next(whole, file)] = None
+    return list(found)
 
 
 def read_signature(root: Path, stage: str) -> list[str]:

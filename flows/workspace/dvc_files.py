@@ -145,9 +145,14 @@ def dvc_md5(path: Path) -> str:
         return _file_md5(path)
     if not path.is_dir():
         raise UserError(f"{path}: missing; bring its stage up to date with `dvc repro`")
-    files = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
-    listing = [{"md5": _file_md5(file), "relpath": name} for name, file in files]
+    listing = [{"md5": _file_md5(file), "relpath": name} for name, file in files_in(path).items()]
     return hashlib.md5(json.dumps(listing, sort_keys=True).encode(), usedforsecurity=False).hexdigest() + ".dir"
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    """Return {path below the folder: file}, sorted, without the compiled code that .dvcignore hides from DVC."""
+    files = ((file.relative_to(folder), file) for file in folder.rglob("*") if file.is_file())
+    return dict(sorted((name.as_posix(), file) for name, file in files if "__pycache__" not in name.parts))
 
 
 def _file_md5(path: Path) -> str:

@@ -1,12 +1,10 @@
 """Where a workspace lies, and where the things that all its runs share are: the database, the DVC cache, the remote."""
 
-import os
 from pathlib import Path
 
 from flows.errors import UserError
+from flows.settings import Settings
 from flows.workspace.dvc_files import STAGES_FILE, Cache
-
-HOME_VARIABLE = "CM_HOME"  # in the environment of a clone: the workspace it was cloned from
 
 
 def workspace_root(start: Path | None = None) -> Path:
@@ -20,7 +18,7 @@ def workspace_root(start: Path | None = None) -> Path:
 
 def shared_root(root: Path) -> Path:
     """Return where the things that all runs share are: mlflow.db, .cm/. A clone's are in the workspace it came from."""
-    return Path(os.environ.get(HOME_VARIABLE) or root).resolve()
+    return (Settings.read().home or root).resolve()
 
 
 def cache_of(root: Path) -> Cache:

@@ -54,7 +54,7 @@ def test_stages_side_by_side_share_the_cores(pipeline, monkeypatch):
     assert pipeline.threads_for(stages["teacher"], stages) == 3
 
 
-def test_progress_that_cannot_be_shown_ends_nothing(pipeline, monkeypatch, capsys):
+def test_progress_that_cannot_be_shown_ends_nothing(pipeline, monkeypatch, caplog):
     from flows.orchestration import artifacts
 
     def unreachable(*_, **__):
@@ -62,7 +62,7 @@ def test_progress_that_cannot_be_shown_ends_nothing(pipeline, monkeypatch, capsy
 
     monkeypatch.setattr(artifacts, "create_progress_artifact", unreachable)
     artifacts.ProgressArtifact("teacher").show({"done": 1, "total": 2, "unit": "steps"})
-    assert capsys.readouterr().out == "teacher: progress is not shown (refused)\n"
+    assert caplog.messages == ["teacher: progress is not shown, the stage goes on: refused"]
 
 
 @pytest.fixture(scope="module")

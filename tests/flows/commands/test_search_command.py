@@ -57,7 +57,7 @@ def found(root, monkeypatch, capsys):
     monkeypatch.chdir(root)
     recipe = load_recipe("tiny", root=root)
     grid = make_grid(recipe, 2, 7)
-    return recipe, find(recipe, grid, arguments(nfe=2), SimpleNamespace(root=root, origin=root), ENTRIES)
+    return recipe, find(recipe, grid, arguments(nfe=2), SimpleNamespace(root=root, shared_root=root), ENTRIES)
 
 
 def test_a_search_measures_finds_and_logs(root, found, capsys):

@@ -4,11 +4,13 @@ import base64
 import io
 import json
 import os
+import sqlite3
 import subprocess
 import sys
+import tarfile
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from cm_core.networks import SongUNetParams
 from cm_core.noise import Noise
 from command import run
 from flows.tracking.tracker import MODEL_FILES, Tracker
+from miniature import REPOSITORY
 from servers import free_port, process, wait_for_page
 
 MID_SIGMAS = [[], [3.0]]
@@ -78,7 +81,13 @@ def test_the_logged_model_holds_no_pickle_and_loads_as_a_pyfunc(root, models, sa
     monkeypatch.setattr(sys, "path", [*sys.path])  # where MLflow puts the model's own code first, and leaves it
     folder = Path(mlflow.artifacts.download_artifacts(models["plain"]))
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert {"MLmodel", "artifacts/student/ema.safetensors", "code/cm_core/sampling.py"} <= files
+    assert {
+        "MLmodel",
+        "artifacts/student/ema.safetensors",
+        "code/cm_core/sampling.py",
+        "code/flows/inference/server.py",
+    } <= files
+    assert "code/flows/generate.py" not in files
     assert not [name for name in files if name.endswith((".pkl", ".pickle", ".pt"))]
     assert not [name for name in files if "pipeline" in name], "only what drawing needs"
     loaded = mlflow.pyfunc.load_model(models["plain"])
@@ -143,16 +152,67 @@ def test_a_server_answers_with_the_pictures_that_cm_sample_draws(root, models, s
         assert ask(address, {"n": 4})[0] == 400
 
 
-@pytest.mark.slow
-def test_the_packed_code_is_enough(root, models, tmp_path):
-    """A process that imports nothing but MLflow loads the model and uses the modules kept beside the weights."""
+def load_elsewhere(uri, root, folder, request):
+    """Load a model and ask it in a process that imports nothing but MLflow; return the images in base64."""
     code = f"""
 import mlflow, sys
-(answer,) = mlflow.pyfunc.load_model({models["plain"]!r}).predict([{{"n": 1}}])
+(answer,) = mlflow.pyfunc.load_model({uri!r}).predict([{request!r}])
 own = [module.__file__ for name, module in sys.modules.items() if name.startswith(("cm_core", "flows"))]
 assert own and all("/code/" in file for file in own), own
-print(len(answer.images))
+print(*answer.images)
 """
     env = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{root / 'mlflow.db'}", "PYTHONPATH": ""}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1:] == ["1"], done.stderr[-2000:]
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()[-1].split()
+
+
+@pytest.mark.slow
+def test_the_packed_code_is_enough(root, models, tmp_path):
+    assert len(load_elsewhere(models["plain"], root, tmp_path, {"n": 1})) == 1
+
+
+BEFORE, CHAMPION = REPOSITORY / "tests" / "fixtures" / "logged_before_wings", "models:/cm-digits@champion"
+AS_DRAWN = {"n": 4, "steps": 2, "seed": 5}
+
+
+@pytest.fixture
+def before(tmp_path, monkeypatch):
+    """A workspace with a student that was logged and registered before `flows/` had wings, and the images it drew."""
+    root = tmp_path / "before"
+    (root / "params").mkdir(parents=True)
+    (root / "dvc.yaml").write_text("stages: {}\n")
+    with closing(sqlite3.connect(root / "mlflow.db")) as database:
+        database.executescript((BEFORE / "mlflow.sql").read_text().replace("@ROOT@", str(root)))
+    with tarfile.open(BEFORE / "model.tar.gz") as archive:
+        archive.extractall(root, filter="data")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(root)
+    return root, np.load(BEFORE / "drawn.npy")
+
+
+def test_a_model_logged_before_the_wings_draws_the_same_images_by_its_alias(before, capsys):
+    root, drawn = before
+    options = [f"--{name}={value}" for name, value in AS_DRAWN.items()]
+    assert run(capsys, "sample", "--model", CHAMPION, *options, "--out", str(root / "now.npy"))[0] == 0
+    np.testing.assert_array_equal(np.load(root / "now.npy"), drawn)
+
+
+def test_a_model_logged_before_the_wings_loads_where_the_present_code_is_imported(before, monkeypatch):
+    import mlflow
+
+    root, drawn = before
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Tracker(root)
+    (answer,) = mlflow.pyfunc.load_model(CHAMPION).predict([AS_DRAWN])
+    np.testing.assert_array_equal(decode(answer.images), drawn)
+
+
+@pytest.mark.slow
+def test_a_model_logged_before_the_wings_loads_alone_and_is_served(before, tmp_path):
+    root, drawn = before
+    np.testing.assert_array_equal(decode(load_elsewhere(CHAMPION, root, tmp_path, AS_DRAWN)), drawn)
+    with served(CHAMPION, root, tmp_path) as address:
+        status, answer = ask(address, {"inputs": [AS_DRAWN]})
+    assert status == 200
+    np.testing.assert_array_equal(decode(answer["predictions"][0]["images"]), drawn)

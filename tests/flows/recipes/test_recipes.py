@@ -11,13 +11,15 @@ from cm_core.params import Params
 from flows.errors import UserError
 from flows.recipes.overrides import flatten, merge, parse_override
 from flows.recipes.recipe import (
+    EDITED,
     Recipe,
+    active_name,
     dump_recipe,
     explain,
     load_active,
     load_recipe,
     recipe_names,
-    with_absolute_paths,
+    vary,
     write_active,
 )
 
@@ -172,11 +174,21 @@ def test_active_recipe_round_trips(root):
     assert path.stat().st_mtime_ns == before
 
 
+def test_the_active_recipe_knows_its_name_until_it_is_edited(root):
+    path = write_active(load_recipe("tiny", ["seed=4"], root=root), root, "tiny seed=4 (a \n try)")
+    assert active_name(root) == "tiny seed=4 (a try)"
+    text = path.read_text()
+    path.write_text(text.replace("seed: 4", "seed: 5"))
+    assert active_name(root) == EDITED
+    path.write_text(text.partition("\n")[2])
+    assert active_name(root) == EDITED
+
+
 def test_local_paths_become_absolute_because_runs_work_in_a_clone(root, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     source = "data.source={kind: images, path: %s}"
     found = {
-        path: with_absolute_paths(load_recipe("tiny", [source % path], root=root), root).data.source.path
+        path: load_recipe("tiny", [source % path], root=root, base=root).data.source.path
         for path in ("pictures.zip", "~/pictures", "/data/x", "s3://bucket/x/")
     }
     assert found == {
@@ -185,8 +197,15 @@ def test_local_paths_become_absolute_because_runs_work_in_a_clone(root, monkeypa
         "/data/x": "/data/x",
         "s3://bucket/x/": "s3://bucket/x/",
     }
-    plain = load_recipe("tiny", root=root)
-    assert with_absolute_paths(plain, root) == plain
+    assert load_recipe("tiny", root=root, base=root) == load_recipe("tiny", root=root)
+    point = {"data.source": {"kind": "images", "path": "pictures.zip"}}
+    assert vary("tiny", [point], root=root, source="sweep").data.source.path == str(root / "pictures.zip")
+
+
+def test_values_that_are_no_paths_are_refused_as_ever(root):
+    for value in ("{kind: images, path: 3}", "[1]", "3"):
+        with pytest.raises(UserError, match=r"--set data\.source"):
+            load_recipe("tiny", [f"data.source={value}"], root=root, base=root)
 
 
 def test_scientific_notation_is_a_number(root):

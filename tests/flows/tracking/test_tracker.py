@@ -23,7 +23,7 @@ from flows.stage_runner.progress import Bar, StageMonitor
 from flows.tracking.pipeline_run import PipelineRun
 from flows.tracking.run_context import RunContext
 from flows.tracking.stage_run import StageRun
-from flows.tracking.tracker import Tracker, flat_numbers, load_student
+from flows.tracking.tracker import Tracker, files_below, flat_numbers, load_student
 from flows.workspace.dvc_files import dvc_md5
 from miniature import REPOSITORY, git, make_workspace
 
@@ -81,10 +81,7 @@ def root(tmp_path_factory):
     root = make_workspace(tmp_path_factory.mktemp("workspace"))
     (root / "dvc.yaml").write_text(STAGES)
     (root / "flows").symlink_to(REPOSITORY / "flows")
-    (root / "params" / "recipes").mkdir()
-    (root / "params" / "recipes" / "mine.yaml").write_text("seed: 0\n")
-    (root / "params" / "recipes" / "broken.yaml").write_text("sed: 0\n")
-    write_active(Recipe(), root)
+    write_active(Recipe(), root, "mine")
     return root
 
 
@@ -148,22 +145,27 @@ def test_everything_a_stage_did_is_in_mlflow(root, tracker, monkeypatch, tmp_pat
     assert tracker.find_stage_run("teacher", "0" * 32) is None
 
 
-def test_the_student_is_a_model_that_loads(root, tracker):
+def test_the_measured_student_is_a_model_that_loads_and_is_logged_once(root, tracker):
     running.run_stage("prepare", root)
     (root / "out/teacher").mkdir(exist_ok=True)
     running.run_stage("student", root)
     run = newest(tracker, "student")
-    model_id = run.outputs.model_outputs[0].model_id
+    assert run.data.tags["recipe"] == "mine" and not run.outputs.model_outputs
+    files, outs = files_below(root / "out/student", "student"), {"out/student": run.data.tags["dvc.out"]}
+    metrics = {"fid_classifier": {"nfe_1": 2.5, "real": 0.5}}
+    parents = [PipelineRun(tracker, "name", {"recipe": "mine"}, {}) for _ in range(3)]
+    with parents[0] as first, parents[1] as second, parents[2] as without_its_training:
+        model_id = first.log_student(Recipe(), files, outs, metrics, run.info.run_id)
+        assert second.log_student(Recipe(), files, outs, metrics, run.info.run_id) == model_id
+        assert without_its_training.log_student(Recipe(), files, outs, metrics, None) == model_id
+    for run_id in (run.info.run_id, *(parent.run_id for parent in parents)):
+        assert [output.model_id for output in tracker.client.get_run(run_id).outputs.model_outputs] == [model_id]
     spec, model = load_student(f"models:/{model_id}", root)
     x, sigma = torch.randn(2, 1, 4, 4), torch.full((2,), 80.0)
     torch.testing.assert_close(model(x, sigma), build_seeded(SPEC, 1).eval()(x, sigma))
-    assert spec == SPEC and run.data.tags["recipe"] == "mine"
-
-    made = run.data.tags["dvc.out"]
-    again = tracker.student_model(run.info.run_id, {}, made, {})
-    assert again == model_id, "the same weights are logged once"
-    tracker.log_numbers(run.info.run_id, {"fid_classifier/nfe_1": 2.5}, model_id=model_id)
-    assert [m.key for m in tracker.client.get_logged_model(model_id).metrics] == ["fid_classifier/nfe_1"]
+    logged = tracker.client.get_logged_model(model_id)
+    assert spec == SPEC and {metric.key for metric in logged.metrics} == {"fid_classifier/nfe_1"}
+    assert logged.source_run_id == run.info.run_id and logged.params["method.kind"] == "cd"
 
 
 def test_a_stopped_training_goes_on_and_its_state_goes_when_dvc_has_the_result(root, tracker, monkeypatch, tmp_path):

@@ -11,6 +11,7 @@ import torch
 from cm_core.model import ModelSpec, build_seeded, save_model
 from cm_core.networks import MLPParams
 from cm_core.noise import Noise
+from flows.recipes.recipe import Recipe
 from flows.reports.figures import save_grid
 from flows.tracking.pipeline_run import PipelineRun
 from flows.tracking.registry import Registry, register_student
@@ -59,7 +60,7 @@ def log_pipeline(root):
         parent.log_dataset(root / "dataset.json", {"out/prepare": "p" * 32})
         parent.log_results(METRICS, {"evaluate/grid.png": root / "grid.png"})
         outs = {"out/student": "s" * 32}
-        model_id = parent.log_student(files, outs, METRICS, run_ids["student"], [[], [0.8]])
+        model_id = parent.log_student(Recipe(), files, outs, METRICS, run_ids["student"])
         named = {"dataset": "made up", "data_version": "p" * 32, "protocol": PROTOCOL, "metrics": METRICS}
         register_student(parent.tracker, model_id, **named, tags={"run_id": parent.run_id})
     return parent.run_id

@@ -1,6 +1,7 @@
 """Images of one's own as versioned data: packed, described, found again in any clone by their version."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ from PIL import Image
 
 from command import run
 from flows.errors import UserError
-from flows.recipes.recipe import load_recipe, with_absolute_paths
+from flows.recipes.recipe import load_recipe
 from flows.workspace import clone
 from flows.workspace.data_versions import fetch_versioned
 from miniature import REPOSITORY, commit, git, make_workspace
@@ -58,27 +59,27 @@ def test_what_cannot_be_added_is_refused_before_anything_is_written(root, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_folder_becomes_one_versioned_archive_that_every_clone_finds(root, pictures, capsys):
+def test_a_folder_becomes_one_versioned_archive_that_every_clone_finds(root, pictures, capsys, caplog):
     code, out, _ = run(capsys, "data", "add", str(pictures), "--description", "pets of the house")
     assert code == 0 and "6 images, 2 classes, 1 ignored files" in out
     version = re.search(r"version ([0-9a-f]{32})", out)[1]
     override = re.search(r"--set '(.*)'", out)[1]
-    recipe = with_absolute_paths(load_recipe("tiny", [override], root=root), root)
+    recipe = load_recipe("tiny", [override], root=root, base=root)
     assert (recipe.data.source.path, recipe.data.source.version) == ("data/pictures.zip", version)
     git(root, "add", "--all")
     commit(root)
     (listed,) = json.loads(run(capsys, "data", "--json")[1])
     assert listed["version"] == version and listed["description"] == "pets of the house" and len(listed["commits"]) == 1
 
-    said = []
+    caplog.set_level(logging.INFO, "flows")
     with clone.clone(root, "run") as copy:
         assert not (copy.root / "data" / "pictures.zip").exists()
-        assert fetch_versioned(copy.root, "data/pictures.zip", version, said.append) == {"data/pictures.zip": version}
+        assert fetch_versioned(copy.root, "data/pictures.zip", version) == {"data/pictures.zip": version}
         assert (copy.root / "data/pictures.zip").read_bytes() == (root / "data/pictures.zip").read_bytes()
         with pytest.raises(UserError, match=f"at version {version}, data.source.version='other'"):
-            fetch_versioned(copy.root, "data/pictures.zip", "other", said.append)
-    assert said == [f"data/pictures.zip, version {version}"]
-    assert fetch_versioned(root, "/elsewhere/pictures.zip", "", said.append) == {}
+            fetch_versioned(copy.root, "data/pictures.zip", "other")
+    assert f"prepare: data/pictures.zip, version {version}" in caplog.messages
+    assert fetch_versioned(root, "/elsewhere/pictures.zip", "") == {}
 
 
 @pytest.mark.slow
@@ -93,7 +94,7 @@ def test_data_travel_between_two_clones_and_equal_images_are_one_version(root, p
     commit(root)
     git(tmp_path, "clone", "--quiet", str(root), "other")
     (tmp_path / "other" / ".dvc" / "config.local").write_text(text)
-    assert fetch_versioned(tmp_path / "other", "data/pictures.zip", version, print)
+    assert fetch_versioned(tmp_path / "other", "data/pictures.zip", version)
     assert (tmp_path / "other/data/pictures.zip").read_bytes() == (root / "data/pictures.zip").read_bytes()
     for path in pictures.rglob("*"):
         path.touch()
@@ -109,9 +110,11 @@ def test_an_array_is_versioned_and_prepared_through_dvc(root, tmp_path, capsys):
     version = re.search(r"version ([0-9a-f]{32})", out)[1]
     (root / "data" / "grey.npz").unlink()
     code = f"""
+import logging
 from pathlib import Path
 from flows.workspace.data_versions import fetch_versioned
-fetch_versioned(Path.cwd(), "data/grey.npz", {version!r}, print)
+logging.basicConfig(level="INFO")
+fetch_versioned(Path.cwd(), "data/grey.npz", {version!r})
 Path("out/prepare").mkdir(parents=True)
 Path("out/prepare/copy").write_bytes(Path("data/grey.npz").read_bytes())
 """
@@ -121,5 +124,5 @@ Path("out/prepare/copy").write_bytes(Path("data/grey.npz").read_bytes())
     command, env = [sys.executable, "-m", "dvc", "repro"], {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"data/grey.npz, version {version}" in done.stdout
+    assert f"data/grey.npz, version {version}" in done.stderr
     assert np.array_equal(np.load(root / "out/prepare/copy")["images"], images)

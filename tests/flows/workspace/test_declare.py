@@ -1,5 +1,6 @@
 """dvc.yaml says of each stage what its source says: command, inputs, code, params."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import pytest
 
 from flows.recipes.recipe import Recipe
 from flows.workspace import declare, import_closure
-from flows.workspace.dvc_files import PARAMS_FILE, load_yaml, read_stages
+from flows.workspace.dvc_files import PARAMS_FILE, dvc_md5, files_in, load_yaml, read_lock, read_stages, stage_key
+from miniature import make_workspace
 
 ROOT = Path(__file__).parents[3]
 STAGES = ["prepare", "features", "teacher", "student", "sample", "edit", "evaluate"]
@@ -113,5 +115,53 @@ def test_declarations_are_rewritten_and_all_else_is_kept(tmp_path):
     entry = load_yaml(tmp_path / "dvc.yaml")["stages"]["x"]
     assert text.startswith("# a remark") and entry["outs"] == ["out/x"] and entry["cmd"] == "cm stage x"
     assert entry["params"] == [{PARAMS_FILE: ["seed", "data"]}]
-    assert entry["deps"] == ["out/a", *import_closure.import_closure(tmp_path, "flows.stages.x")]
+    assert entry["deps"][0] == "out/a" and {"cm_core/deep", "cm_core/inside.py", "flows"} < set(entry["deps"])
     assert not declare.write_declarations(tmp_path), "a second time there is nothing to change"
+
+
+def files_behind(root, deps):
+    """The files that dependencies name, those of folders included."""
+    for dep in deps:
+        yield from (f"{dep}/{name}" for name in files_in(root / dep)) if (root / dep).is_dir() else [dep]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_folders_name_the_files_of_the_closure_and_no_others(stage, declared):
+    code = [dep for dep in declared[stage]["deps"] if not dep.startswith("out/")]
+    assert sorted(files_behind(ROOT, code)) == import_closure.import_closure(ROOT, f"flows.stages.{stage}")
+
+
+def test_a_folder_is_named_only_where_all_its_files_are_meant(tmp_path):
+    write_tree(
+        tmp_path, {name: "" for name in ("a/b/one.py", "a/b/__pycache__/one.pyc", "a/b/c/two.py", "a/d/three.py")}
+    )
+    inside = ["a/b/c/two.py", "a/b/one.py"]
+    assert declare.whole_folders(tmp_path, [*inside, "a/d/three.py"]) == ["a"]
+    assert declare.whole_folders(tmp_path, inside) == ["a/b"]
+    assert declare.whole_folders(tmp_path, ["a/b/one.py"]) == ["a/b/one.py"]
+    write_tree(tmp_path, {"a/b/table.json": "{}"})
+    assert declare.whole_folders(tmp_path, inside) == ["a/b/c", "a/b/one.py"]
+
+
+def test_dvc_and_the_stage_key_agree_on_a_folder_of_code(tmp_path):
+    """Both see every change of a file in it, and neither sees compiled code."""
+    root = make_workspace(tmp_path)
+    (root / ".dvcignore").write_text((ROOT / ".dvcignore").read_text())
+    write_tree(root, {"code/a.py": "1", "code/deep/b.py": "2"})
+    tree = load_yaml(root / "dvc.yaml")
+    tree["stages"]["prepare"]["deps"] = ["code"]
+    (root / "dvc.yaml").write_text(json.dumps(tree))
+
+    def dvc(*arguments):
+        command = [sys.executable, "-m", "dvc", *arguments, "prepare"]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+
+    dvc("repro")
+    (entry,) = (dep for dep in read_lock(root)["prepare"]["deps"] if dep["path"] == "code")
+    assert entry["md5"] == dvc_md5(root / "code")
+    key = stage_key(root, read_stages(root)["prepare"], {})
+    write_tree(root, {"code/deep/__pycache__/b.pyc": "compiled"})
+    assert json.loads(dvc("status", "--json")) == {} and stage_key(root, read_stages(root)["prepare"], {}) == key
+    write_tree(root, {"code/deep/b.py": "3"})
+    assert "code" in dvc("status", "--json") and stage_key(root, read_stages(root)["prepare"], {}) != key
+    assert "Running stage 'prepare'" in dvc("repro")

@@ -37,22 +37,21 @@ def share(root, url):
 
 
 def reproduce(root, name, *stages):
-    """Bring stages up in a run of its own; return {stage: result} and what was said."""
-    said = []
+    """Bring stages up in a run of its own; return {stage: result}."""
     with clone.clone(root, name) as run:
-        results = {stage: run.reproduce(stage, on_line=said.append) for stage in stages}
+        results = {stage: run.reproduce(stage) for stage in stages}
         for result in results.values():
             assert result.outs == {path: dvc_md5(run.root / path) for path in result.outs}
-    return results, said
+    return results
 
 
-def test_a_worker_that_has_nothing_takes_everything_from_the_remote(machines, s3, tmp_path):
+def test_a_worker_that_has_nothing_takes_everything_from_the_remote(machines, s3, caplog, tmp_path):
     first, second = machines
     for root in machines:
         share(root, f"s3://team/{tmp_path.name}")
-    made, said = reproduce(first, "first", "prepare", "teacher")
-    assert not any(result.cached for result in made.values()) and not any("not pushed" in line for line in said)
-    found, _ = reproduce(second, "second", "prepare", "teacher")
+    made = reproduce(first, "first", "prepare", "teacher")
+    assert not any(result.cached for result in made.values()) and "not pushed" not in caplog.text
+    found = reproduce(second, "second", "prepare", "teacher")
     assert all(result.cached for result in found.values())
     assert {stage: result.outs for stage, result in found.items()} == {s: result.outs for s, result in made.items()}
 
@@ -68,7 +67,7 @@ def test_the_workspaces_own_remote_is_nobody_elses(machines):
         assert text.lower().count("verify = true") == text.count("url =") == 2
 
 
-def test_a_remote_that_fails_loses_nothing_and_is_tried_again(machines, s3, monkeypatch, tmp_path):
+def test_a_remote_that_fails_loses_nothing_and_is_tried_again(machines, s3, monkeypatch, caplog, tmp_path):
     first, second = machines
     url = f"s3://team/{tmp_path.name}"
     with fault_proxy(s3.meta.endpoint_url) as proxy:
@@ -76,15 +75,14 @@ def test_a_remote_that_fails_loses_nothing_and_is_tried_again(machines, s3, monk
         for root in machines:
             share(root, url)
         proxy.strike(error(403, "AccessDenied"), method="PUT")
-        said = []
         with clone.clone(first, "first") as run:
-            assert not run.reproduce("prepare", on_line=said.append).cached
-            (complaint,) = [line for line in said if "not pushed" in line]
+            assert not run.reproduce("prepare").cached
+            (complaint,) = [line for line in caplog.messages if "not pushed" in line]
             assert url in complaint and "AccessDenied" in complaint
             proxy.heal()
-            run.push_again(said.append)
-        assert sum("not pushed" in line for line in said) == 1
-        found, _ = reproduce(second, "second", "prepare")
+            run.push_again()
+        assert caplog.text.count("not pushed") == 1
+        found = reproduce(second, "second", "prepare")
         assert found["prepare"].cached
 
 
@@ -98,7 +96,7 @@ def test_damaged_bytes_in_a_remote_are_never_taken_for_a_result(machines, tmp_pa
         if file.is_file() and not file.name.endswith(".dir"):
             file.chmod(0o644)
             file.write_bytes(file.read_bytes() + b"x")
-    results, _ = reproduce(second, "second", "prepare")
+    results = reproduce(second, "second", "prepare")
     assert not results["prepare"].cached, "computed again, and right"
 
 
