@@ -15,7 +15,6 @@ from flows.errors import UserError
 
 DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
 COUNT_VARIABLE = "CM_DEVICES"  # how many devices of a machine such a stage uses
-NODES_VARIABLE = "CM_NODES"  # and how many machines
 SHARED = ("teacher", "student", "sample")  # stages that several devices share
 LOOK_EVERY = 1.0  # seconds between two looks for a free device
 
@@ -31,32 +30,19 @@ def visible_devices() -> list[str]:
     return [str(number) for number, _ in enumerate(line for line in listing.splitlines() if line.startswith("GPU "))]
 
 
-def devices_for(stage: str, batch_size: int | None = None, nodes: int = 1) -> int:
-    """Return how many devices of a machine a stage uses: CM_DEVICES for trainings and samples, else one.
+def devices_for(stage: str) -> int:
+    """Return how many devices of this machine a stage uses: CM_DEVICES for trainings and samples, else one.
 
-    Raises UserError where the number is none, does not divide the batch, or is more than the machine's GPUs.
+    Raises UserError where that is no number, or more than the machine's GPUs.
     """
     if stage not in SHARED:
         return 1
-    count = _number(COUNT_VARIABLE, "devices")
-    if count > 1 and (there := len(visible_devices())) and count > there:  # for one, nobody has to be asked
-        raise UserError(f"{COUNT_VARIABLE}={count}: there are {there} GPUs for this process")
-    if batch_size is not None and batch_size % (nodes * count):
-        product = f"{COUNT_VARIABLE}={count}" + (f" times {NODES_VARIABLE}={nodes}" if nodes > 1 else "")
-        raise UserError(f"{product}: must divide {stage}.train.batch_size={batch_size}")
-    return count
-
-
-def nodes_for(stage: str) -> int:
-    """Return how many machines a stage uses: CM_NODES for trainings and samples, else one; UserError for no number."""
-    return _number(NODES_VARIABLE, "machines") if stage in SHARED else 1
-
-
-def _number(variable: str, what: str) -> int:
-    value = os.environ.get(variable, "1")
+    value = os.environ.get(COUNT_VARIABLE, "1")
     count = int(value) if value.isascii() and value.isdigit() else 0
     if count < 1:
-        raise UserError(f"{variable}={value}: must be a number of {what}, 1 or more")
+        raise UserError(f"{COUNT_VARIABLE}={value}: must be a number of devices, 1 or more")
+    if count > 1 and (there := len(visible_devices())) and count > there:  # for one, nobody has to be asked
+        raise UserError(f"{COUNT_VARIABLE}={count}: there are {there} GPUs for this process")
     return count
 
 

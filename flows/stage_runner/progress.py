@@ -50,6 +50,13 @@ class StageMonitor(Monitor):
         return requested
 
 
+class RankMonitor(Monitor):
+    """Says nothing: rank 0 does. Any rank may be asked to end."""
+
+    def __init__(self, stop_requested: Callable[[], bool]) -> None:
+        self.stop_requested = stop_requested
+
+
 class _Lines:
     """Progress as a line now and then, and one at the end."""
 

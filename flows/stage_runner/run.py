@@ -1,24 +1,29 @@
-"""What `cm stage NAME` does: fill a stage's parameters by name, run it, show its progress, log it to MLflow."""
+"""What `cm stage NAME` does: fill a stage's parameters by name, run it, show its progress, log it to MLflow.
+
+Where several processes share a stage, `cm stage` starts them (flows/distributed/launch.py), and rank 0 does all this.
+"""
 
 import importlib
 import inspect
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import flows
-from flows.checkpoints.store import drop_finished, hold_state, mark_finished, share_kernels
-from flows.distributed.devices import SHARED
-from flows.distributed.launch import join_stage, several_processes
+from flows.checkpoints.store import drop_finished, hold_state, mark_finished, share_kernels, states_folder
+from flows.distributed.launch import launch_stage, processes_for, worker_group
 from flows.errors import UserError
 from flows.recipes.overrides import flatten
 from flows.recipes.recipe import Recipe, load_active, recipe_name
-from flows.stage_runner.progress import StageMonitor
-from flows.stage_runner.signals import StageSignals, end_with_caller
+from flows.stage_runner.progress import RankMonitor, StageMonitor
+from flows.stage_runner.signals import StageSignals, end_with_caller, give_lifeline
+from flows.stages.training import StageStopped
 from flows.tracking.run_context import RunContext
 from flows.tracking.stage_run import StageRun
 from flows.tracking.tracker import MODEL_FILES, MODEL_NAME, Tracker, describe_run, files_below, shown_files
@@ -32,57 +37,84 @@ PREPARED, FACTS_FILE = "out/prepare", "dataset.json"
 TRAINS = ("features", "teacher", "student")
 
 
-def run_stage(name: str, root: Path) -> None:
-    """Run one stage on params/active.yaml of the workspace `root`.
+def start_stage(name: str, root: Path) -> None:
+    """Run one stage on params/active.yaml of the workspace `root`: here, or in as many processes as CM_DEVICES says.
 
     Raises:
         UserError: no such stage, a missing input, a bad value, or code that is not this workspace's.
+        StageFailed: a process was lost.
         SystemExit: 128 + signal, when SIGINT or SIGTERM asked the stage to end; a training has saved its state.
     """
+    count = processes_for(name, getattr(load_active(root), name, None))
+    if count == 1:
+        run_stage(name, root)
+        return
+    give_lifeline()
+    launch_stage(name, count, sys.executable, "-m", "flows.stage_runner.worker", name)
+
+
+def run_stage(name: str, root: Path) -> None:
+    """Run one stage in this process, which is alone or rank 0; see `start_stage` for what it raises."""
+    stage, recipe, function = _read_stage(name, root)
+    inputs = {path: dvc_md5(root / path) for path in stage.deps if path.startswith("out/")}
+    if "data" in stage.params:
+        inputs |= _versioned_data(recipe, root)
+    parameters = inspect.signature(function).parameters
+    with _signals(function) as signals, ExitStack() as stack:
+        run = stack.enter_context(_tracked_run(stage, root, recipe, inputs))
+        monitor = StageMonitor(name, run, signals.received)
+        given: dict[str, Any] = {"out_dir": _emptied(root / "out" / name), "monitor": monitor}
+        if "state_dir" in parameters:
+            given["state_dir"] = stack.enter_context(_state(stage, root, inputs, monitor))
+        with (
+            signals.as_exit(StageStopped),
+            worker_group(name, getattr(recipe, name, None), partial(facts, stage, root, inputs)),
+        ):
+            function(**fill_parameters(function, given, recipe, root))
+        outs = {path: dvc_md5(root / path) for path in stage.outs}
+        if "state_dir" in given:
+            mark_finished(given["state_dir"], outs)
+        _log_outputs(run, stage, root, recipe, outs)
+
+
+def share_stage(name: str, root: Path) -> None:
+    """Compute the part of a rank other than 0: without state, outputs and tracking of its own."""
+    stage, recipe, function = _read_stage(name, root)
+    share_kernels(shared_root(root))
+    with _signals(function) as signals, TemporaryDirectory() as scratch:
+        beside_main = os.environ["GROUP_RANK"] == "0"  # images that a node draws go into one file
+        given = {
+            "out_dir": root / "out" / name if beside_main and name == "sample" else Path(scratch),
+            "state_dir": states_folder(shared_root(root)) / name,  # holds none; compiled kernels are kept beside it
+            "monitor": RankMonitor(signals.received),
+        }
+        with (
+            signals.as_exit(StageStopped),
+            worker_group(name, getattr(recipe, name), partial(facts, stage, root, {}), signals.received),
+        ):
+            function(**fill_parameters(function, given, recipe, root))
+
+
+def _read_stage(name: str, root: Path) -> tuple[Stage, Recipe, Callable[..., None]]:
+    """Return a stage as dvc.yaml declares it, the recipe in force, and the stage's function."""
     _refuse_other_code(root)
     stages = read_stages(root)
     if name not in stages:
         raise UserError(f"no stage {name!r}; there are {', '.join(stages)}")
-    recipe, function = load_active(root), stage_function(name)
-    inputs = {path: dvc_md5(root / path) for path in stages[name].deps if path.startswith("out/")}
-    if "data" in stages[name].params:
-        inputs |= _versioned_data(recipe, root)
-    parameters = inspect.signature(function).parameters
-    with StageSignals(deferred="state_dir" in parameters) as signals, ExitStack() as stack:
+    return stages[name], load_active(root), stage_function(name)
+
+
+@contextmanager
+def _signals(function: Callable) -> Iterator[StageSignals]:
+    """Take note of signals, and of the caller's end, while a stage runs."""
+    with StageSignals(deferred="state_dir" in inspect.signature(function).parameters) as signals:
         if LIFELINE_VARIABLE in os.environ:
             end_with_caller()
-        run = stack.enter_context(_tracked_run(stages[name], root, recipe, inputs))
-        monitor = StageMonitor(name, run, signals.received)
-        given: dict[str, Any] = {"out_dir": _emptied(root / "out" / name), "monitor": monitor}
-        if "state_dir" in parameters:
-            given["state_dir"] = stack.enter_context(_state(stages[name], root, inputs, monitor))
-        section = getattr(recipe, name, None)
-        together = {"facts": partial(facts, stages[name], root, inputs), "monitor": monitor}
-        with signals.as_exit(), several_processes(name, section, root, given.get("state_dir"), **together):
-            function(**fill_parameters(function, given, recipe, root))
-        outs = {path: dvc_md5(root / path) for path in stages[name].outs}
-        if "state_dir" in given:
-            mark_finished(given["state_dir"], outs)
-        _log_outputs(run, stages[name], root, recipe, outs)
-
-
-def join(name: str, root: Path, say: Callable[[str], None]) -> None:
-    """Share a stage that the main node of several runs, in a workspace of the same code, recipe and inputs.
-
-    Raises:
-        UserError: no such stage, a missing input, a bad value, or the main node computes something else.
-        StageFailed: no main node was found, or another process was lost.
-    """
-    _refuse_other_code(root)
-    stage = read_stages(root).get(name)
-    if stage is None or name not in SHARED:
-        raise UserError(f"{name}: several machines share {', '.join(SHARED)}, no other stage")
-    recipe = load_active(root)
-    join_stage(name, getattr(recipe, name), root, facts(stage, root, {}), say)
+        yield signals
 
 
 def facts(stage: Stage, root: Path, inputs: Mapping[str, str]) -> dict[str, Any]:
-    """Return by name what must be the same on all nodes that share a stage."""
+    """Return by name what must be the same in all processes that share a stage."""
     cmd, deps, params, _ = stage_facts(root, stage, inputs)
     return flatten({"cmd": cmd, **deps, **params})
 

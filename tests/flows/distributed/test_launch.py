@@ -1,0 +1,110 @@
+"""The launcher: which processes it starts, and what it says of how they ended; on real stages in test_worker.py."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from cm_core.parallel import ranks
+from flows.distributed.launch import launch_stage, processes_for, worker_group
+from flows.errors import StageFailed, UserError
+from several import run_in_several
+from small_stages import small_recipe
+
+
+def place(folder):
+    with ranks.process_group():
+        return ranks.rank(), ranks.world_size(), ranks.local_rank(), ranks.all_gather(ranks.rank() * 2)
+
+
+def test_processes_form_a_group_and_their_results_come_back_by_rank(tmp_path):
+    assert run_in_several(place, tmp_path, 3) == {rank: (rank, 3, rank, [0, 2, 4]) for rank in range(3)}
+
+
+def differing(folder):
+    facts = {"seed": 7 if os.environ["RANK"] == "1" else 0}
+    os.environ["LOCAL_RANK"] = "0"  # as if each were on a node of its own
+    try:
+        with worker_group("sample", None, lambda: facts):
+            return "computed"
+    except UserError as error:
+        return str(error)
+
+
+def test_processes_that_would_compute_something_else_refuse_in_the_same_words(tmp_path):
+    first, second = run_in_several(differing, tmp_path).values()
+    assert first == second and first.startswith("sample: seed is 7 on rank 1 (") and " and 0 on rank 0 (" in first
+
+
+def unsuited(folder):
+    try:
+        with worker_group("student", small_recipe("digits-cd", "student.train.batch_size=9").student, dict):
+            return "computed"
+    except UserError as error:
+        return str(error)
+
+
+def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused(tmp_path, monkeypatch):
+    assert set(run_in_several(unsuited, tmp_path).values()) == {"2 processes: must divide student.train.batch_size=9"}
+    monkeypatch.setenv("CM_DEVICES", "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UserError, match="^CM_DEVICES=2: must divide student.train.batch_size=9"):
+        processes_for("student", small_recipe("digits-cd", "student.train.batch_size=9").student)
+    assert processes_for("student", None) == processes_for("evaluate", object()) == 1
+
+
+def waits_for_a_late_main(folder):
+    started = time.monotonic()
+    if os.environ["RANK"] == "0":
+        time.sleep(3)
+    ranks.TIMEOUT = ranks.timedelta(seconds=2)
+    with ranks.process_group():
+        return time.monotonic() - started
+
+
+def test_others_wait_for_rank_0_longer_than_an_exchange_may_take(tmp_path):
+    assert min(run_in_several(waits_for_a_late_main, tmp_path).values()) >= 2
+
+
+def lose(folder):
+    try:
+        with ranks.process_group():
+            if ranks.rank() == 1:
+                (folder / "pid").write_text(str(os.getpid()))
+                signal.pause()
+            while not (folder / "pid").exists():
+                time.sleep(0.1)
+            os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
+            ranks.wait_for_all()
+    except ranks.ProcessLost as error:
+        (folder / "said").write_text(str(error))
+        raise
+
+
+def test_survivors_name_the_lost(tmp_path):
+    with pytest.raises(Exception, match="lose FAILED"):
+        run_in_several(lose, tmp_path, 3)
+    assert (tmp_path / "said").read_text().startswith("lost rank 1 (")
+
+
+@pytest.mark.parametrize(
+    ("script", "error", "said"),
+    [
+        ("[ $RANK = 0 ] && exec sleep 60; kill -9 $$", StageFailed, "teacher: rank 1 was killed by signal 9; started"),
+        ("[ $RANK = 0 ] && exit 75; sleep 0.1; exit 3", StageFailed, "teacher: rank 1 ended with exit code 3; started"),
+        ("trap 'exit 143' TERM; [ $RANK = 0 ] && exit 2; sleep 60 & wait", SystemExit, "2"),
+        ("exit 143", SystemExit, "143"),
+    ],
+)
+def test_how_processes_ended_is_told_by_the_first_that_did(script, error, said):
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    }
+    try:
+        with pytest.raises(error) as ended:
+            launch_stage("teacher", 2, "bash", "-c", script)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert str(ended.value).startswith(said)
