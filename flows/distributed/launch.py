@@ -20,6 +20,7 @@ from cm_core.parallel import ranks, sharding
 from cm_core.training.loop import why_not_sharded
 from flows.distributed.devices import COUNT_VARIABLE, devices_for
 from flows.errors import USER_ERROR, StageFailed, UserError
+from flows.stages.training import StageStopped
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -137,7 +138,11 @@ def worker_group(
         if ranks.world_size() > 1:
             processes_for(stage, section, ranks.world_size())
             _compare(stage, facts)
-        yield
+        try:
+            yield
+        except StageStopped:
+            ranks.wait_for_all()  # else the node of rank 0 might be ended with the others while it saves the state
+            raise
 
 
 def _arithmetic() -> dict[str, str]:
