@@ -58,18 +58,16 @@ def process_group(is_over: Callable[[], bool] = lambda: False) -> Iterator[None]
     if not dist.is_torchelastic_launched():
         yield
         return
-    size, own = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    with exchange():
-        store = _store()
-        _wait_for_main(store, own, is_over)
-        left = threading.Event()
-        threading.Thread(target=_answer_roll_call, args=(_store(), own, left), daemon=True).start()
+    size, own, left = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]), threading.Event()
     try:
         backend = "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank())
             backend = "cpu:gloo,cuda:nccl"
         with exchange():
+            store = _store()
+            _wait_for_main(store, own, is_over)
+            threading.Thread(target=_answer_roll_call, args=(_store(), own, left), daemon=True).start()
             dist.init_process_group(backend, store=store, rank=own, world_size=size, timeout=TIMEOUT)
         yield
     except torch.OutOfMemoryError:
@@ -85,10 +83,10 @@ def process_group(is_over: Callable[[], bool] = lambda: False) -> Iterator[None]
         left.set()
 
 
-def _store() -> dist.TCPStore:
+def _store(timeout: timedelta = TIMEOUT) -> dist.TCPStore:
     """Connect to the key-value store of the launcher on rank 0's node."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=TIMEOUT)
+    return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
 
 
 def _wait_for_main(store: dist.TCPStore, own: int, is_over: Callable[[], bool]) -> None:
@@ -104,7 +102,7 @@ def _wait_for_main(store: dist.TCPStore, own: int, is_over: Callable[[], bool]) 
 def _call_roll(size: int) -> list[str]:
     """Return the processes that do not answer, each with its host; all others learn that an exchange has failed."""
     try:
-        store = _store()
+        store = _store(timedelta(seconds=ROLL_CALL))
         store.set("roll", "")
         time.sleep(ROLL_CALL)
         missing = [other for other in range(size) if not store.check([f"here/{other}"])]

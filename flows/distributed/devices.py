@@ -1,14 +1,12 @@
 """The GPUs of this machine: which there are, how many a stage wants, and those for it alone."""
 
-import fcntl
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
 
 from flows.atomic import try_lock
 from flows.errors import UserError
@@ -53,34 +51,25 @@ def hold_devices(
     """Hold `count` devices, ours alone on this machine; yield the environment variables that show a process only them.
 
     The lock files stand in `folder`; the locks end with this process. Without devices nothing is held. While too many
-    are busy, `on_wait` is called once; the wait ends early, with none held, when `is_over`.
+    are busy none is, so that others can have those that are free; `on_wait` is called once. The wait ends early, with
+    none held, when `is_over`.
     """
-    if not devices:
-        yield {}
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {device: (folder / f"{device}.lock").open("a") for device in devices}
-    try:
-        held = _try_hold(files, count)
-        if not held:
+    if devices:
+        folder.mkdir(parents=True, exist_ok=True)
+    has_waited = False
+    while devices:
+        held: list[str] = []
+        with ExitStack() as files:
+            for device in devices:
+                if len(held) < count and try_lock(files.enter_context((folder / f"{device}.lock").open("a"))):
+                    held.append(device)
+            if len(held) == count:
+                yield {DEVICES_VARIABLE: ",".join(held)}
+                return
+        if is_over():
+            break
+        if not has_waited:
             on_wait()
-        while not held and not is_over():
-            time.sleep(LOOK_EVERY)
-            held = _try_hold(files, count)
-        yield {DEVICES_VARIABLE: ",".join(held)} if held else {}
-    finally:
-        for file in files.values():
-            file.close()
-
-
-def _try_hold(files: Mapping[str, IO], count: int) -> list[str]:
-    """Lock `count` of the files and return their names; where fewer are free, none, so that others can have those."""
-    held: list[str] = []
-    for name, file in files.items():
-        if len(held) < count and try_lock(file):
-            held.append(name)
-    if len(held) == count:
-        return held
-    for name in held:
-        fcntl.flock(files[name], fcntl.LOCK_UN)
-    return []
+            has_waited = True
+        time.sleep(LOOK_EVERY)
+    yield {}

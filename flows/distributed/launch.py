@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 SHUTDOWN_VARIABLE, SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600"  # seconds to save a state after a signal
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of processes that were asked to end
 CONSEQUENCES = (ranks.EXIT_PEER_LOST, STOPPED[1], -signal.SIGTERM)  # when one has failed, others get SIGTERM
+RESUMES = "started again, a training goes on from its last saved state"
 
 Facts = Mapping[str, Any]  # what decides the results of a stage, by name
 
@@ -44,18 +45,10 @@ def launch(count: int, entrypoint: Callable[..., Any] | str, *arguments: Any) ->
     elastic = logging.getLogger("torch.distributed.elastic")
     elastic.addHandler(logging.NullHandler())  # how a process ended is said by the caller, in one line
     elastic.propagate = False
+    here = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "local_addr": "127.0.0.1", "run_id": "stage"}
     with TemporaryDirectory() as folder:
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=count,
-            run_id="stage",
-            rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0",
-            local_addr="127.0.0.1",
-            max_restarts=0,  # DVC and Prefect start a stage again
-            logs_specs=DefaultLogsSpecs(folder),
-        )
+        logs = DefaultLogsSpecs(folder)
+        config = LaunchConfig(1, 1, count, logs_specs=logs, max_restarts=0, **here)  # DVC and Prefect start again
         return elastic_launch(config, entrypoint)(*arguments)
 
 
@@ -88,12 +81,7 @@ def _ending(stage: str, failures: "Mapping[int, ProcessFailure]") -> BaseExcepti
     if code == USER_ERROR:
         return UserError(cause.message["message"].partition(": ")[2])
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    return StageFailed(explain(stage, f"rank {rank} {how}"))
-
-
-def explain(stage: str, lost: str) -> str:
-    """Return the line for a stage that has lost a process."""
-    return f"{stage}: {lost}; started again, a training goes on from its last saved state"
+    return StageFailed(f"{stage}: rank {rank} {how}; {RESUMES}")
 
 
 def processes_for(stage: str, section: Any, count: int | None = None) -> int:
@@ -106,20 +94,17 @@ def processes_for(stage: str, section: Any, count: int | None = None) -> int:
     train = getattr(section, "train", None)
     said = f"{COUNT_VARIABLE}={devices_for(stage)}" if count is None else f"{count} processes"
     count = count or devices_for(stage)
-    if train is not None:
-        if train.batch_size % count:
-            raise UserError(f"{said}: must divide {stage}.train.batch_size={train.batch_size}")
-        _check_sharding(stage, section, count)
-    return count
-
-
-def _check_sharding(stage: str, section: Any, count: int) -> None:
+    if train is None:
+        return count
+    if train.batch_size % count:
+        raise UserError(f"{said}: must divide {stage}.train.batch_size={train.batch_size}")
     value = os.environ.get(sharding.VARIABLE, "0")
     if value not in ("0", "1"):
         raise UserError(f"{sharding.VARIABLE}={value}: must be 1, to divide weights among processes, or 0")
-    obstacle = why_not_sharded(section.method, section.train)
+    obstacle = why_not_sharded(section.method, train)
     if value == "1" and count > 1 and obstacle:
         raise UserError(f"{sharding.VARIABLE}=1: {stage}.{obstacle}; allowed there: {sharding.VARIABLE}=0")
+    return count
 
 
 @contextmanager
@@ -145,18 +130,10 @@ def worker_group(
             raise
 
 
-def _arithmetic() -> dict[str, str]:
-    """Return what decides how a process rounds."""
-    gpu = torch.cuda.is_available()
-    return {
-        "PyTorch": torch.__version__,
-        "the processor": torch.cuda.get_device_name() if gpu else torch.backends.cpu.get_cpu_capability(),
-        sharding.VARIABLE: os.environ.get(sharding.VARIABLE, "0"),
-    }
-
-
 def _compare(stage: str, facts: Callable[[], Facts]) -> None:
-    own: Facts | UserError = _arithmetic()
+    processor = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
+    shards = os.environ.get(sharding.VARIABLE, "0")
+    own: Facts | UserError = {"PyTorch": torch.__version__, "the processor": processor, sharding.VARIABLE: shards}
     if ranks.local_rank() == 0:  # the other processes of the node have its files, too
         try:
             own = {**own, **facts()}

@@ -22,7 +22,7 @@ class StageMonitor(Monitor):
         self._stage, self._run, self._stop_requested = stage, run, stop_requested
         self._stop_announced = False
         self._display = _Bar(stage) if sys.stderr.isatty() else _Lines(stage)
-        self._file = _ProgressFile.from_environment()
+        self._file = _ProgressFile()
         self.on_state_saved: Callable[[], None] = lambda: None  # set once the state's place is held
 
     def progress(self, done: int, total: int, unit: str) -> None:
@@ -48,13 +48,6 @@ class StageMonitor(Monitor):
             self._stop_announced = True
             self.remark("stopping after this step, the training state is saved; a second signal stops immediately")
         return requested
-
-
-class RankMonitor(Monitor):
-    """Says nothing: rank 0 does. Any rank may be asked to end."""
-
-    def __init__(self, stop_requested: Callable[[], bool]) -> None:
-        self.stop_requested = stop_requested
 
 
 class _Lines:
@@ -104,13 +97,9 @@ class _Bar:
 class _ProgressFile:
     """How far the stage is, for the process that started it: one JSON object, replaced whole."""
 
-    def __init__(self, path: Path | None) -> None:
-        self._path, self._last = path, -FILE_EVERY
-
-    @classmethod
-    def from_environment(cls) -> "_ProgressFile":
+    def __init__(self) -> None:
         path = os.environ.get(PROGRESS_VARIABLE)
-        return cls(Path(path) if path else None)
+        self._path, self._last = Path(path) if path else None, -FILE_EVERY
 
     def write(self, done: int, total: int, unit: str) -> None:
         if self._path is None or (done < total and time.monotonic() - self._last < FILE_EVERY):

@@ -19,9 +19,10 @@ import flows
 from flows.checkpoints.store import drop_finished, hold_state, mark_finished, share_kernels, states_folder
 from flows.distributed.launch import launch_stage, processes_for, worker_group
 from flows.errors import UserError
+from flows.monitor import Monitor
 from flows.recipes.overrides import flatten
 from flows.recipes.recipe import Recipe, load_active, recipe_name
-from flows.stage_runner.progress import RankMonitor, StageMonitor
+from flows.stage_runner.progress import StageMonitor
 from flows.stage_runner.signals import StageSignals, end_with_caller, give_lifeline
 from flows.stages.training import StageStopped
 from flows.tracking.run_context import RunContext
@@ -57,8 +58,9 @@ def run_stage(name: str, root: Path) -> None:
     """Run one stage in this process, which is alone or rank 0; see `start_stage` for what it raises."""
     stage, recipe, function = _read_stage(name, root)
     inputs = {path: dvc_md5(root / path) for path in stage.deps if path.startswith("out/")}
-    if "data" in stage.params:
-        inputs |= _versioned_data(recipe, root)
+    source = recipe.data.source
+    if "data" in stage.params and hasattr(source, "path"):  # what DVC versions is fetched
+        inputs |= fetch_versioned(root, source.path, source.version, print)
     parameters = inspect.signature(function).parameters
     with _signals(function) as signals, ExitStack() as stack:
         run = stack.enter_context(_tracked_run(stage, root, recipe, inputs))
@@ -83,10 +85,12 @@ def share_stage(name: str, root: Path) -> None:
     share_kernels(shared_root(root))
     with _signals(function) as signals, TemporaryDirectory() as scratch:
         beside_main = os.environ["GROUP_RANK"] == "0"  # images that a node draws go into one file
+        monitor = Monitor()
+        monitor.stop_requested = signals.received
         given = {
             "out_dir": root / "out" / name if beside_main and name == "sample" else Path(scratch),
             "state_dir": states_folder(shared_root(root)) / name,  # holds none; compiled kernels are kept beside it
-            "monitor": RankMonitor(signals.received),
+            "monitor": monitor,
         }
         with (
             signals.as_exit(StageStopped),
@@ -124,12 +128,6 @@ def _refuse_other_code(root: Path) -> None:
     imported = Path(flows.__file__).parent.resolve()
     if imported != (root / "flows").resolve():
         raise UserError(f"the code of {imported.parent} would run for the workspace {root}; set PYTHONPATH={root}")
-
-
-def _versioned_data(recipe: Recipe, root: Path) -> dict[str, str]:
-    """Have the data here that the recipe names and DVC versions; return their versions by path."""
-    source = recipe.data.source
-    return fetch_versioned(root, source.path, source.version, print) if hasattr(source, "path") else {}
 
 
 def stage_function(name: str) -> Callable[..., None]:

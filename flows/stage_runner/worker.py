@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from cm_core.parallel import ranks
-from flows.distributed.launch import explain
+from flows.distributed.launch import RESUMES
 from flows.errors import USER_ERROR, UserError
 from flows.stage_runner.run import run_stage, share_stage
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         code, line = USER_ERROR, str(error)
     except ranks.ProcessLost as error:  # on one node the launcher knows how it ended
-        code, line = ranks.EXIT_PEER_LOST, explain(stage, str(error)) if several_nodes else ""
+        code, line = ranks.EXIT_PEER_LOST, f"{stage}: {error}; {RESUMES}" if several_nodes else ""
     except SystemExit as end:
         return end.code
     except Exception:

@@ -1,13 +1,15 @@
 """The launcher: which processes it starts, and what it says of how they ended; on real stages in test_worker.py."""
 
+import json
 import os
 import signal
 import time
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from cm_core.parallel import ranks
-from flows.distributed.launch import launch_stage, processes_for, worker_group
+from flows.distributed.launch import RESUMES, _ending, processes_for, worker_group
 from flows.errors import StageFailed, UserError
 from several import run_in_several
 from small_stages import small_recipe
@@ -68,6 +70,7 @@ def test_others_wait_for_rank_0_longer_than_an_exchange_may_take(tmp_path):
 
 
 def lose(folder):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a training does, which ends between two steps
     try:
         with ranks.process_group():
             if ranks.rank() == 1:
@@ -88,23 +91,28 @@ def test_survivors_name_the_lost(tmp_path):
     assert (tmp_path / "said").read_text().startswith("lost rank 1 (")
 
 
+def failed(error_file, *codes):
+    """Return what the launcher learns of processes that ended with these codes, in this order."""
+    failures = {}
+    for rank, code in codes:
+        failures[rank] = ProcessFailure(local_rank=rank, pid=1, exitcode=code, error_file=str(error_file))
+        failures[rank].timestamp = len(failures)
+    return failures
+
+
 @pytest.mark.parametrize(
-    ("script", "error", "said"),
+    ("codes", "kind", "said"),
     [
-        ("[ $RANK = 0 ] && exec sleep 60; kill -9 $$", StageFailed, "teacher: rank 1 was killed by signal 9; started"),
-        ("[ $RANK = 0 ] && exit 75; sleep 0.1; exit 3", StageFailed, "teacher: rank 1 ended with exit code 3; started"),
-        ("trap 'exit 143' TERM; [ $RANK = 0 ] && exit 2; sleep 60 & wait", SystemExit, "2"),
-        ("exit 143", SystemExit, "143"),
+        (((1, -9), (0, 75)), StageFailed, f"teacher: rank 1 was killed by signal 9; {RESUMES}"),
+        (((0, 75), (2, 75), (1, -9)), StageFailed, f"teacher: rank 1 was killed by signal 9; {RESUMES}"),
+        (((2, 3), (0, -15), (1, -9)), StageFailed, f"teacher: rank 2 ended with exit code 3; {RESUMES}"),
+        (((1, 143), (0, 143)), SystemExit, "143"),
+        (((1, 2), (0, 2)), SystemExit, "2"),  # rank 0 has said it
+        (((1, 2), (0, 75)), UserError, "teacher.train: too large for this GPU"),
     ],
 )
-def test_how_processes_ended_is_told_by_the_first_that_did(script, error, said):
-    handlers = {
-        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    }
-    try:
-        with pytest.raises(error) as ended:
-            launch_stage("teacher", 2, "bash", "-c", script)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    assert str(ended.value).startswith(said)
+def test_the_first_process_that_failed_decides_how_the_stage_ends(tmp_path, codes, kind, said):
+    message = {"message": "UserError: teacher.train: too large for this GPU", "extraInfo": {"timestamp": "1"}}
+    (tmp_path / "error.json").write_text(json.dumps({"message": message}))
+    ending = _ending("teacher", failed(tmp_path / "error.json", *codes))
+    assert isinstance(ending, kind) and str(ending) == said
