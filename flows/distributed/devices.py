@@ -66,10 +66,10 @@ def hold_devices(
             if len(held) == count:
                 yield {DEVICES_VARIABLE: ",".join(held)}
                 return
-        if is_over():
-            break
         if not has_waited:
             on_wait()
             has_waited = True
+        if is_over():
+            break
         time.sleep(LOOK_EVERY)
     yield {}
