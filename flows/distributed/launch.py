@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -21,9 +21,6 @@ from cm_core.training.loop import why_not_sharded
 from flows.distributed.devices import COUNT_VARIABLE, devices_for
 from flows.errors import USER_ERROR, StageFailed, UserError
 from flows.stages.training import StageStopped
-
-if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 SHUTDOWN_VARIABLE, SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600"  # seconds to save a state after a signal
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of processes that were asked to end
@@ -72,8 +69,8 @@ def launch_stage(stage: str, count: int, program: str, *arguments: str) -> None:
         raise _ending(stage, error.failures) from None
 
 
-def _ending(stage: str, failures: "Mapping[int, ProcessFailure]") -> BaseException:
-    """Return how a stage ends whose processes have failed; the first of them counts, others are a consequence."""
+def _ending(stage: str, failures: Mapping[int, Any]) -> BaseException:
+    """Return how a stage ends by elastic's failures of its ranks: the first counts, others are a consequence."""
     rank, cause = min(failures.items(), key=lambda item: (item[1].exitcode in CONSEQUENCES, item[1].timestamp))
     code = cause.exitcode
     if code in STOPPED or (code == USER_ERROR and 0 in failures and failures[0].exitcode == code):

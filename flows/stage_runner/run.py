@@ -61,11 +61,13 @@ def run_stage(name: str, root: Path) -> None:
     source = recipe.data.source
     if "data" in stage.params and hasattr(source, "path"):  # what DVC versions is fetched
         inputs |= fetch_versioned(root, source.path, source.version, print)
-    parameters = inspect.signature(function).parameters
+    out_dir, parameters = root / "out" / name, inspect.signature(function).parameters
     with _signals(function) as signals, ExitStack() as stack:
         run = stack.enter_context(_tracked_run(stage, root, recipe, inputs))
         monitor = StageMonitor(name, run, signals.received)
-        given: dict[str, Any] = {"out_dir": _emptied(root / "out" / name), "monitor": monitor}
+        shutil.rmtree(out_dir, ignore_errors=True)
+        out_dir.mkdir(parents=True)
+        given: dict[str, Any] = {"out_dir": out_dir, "monitor": monitor}
         if "state_dir" in parameters:
             given["state_dir"] = stack.enter_context(_state(stage, root, inputs, monitor))
         with (
@@ -105,7 +107,7 @@ def _read_stage(name: str, root: Path) -> tuple[Stage, Recipe, Callable[..., Non
     stages = read_stages(root)
     if name not in stages:
         raise UserError(f"no stage {name!r}; there are {', '.join(stages)}")
-    return stages[name], load_active(root), stage_function(name)
+    return stages[name], load_active(root), getattr(importlib.import_module(f"flows.stages.{name}"), name)
 
 
 @contextmanager
@@ -128,17 +130,6 @@ def _refuse_other_code(root: Path) -> None:
     imported = Path(flows.__file__).parent.resolve()
     if imported != (root / "flows").resolve():
         raise UserError(f"the code of {imported.parent} would run for the workspace {root}; set PYTHONPATH={root}")
-
-
-def stage_function(name: str) -> Callable[..., None]:
-    """Import the function of a stage."""
-    return getattr(importlib.import_module(f"flows.stages.{name}"), name)
-
-
-def _emptied(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
 
 
 def fill_parameters(function: Callable, given: Mapping[str, Any], recipe: Recipe, root: Path) -> dict[str, Any]:

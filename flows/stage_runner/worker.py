@@ -13,8 +13,6 @@ from flows.distributed.launch import RESUMES
 from flows.errors import USER_ERROR, UserError
 from flows.stage_runner.run import run_stage, share_stage
 
-FAILED = 1
-
 
 def main(argv: Sequence[str]) -> int:
     """Run the stage `argv[0]` of the workspace in the current folder and return the exit code.
@@ -34,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
         return end.code
     except Exception:
         traceback.print_exc()
-        return FAILED
+        return 1
     if line and ranks.local_rank() == 0:
         print(f"cm: {line}", file=sys.stderr)
     return code
