@@ -46,7 +46,8 @@ def start_stage(name: str, root: Path) -> None:
         StageFailed: a process was lost.
         SystemExit: 128 + signal, when SIGINT or SIGTERM asked the stage to end; a training has saved its state.
     """
-    count = processes_for(name, getattr(load_active(root), name, None))
+    _, recipe, _ = _read_stage(name, root)
+    count = processes_for(name, getattr(recipe, name, None))
     if count == 1:
         run_stage(name, root)
         return
