@@ -8,8 +8,10 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 
 import psutil
 import pytest
@@ -177,11 +179,14 @@ def test_a_stage_whose_flow_is_gone_saves_and_ends(node):
     assert int(node.states()[-1].name.removeprefix("step-")) < STEPS["num_steps"]
 
 
-def test_processes_end_with_their_launcher(node):
+def test_processes_stop_in_order_when_their_launcher_is_killed(node):
+    write_active(recipe("student.train.num_steps=100000"), node.root)
     process = node.stage("student", 2)
     ranks = once_training(node, process)
     process.kill()
     assert_none_left(ranks)
+    with closing(sqlite3.connect(node.root / "mlflow.db")) as database:
+        assert database.execute("SELECT status FROM runs").fetchall() == [("KILLED",)], "RUNNING where it just ended"
 
 
 def test_two_processes_sample_the_same_bytes_as_four_on_two_nodes_and_one(nodes, alone):
