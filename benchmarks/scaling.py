@@ -8,10 +8,9 @@ python -m benchmarks.scaling --devices 1 2 --channels 16 --blocks 1 --size 8 --b
 
 import argparse
 import gc
-import multiprocessing
 import tempfile
 from collections.abc import Callable
-from multiprocessing.queues import SimpleQueue
+from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -26,36 +25,25 @@ from cm_core.parallel import ranks
 from cm_core.parallel.graphs import with_cuda_graphs
 from cm_core.parallel.rows import by_rows
 from cm_core.sampling import ImageNoise, multistep
+from flows.distributed.launch import launch
 from flows.stages.models import pick_device, to_device
 from flows.stages.sample import write_images
 
-CONTEXT = multiprocessing.get_context("spawn")
 WARM_UP = 3  # kernels are compiled and chosen, then recorded
 
 
 def measure(args: argparse.Namespace, count: int) -> dict[str, float]:
     """Return images/s of training and of sampling by `count` processes, and of trainings that exchange nothing."""
-    answers, store = CONTEXT.SimpleQueue(), ranks.listen(ranks.LOCAL)
     with tempfile.TemporaryDirectory() as folder:
-        shared = (args, count, store.port, CONTEXT.Barrier(count), Path(folder))
-        processes = [CONTEXT.Process(target=_work, args=(answers, rank, *shared)) for rank in range(count)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-            if process.exitcode:
-                raise SystemExit(f"a process of {count} ended with exit code {process.exitcode}")
-    found = [answers.get() for _ in processes]
+        found = launch(count, _work, args, get_context("spawn").Barrier(count), Path(folder)).values()
     training, sampling = (min(rates[name] for rates in found) for name in ("training", "sampling"))
     return {"training": training, "apart": sum(rates["apart"] for rates in found), "sampling": sampling}
 
 
-def _work(
-    answers: SimpleQueue, rank: int, args: argparse.Namespace, count: int, port: int, barrier: Barrier, folder: Path
-) -> None:
+def _work(args: argparse.Namespace, barrier: Barrier, folder: Path) -> dict[str, float]:
     torch.set_num_threads(1)
-    with ranks.joined(rank, count, port):
-        device = pick_device()
+    with ranks.process_group():
+        count, rank, device = ranks.world_size(), ranks.rank(), pick_device()
         rates = {
             "training": _train(args, device, args.batch_size, ranks.wait_for_all),
             "sampling": _sample(args, folder, device),
@@ -63,7 +51,7 @@ def _work(
     gc.collect()  # a network and its recorded passes hold each other
     rates["apart"] = rates["training"] if count == 1 else _train(args, device, args.batch_size // count, barrier.wait)
     told({"devices": count, "process": rank, **rates})
-    answers.put(rates)
+    return rates
 
 
 def _train(args: argparse.Namespace, device: torch.device, batch: int, wait_for_all: Callable[[], object]) -> float:

@@ -36,13 +36,6 @@ def _state(text: str) -> str:
     return text
 
 
-def _address(text: str) -> str:
-    host, _, port = text.rpartition(":")
-    if not (host and port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
-        raise ValueError("must be host:port, an address of the main node that all nodes reach")
-    return text
-
-
 def _tags(text: str) -> dict[str, str]:
     tags = json.loads(text)  # a JSONDecodeError is a ValueError
     if not isinstance(tags, dict):
@@ -59,8 +52,6 @@ class Settings:
     """The variables by name without CM_; unset or empty, a variable has its default."""
 
     devices: int = _variable(1, _count_of("devices"), "GPUs of each machine for a training or sampling.")
-    nodes: int = _variable(1, _count_of("machines"), "Machines that share a training or sampling.")
-    meet: str | None = _variable(None, _address, "Address of the main node, host:port, where the machines meet.")
     shard: bool = _variable(False, _switch, "1: divide weights and optimizer states among the processes.")
     state: str | None = _variable(None, _state, "Training states in flight: folder or s3://; default .cm/states.")
     kernels: str | None = _variable(None, str, "Compiled kernels, s3://; default compiled/ below CM_STATE if a bucket.")

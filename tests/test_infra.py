@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import stat
 import subprocess
 from importlib.resources import files
@@ -78,16 +79,18 @@ def test_the_entry_point_turns_secret_files_into_variables(tmp_path):
     assert subprocess.run([script, "true"], env=env, capture_output=True, check=False).returncode
 
 
+JOBSET = yaml.safe_load((INFRA / "kubernetes" / "jobset" / "student.yaml").read_text())
 MANIFESTS = [
-    (path.name, document)
+    document
     for path in sorted((INFRA / "kubernetes").glob("*.yaml"))
     for document in yaml.safe_load_all(path.read_text())
+] + [  # of a JobSet there is no schema here, but of its jobs
+    {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": job["name"]}, "spec": job["template"]["spec"]}
+    for job in JOBSET["spec"]["replicatedJobs"]
 ]
 
 
-@pytest.mark.parametrize(
-    "manifest", [document for _, document in MANIFESTS], ids=lambda m: f"{m['kind']}-{m['metadata']['name']}"
-)
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda m: f"{m['kind']}-{m['metadata']['name']}")
 def test_kubernetes_takes_the_manifest(manifest):
     kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
     for container in pod_of(manifest).get("containers", ()):
@@ -100,6 +103,59 @@ def test_kubernetes_takes_the_manifest(manifest):
 
 def pod_of(manifest):
     return manifest.get("spec", {}).get("template", {}).get("spec", {})
+
+
+def torchrun_arguments(script):
+    """Return the options and the program of the torchrun in a shell script."""
+    (command,) = re.findall(r"torchrun (.*?)(?= &?$)", script.replace("\\\n", " ") + " ", re.M)
+    words = shlex.split(command)
+    program = words.index("-m") + 1
+    return dict(zip(words[: program - 1 : 2], words[1 : program - 1 : 2], strict=True)), words[program:]
+
+
+def test_a_jobset_starts_a_torchrun_on_every_node():
+    assert JOBSET["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
+    assert set(JOBSET["spec"]) <= {"failurePolicy", "network", "replicatedJobs", "successPolicy", "suspend"}
+    (job,) = JOBSET["spec"]["replicatedJobs"]
+    assert set(job) <= {"name", "replicas", "template"}
+    spec, name = job["template"]["spec"], JOBSET["metadata"]["name"]
+    assert (
+        spec["completionMode"] == "Indexed" and spec["completions"] == spec["parallelism"] and not spec["backoffLimit"]
+    )
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    options, program = torchrun_arguments(container["args"][2])
+    assert options["--nnodes"] == str(spec["completions"]) and program == ["flows.stage_runner.worker", "student"]
+    assert options["--nproc-per-node"] == str(container["resources"]["limits"]["nvidia.com/gpu"])
+    # Pods are named JOBSET-JOB-INDEX-POD; the first is where the others meet, and sorts first: it gets rank 0.
+    assert options["--rdzv-endpoint"] == f"{name}-{job['name']}-0-0.{name}:{container['ports'][0]['containerPort']}"
+    seconds = {variable["name"]: variable.get("value") for variable in container["env"]}
+    assert int(seconds["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
+    assert subprocess.run(["bash", "-n", "-c", container["args"][2]], check=False).returncode == 0
+
+
+def test_the_slurm_script_starts_a_torchrun_on_every_node(tmp_path):
+    script = INFRA / "slurm" / "stage.sh"
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    for name, body in {
+        "scontrol": 'echo "$3" | tr , "\\n"',
+        "srun": 'printf "%s\\n" "$*"',
+        "dvc": 'printf "%s\\n" "dvc $*"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    slurm = {"SLURM_JOB_NODELIST": "a,b", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_PER_NODE": "8", "SLURM_JOB_ID": "7"}
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", **slurm}
+    said = subprocess.run(
+        [script, "teacher"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    started, stored = said.stdout.splitlines()
+    options, program = torchrun_arguments(started)
+    assert options["--nnodes"] == "2" and options["--nproc-per-node"] == "8" and options["--rdzv-endpoint"] == "a:29500"
+    assert program == ["flows.stage_runner.worker", "teacher"] and stored == "dvc commit --force teacher"
+    assert re.search(r"^#SBATCH --ntasks-per-node=1$", script.read_text(), re.M)
 
 
 @pytest.mark.parametrize("pool_type", POOL_TYPES)

@@ -18,6 +18,7 @@ HEAVY = {
         "flows.recipes.recipe",
         "flows.inference.generate",
         "flows.distributed.launch",
+        "flows.stage_runner.worker",
     ),
     "prefect": (
         "flows.pipeline",

@@ -171,13 +171,13 @@ def test_plan_reckons_with_the_devices_that_divide_a_training(monkeypatch, capsy
         found = json.loads(capsys.readouterr().out)
         return found["count"], found["trainings"][1]
 
-    (one, alone), (four, shared) = planned(), planned(CM_DEVICES="2", CM_NODES="2")
+    (one, alone), (four, shared) = planned(), planned(CM_DEVICES="4")
     assert (one, four) == (1, 4) and shared["images_per_s"] == 4 * alone["images_per_s"]
     (_, divided) = planned(CM_SHARD="1")
     assert divided["memory_bytes"] < shared["memory_bytes"] < alone["memory_bytes"]
     monkeypatch.setenv("CM_DEVICES", "7")
     assert main(["plan", "digits-cd"]) == 2
-    assert "CM_DEVICES=7 times CM_NODES=2: must divide teacher.train.batch_size=" in capsys.readouterr().err
+    assert "CM_DEVICES=7: must divide teacher.train.batch_size=" in capsys.readouterr().err
 
 
 @pytest.mark.slow

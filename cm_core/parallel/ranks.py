@@ -1,25 +1,31 @@
-"""Several processes at one training, a device each: every pass through a network is divided by rows.
+"""The process group of a stage: several processes, a device each, as torch.distributed.elastic has started them.
 
-Each sees the whole batch, with the randomness it has always had, and computes the rows of its own; in the rows of
-others there are zeros where a network's output should be, and what a method makes of them is dropped. So passes wait
-for nobody, gradients and losses are exchanged once a step, and no method knows that it is not alone.
+All see the whole batch and draw the same randomness; each computes its own rows (rows.py) and they exchange the
+gradients once a step (gradients.py). No method knows that it is not alone.
 """
 
+import os
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-LOCAL = "127.0.0.1"
-TIMEOUT = timedelta(minutes=5)  # of one exchange; the first process draws grids and saves states while the others wait
+TIMEOUT = timedelta(minutes=5)  # of one exchange; rank 0 draws grids and saves states while the others wait
+POLL = 0.5  # seconds between two looks into the store
+ROLL_CALL = 3.0  # seconds for the processes to show that they are there, after an exchange has failed
+GRACE = 25.0  # seconds for an exchange with a lost process to fail by itself
+EXIT_PEER_LOST = 75  # exit code of a process that another's loss has ended
 
 
 def world_size() -> int:
-    """Return how many processes share this training."""
+    """Return how many processes share this stage."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -33,43 +39,88 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def local_rank() -> int:
+    """Return which process of its node this is, from 0; also which GPU it uses."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
 class ProcessLost(RuntimeError):
-    """An exchange failed, most likely because one of the processes is gone."""
-
-
-def listen(host: str, port: int = 0) -> dist.TCPStore:
-    """Open the place where the processes meet, at this address of this machine alone; port 0: any (`.port` says)."""
-    listener = socket.create_server((host, port), family=socket.getaddrinfo(host, port)[0][0])
-    port, descriptor = listener.getsockname()[1], listener.detach()
-    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor)
-
-
-def call(host: str, port: int) -> dist.TCPStore:
-    """Find the place that the first process has opened, or will open soon."""
-    return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=TIMEOUT)
+    """An exchange failed because processes are gone; the message names them."""
 
 
 @contextmanager
-def joined(rank: int, count: int, port: int) -> Iterator[None]:
-    """Be process `rank` of `count` on this machine; one that started them all listens at `port` of LOCAL for them.
+def process_group(is_over: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Join the process group that torchrun's environment variables describe; without them this process is alone.
 
-    On a machine with GPUs, use GPU `rank`.
+    Ranks other than 0 wait as long as it takes rank 0 to come, unless `is_over`: it may have to wait for a lease.
+    Raises ProcessLost where processes are gone.
     """
-    with member(call(LOCAL, port), rank, count, device=rank):
+    if not dist.is_torchelastic_launched():
         yield
+        return
+    size, own, left = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]), threading.Event()
+    try:
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_rank())
+            backend = "cpu:gloo,cuda:nccl"
+        with exchange():
+            store = _store()
+            _wait_for_main(store, own, is_over)
+            threading.Thread(target=_answer_roll_call, args=(_store(), own, left), daemon=True).start()
+            dist.init_process_group(backend, store=store, rank=own, world_size=size, timeout=TIMEOUT)
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # on a GPU an exchange can fail later, where its result is asked for
+        if missing := _call_roll(size):
+            raise ProcessLost(f"lost {', '.join(missing)}") from error
+        raise
+    else:
+        store.set(f"here/{own}", "")
+        dist.destroy_process_group()  # not after an error: it may wait for a process that is gone
+    finally:
+        left.set()
 
 
-@contextmanager
-def member(store: dist.TCPStore, rank: int, count: int, *, device: int) -> Iterator[None]:
-    """Be process `rank` of `count`, which meet at `store`; on a machine with GPUs, use its GPU `device`."""
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    with exchange():
-        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
-    yield
-    dist.destroy_process_group()  # not after an error: it may wait for a process that is gone
+def _store(timeout: timedelta = TIMEOUT) -> dist.TCPStore:
+    """Connect to the key-value store of the launcher on rank 0's node."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
+
+
+def _wait_for_main(store: dist.TCPStore, own: int, is_over: Callable[[], bool]) -> None:
+    store.set(f"host/{own}", socket.gethostname())
+    if own == 0:
+        store.set("main", "")
+    while not store.check(["main"]):
+        if is_over():
+            raise ProcessLost("asked to end before rank 0 had come")
+        time.sleep(POLL)
+
+
+def _call_roll(size: int) -> list[str]:
+    """Return the processes that do not answer, each with its host; all others learn that an exchange has failed."""
+    try:
+        store = _store(timedelta(seconds=ROLL_CALL))
+        store.set("roll", "")
+        time.sleep(ROLL_CALL)
+        missing = [other for other in range(size) if not store.check([f"here/{other}"])]
+        hosts = {other: store.get(f"host/{other}").decode() for other in missing if store.check([f"host/{other}"])}
+        return [f"rank {other} ({hosts.get(other, 'which never came')})" for other in missing]
+    except RuntimeError:
+        return [f"the launcher of rank 0 ({os.environ['MASTER_ADDR']})"]
+
+
+def _answer_roll_call(store: dist.TCPStore, own: int, left: threading.Event) -> None:
+    """Answer when the roll is called, even while the main thread waits in an exchange; end it where that stays so."""
+    with suppress(RuntimeError):  # the store is gone, and the node of rank 0 with it
+        while not store.check(["roll"]):
+            if left.wait(POLL):
+                return
+        store.set(f"here/{own}", "")
+    if not left.wait(GRACE):
+        os._exit(EXIT_PEER_LOST)  # a GPU may wait for a lost process in vain, and the main thread for the GPU
 
 
 @contextmanager
@@ -81,6 +132,15 @@ def exchange() -> Iterator[None]:
         raise
     except RuntimeError as error:
         raise ProcessLost(str(error)) from error
+
+
+def all_gather(value: Any) -> list[Any]:
+    """Return what each process gives, by rank; all must call. Any value that can be pickled."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        with exchange():
+            dist.all_gather_object(values, value)
+    return values
 
 
 def agree(flag: bool) -> bool:
@@ -99,7 +159,7 @@ def wait_for_all() -> None:
 
 
 def broadcast_from_main(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the first process's tensors by name, to the bit, on devices of its kind; those of the others do not count.
+    """Yield rank 0's tensors by name, to the bit, on devices of its kind; those of the others do not count.
 
     All must ask for all of them. They come one by one: nobody needs memory for all.
     """
@@ -117,7 +177,7 @@ def broadcast_from_main(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Te
 
 
 def send_to_main(rows: Tensor, owner: int) -> None:
-    """Fill the first process's `rows` with those of process `owner`; both must call, others may."""
+    """Fill rank 0's `rows` with those of process `owner`; both must call, others may."""
     with exchange():
         if is_main() and owner:
             dist.recv(rows, owner)

@@ -1,6 +1,5 @@
-"""`cm plan`: what the trainings of a recipe cost on so many GPUs as CM_DEVICES and CM_NODES say, before they begin."""
+"""`cm plan`: what the trainings of a recipe cost on so many GPUs as CM_DEVICES says, before they begin."""
 
-import math
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +35,7 @@ def plan(args: Namespace) -> None:
 
     recipe = load_recipe(args.recipe, args.overrides, root=workspace_root())
     sections = {role: getattr(recipe, role) for role in TRAININGS if getattr(recipe, role) is not None}
-    count = max(math.prod(processes_for(role, section)) for role, section in sections.items())
+    count = max(processes_for(role, section) for role, section in sections.items())
     rate, memory, name = _gpu(args.gpu)
     rows = [_row(role, recipe, rate, memory, count) for role in sections]
     if args.json:

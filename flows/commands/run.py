@@ -4,7 +4,6 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,10 +44,6 @@ def add_parsers(commands: Any) -> None:
     _add_profile_option(parser)
     parser.set_defaults(command=stage, in_place=True)
 
-    parser = commands.add_parser("join", help="share a stage that another machine runs, at CM_MEET=host:port")
-    parser.add_argument("stage", metavar="STAGE", help="teacher, student or sample")
-    parser.set_defaults(command=join, in_place=True)
-
 
 def _add_profile_option(parser: Any) -> None:
     parser.add_argument(
@@ -68,16 +63,9 @@ def stage(args: Namespace) -> None:
     """Run one stage in this workspace."""
     _ask_for_profile(args)
     log_to_terminal()
-    from flows.stage_runner.run import run_stage
+    from flows.stage_runner.run import start_stage
 
-    run_stage(args.stage, workspace_root())
-
-
-def join(args: Namespace) -> None:
-    """Share a stage with the main node until it ends there."""
-    from flows.stage_runner.run import join as join_stage
-
-    join_stage(args.stage, workspace_root(), partial(print, flush=True))
+    start_stage(args.stage, workspace_root())
 
 
 def run(args: Namespace) -> None:

@@ -1,14 +1,12 @@
 """The GPUs of this machine: which there are, how many a stage wants, and those for it alone."""
 
-import fcntl
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
 
 from flows.atomic import try_lock
 from flows.errors import UserError
@@ -16,7 +14,6 @@ from flows.settings import Settings
 
 DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
 COUNT_VARIABLE = "CM_DEVICES"  # how many devices of a machine such a stage uses
-NODES_VARIABLE = "CM_NODES"  # and how many machines
 SHARED = ("teacher", "student", "sample")  # stages that several devices share
 LOOK_EVERY = 1.0  # seconds between two looks for a free device
 
@@ -32,25 +29,17 @@ def visible_devices() -> list[str]:
     return [str(number) for number, _ in enumerate(line for line in listing.splitlines() if line.startswith("GPU "))]
 
 
-def devices_for(stage: str, batch_size: int | None = None, nodes: int = 1) -> int:
-    """Return how many devices of a machine a stage uses: CM_DEVICES for trainings and samples, else one.
+def devices_for(stage: str) -> int:
+    """Return how many devices of this machine a stage uses: CM_DEVICES for trainings and samples, else one.
 
-    Raises UserError where the number is none, does not divide the batch, or is more than the machine's GPUs.
+    Raises UserError where that is no number, or more than the machine's GPUs.
     """
     if stage not in SHARED:
         return 1
     count = Settings.read().devices
     if count > 1 and (there := len(visible_devices())) and count > there:  # for one, nobody has to be asked
         raise UserError(f"{COUNT_VARIABLE}={count}: there are {there} GPUs for this process")
-    if batch_size is not None and batch_size % (nodes * count):
-        product = f"{COUNT_VARIABLE}={count}" + (f" times {NODES_VARIABLE}={nodes}" if nodes > 1 else "")
-        raise UserError(f"{product}: must divide {stage}.train.batch_size={batch_size}")
     return count
-
-
-def nodes_for(stage: str) -> int:
-    """Return how many machines a stage uses: CM_NODES for trainings and samples, else one; UserError for no number."""
-    return Settings.read().nodes if stage in SHARED else 1
 
 
 @contextmanager
@@ -60,34 +49,25 @@ def hold_devices(
     """Hold `count` devices, ours alone on this machine; yield the environment variables that show a process only them.
 
     The lock files stand in `folder`; the locks end with this process. Without devices nothing is held. While too many
-    are busy, `on_wait` is called once; the wait ends early, with none held, when `is_over`.
+    are busy none is, so that others can have those that are free; `on_wait` is called once. The wait ends early, with
+    none held, when `is_over`.
     """
-    if not devices:
-        yield {}
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {device: (folder / f"{device}.lock").open("a") for device in devices}
-    try:
-        held = _try_hold(files, count)
-        if not held:
+    if devices:
+        folder.mkdir(parents=True, exist_ok=True)
+    has_waited = False
+    while devices:
+        held: list[str] = []
+        with ExitStack() as files:
+            for device in devices:
+                if len(held) < count and try_lock(files.enter_context((folder / f"{device}.lock").open("a"))):
+                    held.append(device)
+            if len(held) == count:
+                yield {DEVICES_VARIABLE: ",".join(held)}
+                return
+        if not has_waited:
             on_wait()
-        while not held and not is_over():
-            time.sleep(LOOK_EVERY)
-            held = _try_hold(files, count)
-        yield {DEVICES_VARIABLE: ",".join(held)} if held else {}
-    finally:
-        for file in files.values():
-            file.close()
-
-
-def _try_hold(files: Mapping[str, IO], count: int) -> list[str]:
-    """Lock `count` of the files and return their names; where fewer are free, none, so that others can have those."""
-    held: list[str] = []
-    for name, file in files.items():
-        if len(held) < count and try_lock(file):
-            held.append(name)
-    if len(held) == count:
-        return held
-    for name in held:
-        fcntl.flock(files[name], fcntl.LOCK_UN)
-    return []
+            has_waited = True
+        if is_over():
+            break
+        time.sleep(LOOK_EVERY)
+    yield {}

@@ -82,7 +82,7 @@ class StageMonitor(Monitor):
     ) -> None:
         self._display, self._run, self._stop_requested, self._checkpoint = display, run, stop_requested, checkpoint
         self._stop_announced = False
-        self._file = _ProgressFile.from_environment()
+        self._file = _ProgressFile()
 
     def progress(self, done: int, total: int, unit: str) -> None:
         self._display.progress(done, total, unit)
@@ -113,12 +113,8 @@ class StageMonitor(Monitor):
 class _ProgressFile:
     """Progress of the stage for the process that started it: one JSON object, replaced whole."""
 
-    def __init__(self, path: Path | None) -> None:
-        self._path, self._last = path, -FILE_EVERY
-
-    @classmethod
-    def from_environment(cls) -> "_ProgressFile":
-        return cls(Settings.read().progress_file)
+    def __init__(self) -> None:
+        self._path, self._last = Settings.read().progress_file, -FILE_EVERY
 
     def write(self, done: int, total: int, unit: str) -> None:
         if self._path is None or (done < total and time.monotonic() - self._last < FILE_EVERY):

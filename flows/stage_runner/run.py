@@ -1,27 +1,41 @@
-"""What `cm stage NAME` does: fill a stage's parameters by name, run it, show its progress, log it to MLflow."""
+"""Run one stage, as `cm stage NAME` does: fill its parameters by name, show its progress, log it to MLflow.
+
+Where several processes share a stage, `cm stage` starts them (flows/distributed/launch.py), and rank 0 does all this.
+"""
 
 import importlib
 import inspect
+import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import flows
-from flows.checkpoints.store import Checkpoint, drop_finished, hold_checkpoint, mark_finished, share_kernels
-from flows.distributed.devices import SHARED
-from flows.distributed.launch import join_stage, several_processes
+from flows.checkpoints.store import (
+    Checkpoint,
+    drop_finished,
+    hold_checkpoint,
+    mark_finished,
+    share_kernels,
+    states_folder,
+)
+from flows.distributed.launch import launch_stage, processes_for, worker_group
 from flows.errors import UserError
+from flows.monitor import Monitor
 from flows.recipes.overrides import flatten
 from flows.recipes.recipe import Recipe, active_name, load_active
 from flows.settings import Settings
 from flows.stage_runner.progress import Bar, StageMonitor
-from flows.stage_runner.signals import StageSignals, end_with_caller
+from flows.stage_runner.signals import StageSignals, end_with_caller, give_lifeline
+from flows.stages.training import StageStopped
 from flows.tracking.run_context import RunContext
 from flows.tracking.stage_run import StageRun
-from flows.tracking.tracker import Tracker, describe_run, files_below, shown_files
+from flows.tracking.tracker import MODEL_FILES, MODEL_NAME, Tracker, describe_run, files_below, shown_files
 from flows.workspace.data_versions import fetch_versioned
 from flows.workspace.dvc_files import Stage, dvc_md5, read_stages, stage_facts, stage_key, version
 from flows.workspace.git import describe_code
@@ -31,61 +45,94 @@ PREPARED, FACTS_FILE = "out/prepare", "dataset.json"
 TRAINS = ("features", "teacher", "student")
 
 
-def run_stage(name: str, root: Path) -> None:
-    """Run one stage on params/active.yaml of the workspace `root`.
+def start_stage(name: str, root: Path) -> None:
+    """Run one stage on params/active.yaml of the workspace `root`: here, or in as many processes as CM_DEVICES says.
 
     Raises:
         UserError: no such stage, a missing input, a bad value, or code that is not this workspace's.
+        StageFailed: a process was lost.
         SystemExit: 128 + signal, when SIGINT or SIGTERM asked the stage to end; a training has saved its state.
     """
+    _, recipe, _ = _read_stage(name, root)
+    count = processes_for(name, getattr(recipe, name, None))
+    if count == 1:
+        run_stage(name, root)
+        return
+    give_lifeline()
+    launch_stage(name, count, sys.executable, "-m", "flows.stage_runner.worker", name)
+
+
+def run_stage(name: str, root: Path) -> None:
+    """Run one stage in this process, which is alone or rank 0; see `start_stage` for what it raises."""
+    stage, recipe, function = _read_stage(name, root)
+    inputs = {path: dvc_md5(root / path) for path in stage.deps if path.startswith("out/")}
+    source = recipe.data.source
+    if "data" in stage.params and hasattr(source, "path"):  # what DVC versions is fetched
+        inputs |= fetch_versioned(root, source.path, source.version)
+    out_dir, parameters = root / "out" / name, inspect.signature(function).parameters
+    with _signals(function) as signals, ExitStack() as stack:
+        run = stack.enter_context(_tracked_run(stage, root, recipe, inputs))
+        display = stack.enter_context(Bar(name, lines=True))
+        checkpoint = None
+        if "state_dir" in parameters:
+            checkpoint = stack.enter_context(_checkpoint(stage, root, inputs, display.remark))
+        monitor = StageMonitor(display, run, signals.received, checkpoint)
+        shutil.rmtree(out_dir, ignore_errors=True)
+        out_dir.mkdir(parents=True)
+        given: dict[str, Any] = {"out_dir": out_dir, "monitor": monitor}
+        if checkpoint:
+            given["state_dir"] = checkpoint.folder
+        with (
+            signals.as_exit(StageStopped),
+            worker_group(name, getattr(recipe, name, None), partial(facts, stage, root, inputs)),
+        ):
+            function(**fill_parameters(function, given, recipe, root))
+        outs = {path: dvc_md5(root / path) for path in stage.outs}
+        if checkpoint:
+            mark_finished(checkpoint.folder, outs)
+        _log_outputs(run, stage, root, recipe, outs)
+
+
+def share_stage(name: str, root: Path) -> None:
+    """Compute the part of a rank other than 0: without state, outputs and tracking of its own."""
+    stage, recipe, function = _read_stage(name, root)
+    share_kernels(shared_root(root))
+    with _signals(function) as signals, TemporaryDirectory() as scratch:
+        beside_main = os.environ["GROUP_RANK"] == "0"  # images that a node draws go into one file
+        monitor = Monitor()
+        monitor.stop_requested = signals.received
+        given = {
+            "out_dir": root / "out" / name if beside_main and name == "sample" else Path(scratch),
+            "state_dir": states_folder(shared_root(root)) / name,  # holds none; compiled kernels are kept beside it
+            "monitor": monitor,
+        }
+        with (
+            signals.as_exit(StageStopped),
+            worker_group(name, getattr(recipe, name), partial(facts, stage, root, {}), signals.received),
+        ):
+            function(**fill_parameters(function, given, recipe, root))
+
+
+def _read_stage(name: str, root: Path) -> tuple[Stage, Recipe, Callable[..., None]]:
+    """Return a stage as dvc.yaml declares it, the recipe in force, and the stage's function."""
     _refuse_other_code(root)
     stages = read_stages(root)
     if name not in stages:
         raise UserError(f"no stage {name!r}; there are {', '.join(stages)}")
-    recipe, function = load_active(root), stage_function(name)
-    inputs = {path: dvc_md5(root / path) for path in stages[name].deps if path.startswith("out/")}
-    if "data" in stages[name].params:
-        inputs |= _versioned_data(recipe, root)
-    parameters = inspect.signature(function).parameters
-    with StageSignals(deferred="state_dir" in parameters) as signals, ExitStack() as stack:
+    return stages[name], load_active(root), getattr(importlib.import_module(f"flows.stages.{name}"), name)
+
+
+@contextmanager
+def _signals(function: Callable) -> Iterator[StageSignals]:
+    """Take note of signals, and of the caller's end, while a stage runs."""
+    with StageSignals(deferred="state_dir" in inspect.signature(function).parameters) as signals:
         if Settings.read().lifeline:
             end_with_caller()
-        run = stack.enter_context(_tracked_run(stages[name], root, recipe, inputs))
-        display = stack.enter_context(Bar(name, lines=True))
-        checkpoint = None
-        if "state_dir" in parameters:
-            checkpoint = stack.enter_context(_checkpoint(stages[name], root, inputs, display.remark))
-        monitor = StageMonitor(display, run, signals.received, checkpoint)
-        given: dict[str, Any] = {"out_dir": _emptied(root / "out" / name), "monitor": monitor}
-        if checkpoint:
-            given["state_dir"] = checkpoint.folder
-        section = getattr(recipe, name, None)
-        together = {"facts": partial(facts, stages[name], root, inputs), "monitor": monitor}
-        with signals.as_exit(), several_processes(name, section, root, given.get("state_dir"), **together):
-            function(**fill_parameters(function, given, recipe, root))
-        outs = {path: dvc_md5(root / path) for path in stages[name].outs}
-        if checkpoint:
-            mark_finished(checkpoint.folder, outs)
-        _log_outputs(run, stages[name], root, outs)
-
-
-def join(name: str, root: Path, say: Callable[[str], None]) -> None:
-    """Share a stage that the main node of several runs, in a workspace of the same code, recipe and inputs.
-
-    Raises:
-        UserError: no such stage, a missing input, a bad value, or the main node computes something else.
-        StageFailed: no main node was found, or another process was lost.
-    """
-    _refuse_other_code(root)
-    stage = read_stages(root).get(name)
-    if stage is None or name not in SHARED:
-        raise UserError(f"{name}: several machines share {', '.join(SHARED)}, no other stage")
-    recipe = load_active(root)
-    join_stage(name, getattr(recipe, name), root, facts(stage, root, {}), say)
+        yield signals
 
 
 def facts(stage: Stage, root: Path, inputs: Mapping[str, str]) -> dict[str, Any]:
-    """Return by name what must be the same on all nodes that share a stage."""
+    """Return by name what must be the same in all processes that share a stage."""
     cmd, deps, params, _ = stage_facts(root, stage, inputs)
     return flatten({"cmd": cmd, **deps, **params})
 
@@ -95,23 +142,6 @@ def _refuse_other_code(root: Path) -> None:
     imported = Path(flows.__file__).parent.resolve()
     if imported != (root / "flows").resolve():
         raise UserError(f"the code of {imported.parent} would run for the workspace {root}; set PYTHONPATH={root}")
-
-
-def _versioned_data(recipe: Recipe, root: Path) -> dict[str, str]:
-    """Have the data here that the recipe names and DVC versions; return their versions by path."""
-    source = recipe.data.source
-    return fetch_versioned(root, source.path, source.version) if hasattr(source, "path") else {}
-
-
-def stage_function(name: str) -> Callable[..., None]:
-    """Import the function of a stage."""
-    return getattr(importlib.import_module(f"flows.stages.{name}"), name)
-
-
-def _emptied(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
 
 
 def fill_parameters(function: Callable, given: Mapping[str, Any], recipe: Recipe, root: Path) -> dict[str, Any]:
@@ -157,8 +187,8 @@ def _tracked_run(stage: Stage, root: Path, recipe: Recipe, inputs: Mapping[str, 
         yield run
 
 
-def _log_outputs(run: StageRun, stage: Stage, root: Path, outs: Mapping[str, str]) -> None:
-    """Log what the stage made: its data version, the files worth a look, the data set."""
+def _log_outputs(run: StageRun, stage: Stage, root: Path, recipe: Recipe, outs: Mapping[str, str]) -> None:
+    """Log what the stage made: its data version, the files worth a look, the data set, the model."""
     folder = root / "out" / stage.name
 
     def log_outputs(tracker: Tracker, run_id: str) -> None:
@@ -166,5 +196,7 @@ def _log_outputs(run: StageRun, stage: Stage, root: Path, outs: Mapping[str, str
         tracker.log_files(run_id, shown_files(files_below(folder, stage.name)))
         if PREPARED in outs:
             tracker.log_dataset(run_id, folder / FACTS_FILE, outs[PREPARED], "preparation")
+        if stage.name == MODEL_NAME:
+            tracker.log_student(run_id, recipe, {name: folder / name for name in MODEL_FILES}, version(outs))
 
     run.submit(log_outputs)

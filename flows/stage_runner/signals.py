@@ -4,8 +4,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from flows.settings import Settings, variable
 
 
 class StageSignals:
@@ -27,14 +29,12 @@ class StageSignals:
         return self._number != 0
 
     @contextmanager
-    def as_exit(self) -> Iterator[None]:
-        """Turn the error with which a stage answers to a signal into the exit code of that signal."""
+    def as_exit(self, stopped: type[Exception]) -> Iterator[None]:
+        """Turn the error with which a stage answers to a signal, here or at another rank, into an exit code."""
         try:
             yield
-        except Exception as error:
-            if not self._number:
-                raise
-            raise SystemExit(128 + self._number) from error
+        except stopped as error:
+            raise SystemExit(128 + (self._number or signal.SIGTERM)) from error
 
     def _handle(self, number: int, _: object) -> None:
         """Note the signal, and nothing else: it may have interrupted this thread in a print, or while it held a lock.
@@ -48,17 +48,29 @@ class StageSignals:
 
 def end_with_caller() -> None:
     """Ask this process to end, as SIGTERM does, when its standard input ends: the pipe's other end is the caller's."""
-    threading.Thread(target=_wait_and_end, daemon=True).start()
+
+    def end() -> None:  # nobody reads our output now, and a line that cannot be written must not keep us from saving
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    _at_end_of(sys.stdin.fileno(), end)
 
 
-def _wait_and_end() -> None:
-    """Wait for the end of standard input; then ask the stage to end.
+def give_lifeline() -> None:
+    """Let processes that are started from now on `end_with_caller`: when this one ends, or this one's caller."""
+    reading, writing = os.pipe()  # the writing end is this process's alone: children do not inherit it
+    if Settings.read().lifeline:
+        _at_end_of(os.dup(sys.stdin.fileno()), lambda: os.close(writing))
+    os.dup2(reading, sys.stdin.fileno())
+    os.environ[variable("lifeline")] = "stdin"
 
-    Nobody reads its output any more, and a line that cannot be written must not keep a training from being saved.
-    """
-    while os.read(sys.stdin.fileno(), 1024):
-        pass
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(nowhere, stream.fileno())
-    os.kill(os.getpid(), signal.SIGTERM)
+
+def _at_end_of(pipe: int, action: Callable[[], None]) -> None:
+    def wait() -> None:
+        while os.read(pipe, 1024):
+            pass
+        action()
+
+    threading.Thread(target=wait, daemon=True).start()

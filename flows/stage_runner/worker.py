@@ -1,53 +1,46 @@
-"""What the other processes of a stage do: compute their rows, and say nothing."""
+"""One of the processes that share a stage: what torchrun, or `cm stage` for CM_DEVICES, starts once a device."""
 
-import json
 import os
-import signal
 import sys
-import threading
+import traceback
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from cm_core.parallel import ranks
-from flows.distributed.launch import EXIT_PEER_LOST, Place
+from flows.distributed.launch import RESUMES
 from flows.errors import USER_ERROR, UserError
-from flows.monitor import Monitor
-from flows.recipes.recipe import load_active
-from flows.stage_runner.run import fill_parameters, stage_function
-from flows.stages.training import StageStopped
-
-WRITE_TOGETHER = ("sample",)  # stages whose processes, on the main node, fill the same files
+from flows.stage_runner.run import run_stage, share_stage
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run stage `argv[0]`, its states in folder `argv[1]`, as the process with the place `argv[2]`, JSON."""
-    stage, state_dir, place = argv[0], Path(argv[1]), Place(**json.loads(argv[2]))
-    for number in (signal.SIGINT, signal.SIGTERM):  # the first process decides, and all stop after the same step
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_caller, daemon=True).start()
-    function, root = stage_function(stage), Path.cwd()
+def main(argv: Sequence[str]) -> int:
+    """Run the stage `argv[0]` of the workspace in the current folder and return the exit code.
+
+    Rank 0 does what `cm stage` does, the others only compute. What all have to say is said once on each node.
+    """
+    stage, root = argv[0], Path.cwd()
+    several_nodes = int(os.environ["GROUP_WORLD_SIZE"]) > 1
     try:
-        store = ranks.call(place.host, place.port)
-        with TemporaryDirectory() as scratch, ranks.member(store, place.rank, place.count, device=place.device):
-            on_main_node = place.rank == place.device
-            out_dir = root / "out" / stage if on_main_node and stage in WRITE_TOGETHER else Path(scratch)
-            given = {"out_dir": out_dir, "state_dir": state_dir, "monitor": Monitor()}
-            with suppress(StageStopped):
-                function(**fill_parameters(function, given, load_active(root), root))
+        record(run_stage if os.environ["RANK"] == "0" else share_stage)(stage, root)
+        return 0
     except UserError as error:
-        print(f"cm: {error}", file=sys.stderr, flush=True)
-        os._exit(USER_ERROR)
-    except ranks.ProcessLost:
-        os._exit(EXIT_PEER_LOST)  # whoever watches over all of them says which was lost
-
-
-def _end_with_caller() -> None:
-    """End when the process that started this one has: its end of standard input is then closed."""
-    os.read(sys.stdin.fileno(), 1)
-    os._exit(1)
+        code, line = USER_ERROR, str(error)
+    except ranks.ProcessLost as error:  # on one node the launcher knows how it ended
+        code, line = ranks.EXIT_PEER_LOST, f"{stage}: {error}; {RESUMES}" if several_nodes else ""
+    except SystemExit as end:
+        return end.code
+    except Exception:
+        traceback.print_exc()
+        return 1
+    if line and ranks.local_rank() == 0:
+        print(f"cm: {line}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    exit_code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if exit_code:
+        os._exit(exit_code)  # Python's own end would abort, with another code, on the threads of a group that broke

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.recipes.overrides import flatten
 from flows.tracking.run_context import RunContext
 from flows.tracking.tracker import (
     MODEL_FILES,
@@ -101,10 +100,7 @@ class PipelineRun:
         `run_id` is the run that trained it, where this MLflow knows one.
         """
         weights = {name: files[f"{MODEL_NAME}/{name}"] for name in MODEL_FILES}
-        method = flatten({"method": recipe.student.method.model_dump(mode="json")})
-        source, mid_sigmas = run_id or self.run_id, recipe.sample.mid_sigmas
-        model_id = self.tracker.student_model(source, weights, version(outs), method, mid_sigmas)
-        for run in {source, self.run_id}:
-            self.tracker.link_model(run, model_id)
+        model_id = self.tracker.log_student(run_id or self.run_id, recipe, weights, version(outs))
+        self.tracker.link_model(self.run_id, model_id)
         self.tracker.log_numbers(self.run_id, student_numbers(metrics), model_id=model_id)
         return model_id

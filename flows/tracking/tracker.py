@@ -15,12 +15,14 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from flows.errors import UserError
+from flows.recipes.overrides import flatten
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
     from cm_core.model import ModelSpec
     from cm_core.precond import Precond
+    from flows.recipes.recipe import Recipe
 
 EXPERIMENT = "consistency-models"
 MODEL_NAME, MODEL_FILES = "student", ("ema.safetensors", "model.json")
@@ -154,6 +156,13 @@ class Tracker:
             self.client.log_model_artifacts(model.model_id, str(folder))
         self.client.finalize_logged_model(model.model_id, "READY")
         return model.model_id
+
+    def log_student(self, run_id: str, recipe: "Recipe", weights: Mapping[str, Path], data_version: str) -> str:
+        """Log the weights of a student, {name: path}, unless they are, and show the model among a run's outputs."""
+        method = flatten({"method": recipe.student.method.model_dump(mode="json")})
+        model_id = self.student_model(run_id, weights, data_version, method, recipe.sample.mid_sigmas)
+        self.link_model(run_id, model_id)
+        return model_id
 
     def link_model(self, run_id: str, model_id: str) -> None:
         """Show a model among a run's outputs, once."""

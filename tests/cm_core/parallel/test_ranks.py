@@ -1,27 +1,13 @@
 """Two processes train as one: the same numbers to rounding, the same weights in both, and a lost one ends the other."""
 
-import json
 import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 
 from cm_core.parallel import gradients, graphs, ranks
-from cm_core.tensor_files import load_tensors
-from cm_core.training.checkpoint import list_states
 from cm_core.training.passes import compose_passes
-from flows.recipes.recipe import write_active
-from miniature import REPOSITORY, SUPPORT, python_path
-from servers import free_port
 from several import run_in_several
-from small_stages import files, run_small, small_recipe
 from tiny_training import METHODS, Training
 
 ROUNDING = 1e-4 if torch.cuda.is_available() else 1e-5  # GPUs add in any order: two runs of one process differ too
@@ -37,12 +23,13 @@ def begin_training(method, *, steps):
     return training
 
 
-def train(rank, port, folder):
+def train(folder):
     """Train by every method as one of two processes, without dropout and with it."""
     torch.set_num_threads(1)
     gradients.BUCKET_BYTES = 1024  # so that gradients go in many pieces
+    rank = int(os.environ["RANK"])
     begun = {name: begin_training(METHODS[name], steps=0 if rank else 2) for name in SHARED}
-    with ranks.joined(rank, 2, port):
+    with ranks.process_group():
         for name, training in begun.items():
             training.state.share()
             held = training.tensors() | training.state._window_tensors()
@@ -169,228 +156,3 @@ def test_a_shared_network_refuses_a_second_pass_with_gradients_beside_a_recorded
         replayed(x)
     with torch.no_grad():
         assert torch.equal(replayed(x), torch.nn.functional.linear(x, net.weight, net.bias))
-
-
-@pytest.fixture(scope="module")
-def ready(tmp_path_factory):
-    """A folder as `cm stage student` finds it: a recipe in force, images and a teacher."""
-    root = tmp_path_factory.mktemp("ready")
-    recipe = small_recipe("digits-cd", *(f"student.train.{key}={value}" for key, value in STEPS.items()))
-    write_active(recipe, root)
-    for stage in ("prepare", "teacher"):
-        run_small(stage, recipe, root / "out")
-    return root
-
-
-@pytest.fixture
-def root(ready, tmp_path):
-    shutil.copytree(ready, tmp_path / "root")
-    return tmp_path / "root"
-
-
-def shared_environment(devices):
-    return {**os.environ, "PYTHONPATH": python_path(REPOSITORY), "CM_DEVICES": str(devices), "OMP_NUM_THREADS": "1"}
-
-
-def begin(root, devices, stage="student", **variables):
-    shutil.rmtree(root / "out" / stage, ignore_errors=True)
-    command = [sys.executable, SUPPORT / "shared_training.py", root, stage]
-    environment = shared_environment(devices) | variables
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def end(process):
-    output, _ = process.communicate(timeout=120)
-    return process.returncode, output
-
-
-def run(root, devices, stage="student", **variables):
-    return end(begin(root, devices, stage, **variables))
-
-
-def losses(root):
-    lines = (root / "out" / "student" / "metrics.jsonl").read_text().splitlines()
-    return {entry["step"]: entry["loss"] for entry in map(json.loads, lines)}
-
-
-@pytest.fixture(scope="module")
-def alone(ready, tmp_path_factory):
-    root = tmp_path_factory.mktemp("alone") / "root"
-    shutil.copytree(ready, root)
-    code, output = run(root, 1)
-    assert code == 0, output
-    return root
-
-
-def assert_same_training(root, alone):
-    assert losses(root) == pytest.approx(losses(alone), rel=1e-3)
-    found, wanted = (load_tensors(folder / "out/student/ema.safetensors") for folder in (root, alone))
-    for key in wanted:
-        torch.testing.assert_close(found[key], wanted[key], rtol=1e-3, atol=ROUNDING)
-    grids = [sorted(path.name for path in (folder / "out/student/grids").iterdir()) for folder in (root, alone)]
-    assert grids[0] == grids[1]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("divides", ["0", "1"])
-def test_a_stage_trained_by_two_writes_what_it_writes_alone(root, alone, divides):
-    code, output = run(root, 2, CM_SHARD=divides)
-    assert code == 0, output
-    assert_same_training(root, alone)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("divides", ["0", "1"])
-def test_a_lost_process_ends_the_training_which_goes_on_alone_from_its_state(root, alone, divides):
-    (root / "states").mkdir()
-    (root / "states" / "kill").touch()
-    code, output = run(root, 2, CM_SHARD=divides)
-    assert code == 1
-    line = "student: process 1 was killed by signal 9; started again, a training goes on from its last saved state"
-    assert line in output.splitlines()  # on GPUs, PyTorch adds what it thinks of it
-    saved = int(list_states(root / "states")[-1].name.removeprefix("step-"))
-    code, output = run(root, 1)
-    assert code == 0 and f"resuming from step {saved}" in output and saved >= 4
-    assert_same_training(root, alone)
-
-
-@pytest.mark.slow
-def test_a_stop_reaches_both_after_the_same_step_and_two_go_on(root, alone):
-    process = begin(root, 2)
-    while process.stdout.readline().strip() != "3":
-        pass
-    (root / "states" / "stop").touch()
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1 and "stopped after step" in output and "lost" not in output
-    (root / "states" / "stop").unlink()
-    code, output = run(root, 2)
-    assert code == 0 and "resuming from step" in output
-    assert_same_training(root, alone)
-
-
-@pytest.mark.slow
-def test_the_other_process_ends_with_the_first(root):
-    process = begin(root, 2)
-    while process.stdout.readline().strip() != "2":
-        pass
-    (child,) = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
-    deadline = time.monotonic() + 30
-    while Path(f"/proc/{child}").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-@pytest.fixture(scope="module")
-def sampled(alone):
-    """What one process samples."""
-    code, output = run(alone, 1, "sample")
-    assert code == 0, output
-    return files(alone / "out" / "sample")
-
-
-@pytest.mark.slow
-def test_two_processes_sample_the_same_bytes(alone, sampled, tmp_path):
-    root = tmp_path / "root"
-    shutil.copytree(alone, root)
-    code, output = run(root, 2, "sample")
-    assert code == 0, output
-    assert files(root / "out" / "sample") == sampled
-
-
-class Node:
-    """A workspace with nothing but code, recipe and inputs: one of two, which share no file."""
-
-    def __init__(self, folder, made, port):
-        self.root = folder
-        for name in ("cm_core", "flows"):
-            shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(REPOSITORY / "dvc.yaml", folder)
-        for name in ("params", "out"):
-            shutil.copytree(made / name, folder / name)
-        self.variables = {"PYTHONPATH": python_path(folder), "CM_MEET": f"127.0.0.1:{port}"}
-
-    def begin(self, stage="student"):
-        return begin(self.root, 1, stage, **self.variables, CM_NODES="2")
-
-    def join(self, stage="student"):
-        command, environment = [sys.executable, "-m", "flows.cli", "join", stage], shared_environment(1)
-        return subprocess.Popen(
-            command,
-            cwd=self.root,
-            env=environment | self.variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-
-def two_nodes(folder, made):
-    port = free_port()
-    return [Node(folder / name, made, port) for name in ("main", "other")]
-
-
-def run_together(main, other, stage="student"):
-    processes = main.begin(stage), other.join(stage)
-    return [end(process) for process in processes]
-
-
-@pytest.fixture(scope="module")
-def broken(ready, tmp_path_factory):
-    """Two nodes whose training ended because the second's process was killed; and what they said."""
-    main, other = two_nodes(tmp_path_factory.mktemp("broken"), ready)
-    processes = main.begin(), other.join()
-    while processes[0].stdout.readline().strip() != "5":
-        pass
-    joined = processes[1].pid
-    (child,) = map(int, Path(f"/proc/{joined}/task/{joined}/children").read_text().split())
-    os.kill(child, signal.SIGKILL)
-    return main, other, [end(process) for process in processes]
-
-
-@pytest.mark.slow
-def test_a_process_lost_on_another_node_ends_both_with_one_line(broken):
-    main, other, [(code, output), (other_code, other_output)] = broken
-    lost = "student: process 1 was killed by signal 9"
-    assert code == 1
-    assert f"{lost}; started again, a training goes on from its last saved state" in output.splitlines()
-    assert other_code == 1
-    assert other_output.splitlines()[-1] == f"cm: {lost}"
-    assert "Traceback" not in output + other_output
-    assert list((main.root / "states").glob("step-*")) and not (other.root / "states").exists()
-    assert not list((other.root / ".cm").rglob("step-*")) and not (other.root / "out" / "student").exists()
-
-
-@pytest.mark.slow
-def test_what_two_nodes_began_goes_on_alone(broken, alone, tmp_path):
-    root = tmp_path / "root"
-    shutil.copytree(broken[0].root, root)
-    code, output = run(root, 1)
-    assert code == 0 and "resuming from step" in output
-    assert_same_training(root, alone)
-
-
-@pytest.mark.slow
-def test_two_nodes_go_on_from_a_state_of_the_main_node_alone_and_sample_the_same_bytes(broken, alone, sampled):
-    main, other, _ = broken
-    (code, output), (other_code, other_output) = run_together(main, other)
-    assert code == 0 and "resuming from step" in output
-    assert other_code == 0 and other_output.splitlines()[-1] == "student: done"
-    assert_same_training(main.root, alone)
-    for node in (main, other):
-        shutil.copytree(alone / "out" / "student", node.root / "out" / "student", dirs_exist_ok=True)
-    (code, output), (other_code, other_output) = run_together(main, other, "sample")
-    assert (code, other_code) == (0, 0), output + other_output
-    assert files(main.root / "out" / "sample") == sampled and not (other.root / "out" / "sample").exists()
-
-
-@pytest.mark.slow
-def test_a_node_with_another_recipe_is_refused_on_both(ready, tmp_path):
-    main, other = two_nodes(tmp_path, ready)
-    recipe = small_recipe("digits-cd", *(f"student.train.{key}={value}" for key, value in STEPS.items()), "seed=7")
-    write_active(recipe, other.root)
-    (code, output), (other_code, other_output) = run_together(main, other)
-    line = f"student: seed is 7 on node 1 ({socket.gethostname()}) and 0 on the main node; all must compute the same"
-    assert (code, output.splitlines()[-1]) == (1, line)  # `cm stage` says it with exit code 2, as `cm join` does
-    assert (other_code, other_output.splitlines()[-1]) == (2, f"cm: {line}")

@@ -20,6 +20,7 @@ from flows.recipes.recipe import Recipe, write_active
 from flows.reports.figures import save_grid
 from flows.stage_runner import run as running
 from flows.stage_runner.progress import Bar, StageMonitor
+from flows.stages.training import StageStopped
 from flows.tracking.pipeline_run import PipelineRun
 from flows.tracking.run_context import RunContext
 from flows.tracking.stage_run import StageRun
@@ -65,7 +66,7 @@ def teacher(seed, noise, prepare_dir, out_dir, state_dir, monitor):
         if step == int(os.environ.get("TEST_STOP_AT", 0)):
             os.kill(os.getpid(), signal.SIGTERM)
         if monitor.stop_requested():
-            raise RuntimeError("stopped")
+            raise StageStopped("stopped")
     save_grid(torch.zeros(4, 4, 4, 1, dtype=torch.uint8).numpy(), out_dir / "grid.png", columns=2)
     monitor.image("samples/1-step", out_dir / "grid.png", 3)
     (out_dir / "large.npy").write_text("not for MLflow")
