@@ -70,6 +70,7 @@ lint: $(INSTALLED) ## Check style, formatting and which module imports which
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/lint-imports --no-logo
+#	@$(BIN)/mypy --no-error-summary # as soon as it finds nothing
 
 format: $(INSTALLED) ## Mend style and formatting
 	@$(BIN)/ruff check --fix

@@ -1,6 +1,6 @@
 """`cm --print-completion SHELL`: a shell's completion script, made by shtab from the parser itself."""
 
-from argparse import PARSER, Action, ArgumentParser, Namespace
+from argparse import Action, ArgumentParser, Namespace, _SubParsersAction
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +24,7 @@ class PrintCompletion(Action):
     ) -> None:
         import shtab
 
+        argument: Any  # shtab reads an attribute that argparse does not know
         for argument in _arguments(parser):
             if argument.metavar in WORDS:
                 argument.complete = _lister(f"_cm_{argument.metavar}", WORDS[argument.metavar])
@@ -43,6 +44,6 @@ def _arguments(parser: ArgumentParser) -> Iterator[Action]:
     """Yield the arguments of a parser and of its subcommands."""
     for action in parser._actions:
         yield action
-        if action.nargs == PARSER:
+        if isinstance(action, _SubParsersAction):
             for below in action.choices.values():
                 yield from _arguments(below)
