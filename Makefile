@@ -19,7 +19,7 @@ PIP_INSTALL := $(PIP) install --quiet --no-compile # Python compiles a module wh
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo repro ui doctor triton test test-all soak lint format lock
+.PHONY: help install demo repro ui doctor triton test test-all soak lint format docs lock
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,8 +76,15 @@ format: $(INSTALLED) ## Mend style and formatting
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
+docs: .venv/docs ## Build the documentation into site/; its tools are installed at the first call
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet # without Material's own advertisement
+
+.venv/docs: $(INSTALLED) requirements-docs.lock
+	@$(PIP_INSTALL) --no-deps -r requirements-docs.lock
+	@touch $@
+
 lock: $(INSTALLED) ## Write requirements.lock from what .venv holds, after trying other versions in it
 	@$(PIP) check
-	@$(PIP) freeze --all --exclude-editable --exclude torch > .venv/freeze
+	@$(PIP) freeze --all --exclude-editable --exclude torch | grep -vxFf requirements-docs.lock > .venv/freeze
 	@! grep -E ' @ |\+|^triton=' .venv/freeze || { echo "requirements.lock: CPU PyTorch, released versions only" >&2; exit 1; }
 	@{ sed '/^[^#]/,$$d' requirements.lock; cat .venv/freeze; } > .venv/lock && mv .venv/lock requirements.lock

@@ -1,0 +1,64 @@
+"""The documentation names every page, every module it shows exists, and its lines are short enough to review."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+TEXTS = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
+NOTEBOOK = DOCS / "LOG.md"  # written once, day by day
+WIDTH = 100
+
+
+def nav_pages(node):
+    if isinstance(node, str):
+        return [node]
+    children = node if isinstance(node, list) else node.values()
+    return [page for child in children for page in nav_pages(child)]
+
+
+def test_the_site_names_every_page_once():
+    named = nav_pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(named) == [page.relative_to(DOCS).as_posix() for page in PAGES]
+
+
+def test_every_module_of_the_api_pages_exists():
+    modules = [name for page in PAGES for name in re.findall(r"^::: (\S+)", page.read_text(), re.M)]
+    assert len(modules) > 10
+    missing = [name for name in modules if not module_file(name).exists()]
+    assert missing == []
+
+
+def module_file(name):
+    path = ROOT.joinpath(*name.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+@pytest.mark.parametrize("page", [text for text in TEXTS if text != NOTEBOOK], ids=lambda page: page.name)
+def test_prose_is_wrapped(page):
+    in_code, long = False, []
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        in_code ^= line.startswith("```")
+        is_prose = not in_code and not line.lstrip().startswith(("|", "![")) and not line.startswith("    ")
+        if is_prose and len(line) > WIDTH and " " in line.strip():
+            long.append(f"{page.name}:{number}")
+    assert long == []
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
+def test_links_to_files_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#:\s]+)(?:#[\w-]*)?\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_paths_in_code_spans_exist():
+    """A page that names `flows/...` or `cm_core/...` after a move would send its reader nowhere."""
+    for page in TEXTS:
+        if page == NOTEBOOK or page.name == "CHANGELOG.md":
+            continue
+        named = re.findall(r"`((?:flows|cm_core|tests|params|infra|benchmarks)/[\w./-]+)`", page.read_text())
+        assert [path for path in named if not (ROOT / path).exists()] == [], page.name
