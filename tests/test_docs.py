@@ -1,6 +1,9 @@
-"""The documentation names every page, every module it shows exists, and its lines are short enough to review."""
+"""The documentation names every page, shows modules that exist, and links to files that exist."""
 
 import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,6 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 TEXTS = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
 NOTEBOOK = DOCS / "LOG.md"  # written once, day by day
-WIDTH = 100
 
 
 def nav_pages(node):
@@ -38,17 +40,6 @@ def module_file(name):
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-@pytest.mark.parametrize("page", [text for text in TEXTS if text != NOTEBOOK], ids=lambda page: page.name)
-def test_prose_is_wrapped(page):
-    in_code, long = False, []
-    for number, line in enumerate(page.read_text().splitlines(), 1):
-        in_code ^= line.startswith("```")
-        is_prose = not in_code and not line.lstrip().startswith(("|", "![")) and not line.startswith("    ")
-        if is_prose and len(line) > WIDTH and " " in line.strip():
-            long.append(f"{page.name}:{number}")
-    assert long == []
-
-
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
 def test_links_to_files_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#:\s]+)(?:#[\w-]*)?\)", page.read_text())
@@ -61,4 +52,26 @@ def test_paths_in_code_spans_exist():
         if page == NOTEBOOK or page.name == "CHANGELOG.md":
             continue
         named = re.findall(r"`((?:flows|cm_core|tests|params|infra|benchmarks)/[\w./-]+)`", page.read_text())
-        assert [path for path in named if not (ROOT / path).exists()] == [], page.name
+        assert [path for path in named if "NAME" not in path and not (ROOT / path).exists()] == [], page.name
+
+
+@pytest.mark.parametrize(
+    ("schema", "pattern"),
+    [
+        ("citation-file-format", "CITATION.cff"),
+        ("github-workflows", ".github/workflows/*.yml"),
+        ("github-issue-forms", ".github/ISSUE_TEMPLATE/[!c]*.yml"),
+        ("github-issue-config", ".github/ISSUE_TEMPLATE/config.yml"),
+    ],
+)
+def test_files_for_the_host_fit_their_schemas(schema, pattern):
+    files = sorted(map(str, ROOT.glob(pattern)))
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", *files]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert files and done.returncode == 0, done.stdout
+
+
+def test_the_version_is_the_same_everywhere():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert f"## {version} - " in (ROOT / "CHANGELOG.md").read_text()
