@@ -24,7 +24,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(INSTALLED) ## Make .venv; the other targets do so by themselves (3 minutes, 2 GB)
+install: $(INSTALLED) ## Make .venv; the other targets do it by themselves (3 minutes, 2 GB)
 
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
@@ -49,7 +49,7 @@ repro: $(INSTALLED) ## Bring the workspace up to date with params/active.yaml th
 ui: $(INSTALLED) ## Show the runs in MLflow's pages on http://127.0.0.1:5000
 	@DO_NOT_TRACK=true $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
 
-doctor: $(INSTALLED) ## Say what is installed, reachable and writable
+doctor: $(INSTALLED) ## Check what is installed, reachable and writable
 	@$(BIN)/cm doctor
 
 triton: .venv/triton ## Get Triton (1 GB) for the tests alone: they then interpret the GPU kernels (CI does)
@@ -72,7 +72,7 @@ lint: $(INSTALLED) ## Check style, formatting and which module imports which
 	@$(BIN)/lint-imports --no-logo
 #	@$(BIN)/mypy --no-error-summary # as soon as it finds nothing
 
-format: $(INSTALLED) ## Mend style and formatting
+format: $(INSTALLED) ## Fix style and formatting
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
