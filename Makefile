@@ -77,7 +77,7 @@ format: $(INSTALLED) ## Fix style and formatting
 	@$(BIN)/ruff format
 
 docs: .venv/docs ## Build the documentation into site/; its tools are installed at the first call
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet # without Material's own advertisement
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build # --quiet would hide warnings from `strict`, too
 
 .venv/docs: $(INSTALLED) requirements-docs.lock
 	@$(PIP_INSTALL) --no-deps -r requirements-docs.lock
