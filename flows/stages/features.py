@@ -7,7 +7,7 @@ import hashlib
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import ConfigDict, Field
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cm_core.metrics.features import (
     NETWORKS,
+    Classifier,
     ClassifierFeatures,
     accuracy,
     build_extractor,
@@ -62,6 +63,17 @@ class Pretrained(Params):
     """Checksum the weights must have; null accepts what is there and records its checksum."""
     batch_size: int = Field(100, ge=1)
     """Images at once through the network."""
+    published: ClassVar[Download]
+
+    @property
+    def extractor(self) -> str:
+        """Name in torch-fidelity's registry."""
+        return self.kind
+
+    @property
+    def download(self) -> Download:
+        """The published weights."""
+        return self.published
 
 
 class InceptionFeatures(Pretrained):
@@ -71,16 +83,7 @@ class InceptionFeatures(Pretrained):
 
     kind: Literal["inception-v3-compat"] = "inception-v3-compat"
     """Name of the feature network."""
-
-    @property
-    def extractor(self) -> str:
-        """Name in torch-fidelity's registry."""
-        return self.kind
-
-    @property
-    def download(self) -> Download:
-        """The published weights."""
-        return INCEPTION
+    published: ClassVar[Download] = INCEPTION
 
 
 class Vgg16Features(Pretrained):
@@ -90,16 +93,7 @@ class Vgg16Features(Pretrained):
 
     kind: Literal["vgg16"] = "vgg16"
     """Name of the feature network."""
-
-    @property
-    def extractor(self) -> str:
-        """Name in torch-fidelity's registry."""
-        return self.kind
-
-    @property
-    def download(self) -> Download:
-        """The published weights."""
-        return VGG16
+    published: ClassVar[Download] = VGG16
 
 
 class DinoFeatures(Pretrained):
@@ -167,7 +161,7 @@ def features(seed: int, features: Features, prepare_dir: Path, out_dir: Path, mo
 
 def _train(
     features: ClassifierFeatures, dataset: Dataset, seed: int, device: torch.device, monitor: Monitor
-) -> nn.Module:
+) -> Classifier:
     def on_step(step: int, loss: Tensor) -> None:
         monitor.progress(step, features.num_steps, "steps")
         if step % LOG_EVERY == 0:
@@ -190,8 +184,8 @@ def _train(
 
 
 def _report_accuracy(
-    net: nn.Module, features: ClassifierFeatures, dataset: Dataset, monitor: Monitor
-) -> dict[str, float]:
+    net: Classifier, features: ClassifierFeatures, dataset: Dataset, monitor: Monitor
+) -> dict[str, Any]:
     """Measure on held-out images, where the data set has labelled ones."""
     if not (dataset.heldout_labels >= 0).any():
         return {}
