@@ -19,12 +19,12 @@ PIP_INSTALL := $(PIP) install --quiet --no-compile # Python compiles a module wh
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo repro ui doctor triton test test-all soak lint format lock
+.PHONY: help install demo repro ui doctor triton test test-all soak lint format docs lock
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(INSTALLED) ## Make .venv; the other targets do so by themselves (3 minutes, 2 GB)
+install: $(INSTALLED) ## Make .venv; the other targets do it by themselves (3 minutes, 2 GB)
 
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
@@ -49,7 +49,7 @@ repro: $(INSTALLED) ## Bring the workspace up to date with params/active.yaml th
 ui: $(INSTALLED) ## Show the runs in MLflow's pages on http://127.0.0.1:5000
 	@DO_NOT_TRACK=true $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
 
-doctor: $(INSTALLED) ## Say what is installed, reachable and writable
+doctor: $(INSTALLED) ## Check what is installed, reachable and writable
 	@$(BIN)/cm doctor
 
 triton: .venv/triton ## Get Triton (1 GB) for the tests alone: they then interpret the GPU kernels (CI does)
@@ -70,13 +70,21 @@ lint: $(INSTALLED) ## Check style, formatting and which module imports which
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/lint-imports --no-logo
+#	@$(BIN)/mypy --no-error-summary # as soon as it finds nothing
 
-format: $(INSTALLED) ## Mend style and formatting
+format: $(INSTALLED) ## Fix style and formatting
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
+docs: .venv/docs ## Build the documentation into site/; its tools are installed at the first call
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build # --quiet would hide warnings from `strict`, too
+
+.venv/docs: $(INSTALLED) requirements-docs.lock
+	@$(PIP_INSTALL) --no-deps -r requirements-docs.lock
+	@touch $@
+
 lock: $(INSTALLED) ## Write requirements.lock from what .venv holds, after trying other versions in it
 	@$(PIP) check
-	@$(PIP) freeze --all --exclude-editable --exclude torch > .venv/freeze
+	@$(PIP) freeze --all --exclude-editable --exclude torch | grep -vxFf requirements-docs.lock > .venv/freeze
 	@! grep -E ' @ |\+|^triton=' .venv/freeze || { echo "requirements.lock: CPU PyTorch, released versions only" >&2; exit 1; }
 	@{ sed '/^[^#]/,$$d' requirements.lock; cat .venv/freeze; } > .venv/lock && mv .venv/lock requirements.lock

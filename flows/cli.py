@@ -9,9 +9,11 @@ import os
 import sys
 from collections.abc import Sequence
 from gc import freeze, get_threshold, set_threshold
+from importlib.metadata import version
 from typing import NoReturn
 
 from flows.commands import (
+    completion,
     data,
     doctor,
     edit,
@@ -71,6 +73,13 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; nothing heavy is imported for it."""
     parser = _Parser(prog="cm", description="Consistency models as a pipeline: images in, a one-step generator out.")
+    parser.add_argument("--version", action="version", version=f"cm {version('consistency-pipeline')}")
+    parser.add_argument(
+        "--print-completion",
+        action=completion.PrintCompletion,
+        choices=completion.SHELLS,
+        help="print the completion script of a shell and exit",
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
     for group in GROUPS:
         group.add_parsers(commands)

@@ -1,0 +1,1 @@
+"""Training states in flight, in a folder or in a bucket."""

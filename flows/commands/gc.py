@@ -36,9 +36,9 @@ def gc(args: Namespace) -> None:
         print_json({"removed": args.apply, "garbage": rows})
         return
     for kind in dict.fromkeys(one.kind for one in found):
-        rows = [(one.kind, one.what, f"{one.size / 1e6:,.2f}") for one in found if one.kind == kind]
-        more = [("", f"and {len(rows) - SHOWN} more", "")] if len(rows) > SHOWN else []
-        print_table(("kind", "what", "MB"), [*rows[:SHOWN], *more], numbers=1)
+        cells = [(one.kind, one.what, f"{one.size / 1e6:,.2f}") for one in found if one.kind == kind]
+        more = [("", f"and {len(cells) - SHOWN} more", "")] if len(cells) > SHOWN else []
+        print_table(("kind", "what", "MB"), [*cells[:SHOWN], *more], numbers=1)
     total = f"{len(found)} things, {sum(one.size for one in found) / 1e6:,.2f} MB"
     print(f"{total} removed" if args.apply else f"{total}; nothing was removed, `cm gc --apply` does so")
 

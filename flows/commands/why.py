@@ -59,7 +59,7 @@ def explain(root: Path) -> dict[str, dict[str, list[str]]]:
         follows = [earlier.name for earlier in upstream(stage, stages) if earlier.name in found]
         reasons = ["it has never run here"] if name not in lock else []
         if not reasons:
-            reasons = list(_reasons(changes.get(name, ()), lock[name].get("params", {}).get(PARAMS_FILE, {}), active))
+            reasons = list(_reasons(changes.get(name, []), lock[name].get("params", {}).get(PARAMS_FILE, {}), active))
         if reasons or follows:
             found[name] = {"reasons": reasons, "follows": follows}
     return found

@@ -10,6 +10,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from flows.errors import UserError
@@ -47,7 +48,7 @@ def folder_files(folder: Path) -> Files:
         visited.add(real)
         for name in names:
             path = Path(root, name)
-            files[path.relative_to(folder).as_posix()] = lambda path=path: path
+            files[path.relative_to(folder).as_posix()] = partial(Path, path)
     return files
 
 
@@ -80,7 +81,7 @@ def _zip_files(path: Path) -> Files:
         if stat.S_ISLNK(member.external_attr >> 16):
             links[name] = posixpath.join(posixpath.dirname(name), archive.read(member).decode(errors="replace"))
         else:
-            files[name] = lambda member=member: _read_member(archive, member)
+            files[name] = partial(_read_member, archive, member)
     return files | _follow(path, links, files)
 
 
@@ -109,7 +110,7 @@ def _tar_files(path: Path, scratch: Path) -> Files:
                 copy = scratch / str(len(files))
                 with archive.extractfile(member) as source, copy.open("wb") as target:
                     shutil.copyfileobj(source, target)
-                files[name] = lambda copy=copy: copy
+                files[name] = partial(Path, copy)
             elif not member.isdir():
                 raise UserError(f"{path}: {name} is a device or pipe; allowed are files, folders and links")
         _refuse_cut(path, archive)
@@ -150,4 +151,6 @@ def _refuse_cut(path: Path, archive: tarfile.TarFile) -> None:
     """Refuse a tar without its end mark: tarfile takes a broken header for the end and says nothing."""
     archive.fileobj.seek(archive.offset)
     if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise UserError(f"{path}: damaged archive (cut off, or a broken header, after {len(archive.members)} members)")
+        raise UserError(
+            f"{path}: damaged archive (cut off, or a broken header, after {len(archive.getmembers())} members)"
+        )

@@ -76,7 +76,7 @@ def convert(
     except Exception as error:  # damaged bytes make the decoders raise almost anything
         raise UserError(f"{where}: damaged image ({error})") from error
     image = _eight_bit_opaque(image, where, background).convert("L" if channels == 1 else "RGB")
-    if resize != "none" and image.size != (resolution, resolution):
+    if resize != "none" and resolution and image.size != (resolution, resolution):
         traits |= {"resized", "upscaled"} if min(image.size) < resolution else {"resized"}
         image = RESIZE[resize](image, resolution)
     return np.asarray(image).reshape(image.height, image.width, channels), traits

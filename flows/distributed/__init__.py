@@ -1,0 +1,1 @@
+"""Devices of this machine, and the processes that share a stage."""

@@ -1,0 +1,1 @@
+"""Images drawn from a trained model, and the model that MLflow serves."""

@@ -1,0 +1,1 @@
+"""Servers, deployments and garbage collection."""

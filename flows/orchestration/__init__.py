@@ -1,0 +1,1 @@
+"""Prefect for the flow: the embedded server, GPU slots, recovery, artifacts."""

@@ -1,0 +1,1 @@
+"""The recipe: YAML, overrides, validation."""

@@ -82,7 +82,7 @@ def _plot_fid(rows: Sequence[Row], files: FeatureFiles, plots: Path) -> Section:
         writer.writerows([row.name, row.nfe, fid[row.name]] for row in rows)
     points: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
-        if row.model in ("student", "teacher"):
+        if row.model in ("student", "teacher") and row.nfe is not None:
             points.setdefault(row.model, []).append((row.nfe, fid[row.name]))
     path = plots / "fid_against_nfe.png"
     save_lines(

@@ -6,7 +6,7 @@ Images are uint8 [N, H, W, C] with C = 1 or 3, as every artifact of the pipeline
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -20,7 +20,7 @@ GAP = 2  # pixels between tiles, after upscaling
 MARGIN, CAPTION = 14, 32  # pixels to the right of and above a picture of a montage
 INK = "#222222"
 PALETTE = ("#2f5fb3", "#d1622b", "#2d8a57", "#8a4fa8", "#b3892f", "#4a4a4a")
-SERIES_STYLE = {"linewidth": 1.6, "markersize": 6}
+SERIES_STYLE: dict[str, Any] = {"linewidth": 1.6, "markersize": 6}
 
 
 def save_grid(images: np.ndarray, path: Path, *, columns: int | None = None, min_side: int = 32) -> None:
@@ -113,7 +113,7 @@ def tile(images: np.ndarray, columns: int) -> np.ndarray:
 
 
 def save_lines(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    series: Mapping[str, Sequence[Sequence[float]]],
     path: Path,
     *,
     xlabel: str,

@@ -1,0 +1,1 @@
+"""Everything that cm stage does around a stage."""

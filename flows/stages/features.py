@@ -6,14 +6,15 @@ The reference features are an artifact, so an evaluation never reads the trainin
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import ConfigDict, Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from cm_core.metrics.features import (
     NETWORKS,
+    Classifier,
     ClassifierFeatures,
     accuracy,
     build_extractor,
@@ -159,7 +160,7 @@ def features(seed: int, features: Features, prepare_dir: Path, out_dir: Path, mo
 
 def _train(
     features: ClassifierFeatures, dataset: Dataset, seed: int, device: torch.device, monitor: Monitor
-) -> nn.Module:
+) -> Classifier:
     def on_step(step: int, loss: Tensor) -> None:
         monitor.progress(step, features.num_steps, "steps")
         if step % LOG_EVERY == 0:
@@ -182,8 +183,8 @@ def _train(
 
 
 def _report_accuracy(
-    net: nn.Module, features: ClassifierFeatures, dataset: Dataset, monitor: Monitor
-) -> dict[str, float]:
+    net: Classifier, features: ClassifierFeatures, dataset: Dataset, monitor: Monitor
+) -> dict[str, Any]:
     """Measure on held-out images, where the data set has labelled ones."""
     if not (dataset.heldout_labels >= 0).any():
         return {}

@@ -66,7 +66,7 @@ class Data(Params):
         native = self.source.native_shape() or (None, None, None)
         channels = {"auto": native[0], "grey": 1, "rgb": 3}[self.channels]
         height, width = (self.resolution, self.resolution) if self.resolution else native[1:]
-        return (channels, height, width) if channels and height else None
+        return (channels, height, width) if channels and height and width else None
 
 
 def prepare(data: Data, out_dir: Path, monitor: Monitor) -> None:

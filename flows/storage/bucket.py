@@ -82,7 +82,7 @@ class Bucket:
     def contents(self, key: str) -> bytes | None:
         """Return the bytes of a small object, or None where there is none."""
         found = self.read(key)
-        return found and found.data
+        return found.data if found else None
 
     def write(self, key: str, data: bytes, *, replacing: str | None) -> str | None:
         """Write a small object over the version `replacing` (its ETag), or where there is none (None).

@@ -70,8 +70,9 @@ def write_report(sweep: Sweep, outcomes: Sequence[Outcome], folder: Path) -> lis
     """Write the table as CSV and the plots as PNG into `folder`; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     write_table(outcomes, folder / TABLE_FILE)
-    plots = _plot_lines(sweep, outcomes, folder) if sweep.x else [_plot_bars(sweep, outcomes, folder / "fid.png")]
-    return [folder / TABLE_FILE, *plots]
+    if sweep.x:
+        return [folder / TABLE_FILE, *_plot_lines(sweep, sweep.x, outcomes, folder)]
+    return [folder / TABLE_FILE, _plot_bars(sweep, outcomes, folder / "fid.png")]
 
 
 def write_table(outcomes: Sequence[Outcome], path: Path) -> None:
@@ -110,19 +111,20 @@ def _plot_bars(sweep: Sweep, outcomes: Sequence[Outcome], path: Path) -> Path:
     return path
 
 
-def _plot_lines(sweep: Sweep, outcomes: Sequence[Outcome], folder: Path) -> list[Path]:
+def _plot_lines(sweep: Sweep, x: str, outcomes: Sequence[Outcome], folder: Path) -> list[Path]:
     """Draw FID against the key `x`, a line for each choice of the other keys, a picture for each row of images."""
     pictures: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for outcome in outcomes:
-        others = {key: value for key, value in outcome.point.values.items() if key != sweep.x}
+        others = {key: value for key, value in outcome.point.values.items() if key != x}
         for name, row in outcome.students().items():
             line = pictures.setdefault(name, {}).setdefault(describe_values(others) or name, [])
-            line.append((outcome.point.values[sweep.x], row["fid"]))
-    return [_plot_line(sweep, outcomes, name, lines, folder) for name, lines in pictures.items()]
+            line.append((outcome.point.values[x], row["fid"]))
+    return [_plot_line(sweep, x, outcomes, name, lines, folder) for name, lines in pictures.items()]
 
 
 def _plot_line(
     sweep: Sweep,
+    x: str,
     outcomes: Sequence[Outcome],
     name: str,
     lines: Mapping[str, Sequence[tuple[float, float]]],
@@ -132,7 +134,7 @@ def _plot_line(
     save_lines(
         {label: tuple(zip(*sorted(points), strict=True)) for label, points in lines.items()},
         path,
-        xlabel=sweep.x.rpartition(".")[2],
+        xlabel=x.rpartition(".")[2],
         ylabel=f"FID ({network_of(outcomes)})",
         title=f"{sweep.name}, {name}",
         markers=True,

@@ -1,0 +1,1 @@
+"""Runs, models and the registry in MLflow."""

@@ -31,7 +31,7 @@ class SystemMetrics:
         return self._collect()
 
     def _collect(self) -> dict[str, float]:
-        found = {}
+        found: dict[str, float] = {}
         for monitor in self._monitors:
             monitor.collect_metrics()
             found |= {f"system/{name}": float(value) for name, value in monitor.aggregate_metrics().items()}

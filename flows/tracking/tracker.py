@@ -15,7 +15,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from flows.errors import UserError
-from flows.recipes.overrides import flatten
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -159,6 +158,8 @@ class Tracker:
 
     def log_student(self, run_id: str, recipe: "Recipe", weights: Mapping[str, Path], data_version: str) -> str:
         """Log the weights of a student, {name: path}, unless they are, and show the model among a run's outputs."""
+        from flows.recipes.overrides import flatten
+
         method = flatten({"method": recipe.student.method.model_dump(mode="json")})
         model_id = self.student_model(run_id, weights, data_version, method, recipe.sample.mid_sigmas)
         self.link_model(run_id, model_id)

@@ -1,0 +1,1 @@
+"""A run's clone, git and DVC."""

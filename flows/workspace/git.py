@@ -57,8 +57,9 @@ def revision(root: Path) -> str:
 def uncommitted_patch(root: Path) -> bytes:
     """Return the edits of tracked files and the new files that git does not ignore, as a patch."""
     new = [Path(os.fsdecode(name)) for name in git(root, "ls-files", "-zo", "--exclude-standard").split(b"\0") if name]
-    largest = max(new, key=lambda path: (root / path).lstat().st_size, default=None)
-    if sum((root / path).lstat().st_size for path in new) > MAX_UNTRACKED:
+    sizes = {path: (root / path).lstat().st_size for path in new}
+    if sum(sizes.values()) > MAX_UNTRACKED:
+        largest = max(sizes, key=sizes.__getitem__)
         raise UserError(
             f"{root / largest}: new files of more than {MAX_UNTRACKED // 2**20} MB are neither committed nor ignored; "
             f"put them into .gitignore, or commit them"

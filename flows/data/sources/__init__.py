@@ -6,6 +6,7 @@ that lives as long as the images are read.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 from typing import ClassVar
 
@@ -83,6 +84,6 @@ def array_items(images: np.ndarray, labels: np.ndarray | None, where: str) -> li
     flat = images[..., 0] if images.shape[-1] == 1 else images
     labels = np.full(len(images), -1) if labels is None else labels
     return [
-        Item(str(index), f"{where}[{index}]", int(label), lambda index=index: Image.fromarray(flat[index]))
+        Item(str(index), f"{where}[{index}]", int(label), partial(Image.fromarray, flat[index]))
         for index, label in enumerate(labels)
     ]

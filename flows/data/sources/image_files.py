@@ -154,8 +154,8 @@ def _split_folders(place: _Place) -> list[_Place]:
 def _class_names(classes: Classes | None) -> tuple[str, ...]:
     if classes is None:
         return ()
-    names = set(classes.values())
-    return tuple(map(str, range(max(names) + 1))) if isinstance(min(names), int) else tuple(sorted(names))
+    numbers = [label for label in classes.values() if isinstance(label, int)]
+    return tuple(map(str, range(max(numbers) + 1))) if numbers else tuple(sorted(set(map(str, classes.values()))))
 
 
 def _items(place: _Place, classes: Classes | None, class_names: tuple[str, ...]) -> list[Item]:
@@ -165,8 +165,9 @@ def _items(place: _Place, classes: Classes | None, class_names: tuple[str, ...])
     items = []
     for name, read in place.images.items():
         where = f"{place.where}/{name}"
-        label = -1 if classes is None else numbers.get(str(classes[name]))
+        given = None if classes is None else str(classes[name])
+        label = -1 if given is None else numbers.get(given)
         if label is None:
-            raise UserError(f"{where}: no training image is of the class {classes[name]}")
+            raise UserError(f"{where}: no training image is of the class {given}")
         items.append(Item(name, where, label, partial(open_image, read, where)))
     return items
