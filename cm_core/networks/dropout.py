@@ -29,7 +29,8 @@ def _seed_on(device: torch.device) -> Tensor:
 
 def seed_dropout(seed: int, device: torch.device) -> None:
     """Set the seed of all masks on `device`, of forward and backward passes, until it is set again."""
-    _seed_on(device).fill_(seed)
+    # A tensor's device has an index, "cuda" has none: they would have a seed each.
+    _seed_on(torch.empty((), device=device).device).fill_(seed)
 
 
 @contextmanager
@@ -77,11 +78,11 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None, None]:
-        return _masked(d_out, *ctx.mask), None, None, None
+        return _Dropout.apply(d_out, *ctx.mask), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, d_h: Tensor, *_: None) -> Tensor:
-        return _masked(d_h, *ctx.mask)
+        return _Dropout.apply(d_h, *ctx.mask)  # which unwraps what torch.func has wrapped; a kernel could not
 
 
 def _masked(h: Tensor, kept: int, layer: int, first: int) -> Tensor:

@@ -95,6 +95,16 @@ def dropout_error(shape, layer, first):
     return relative([masked(h, seed, kept, layer, first)], [expected])
 
 
+def dropout_derivative_error():
+    """Return the error of the derivatives of the kernel, which torch.func calls with wrapped tensors."""
+    dropout._masked = lambda h, kept, layer, first: masked(h, dropout._seed_on(h.device), kept, layer, first)
+    h, tangent = draw(2, 8, 4, 4), draw(2, 8, 4, 4)
+    mask = dropout.dropout(torch.ones_like(h), 0.3, layer=1)
+    out, d_out = torch.func.jvp(lambda h: dropout.dropout(h, 0.3, layer=1), (h,), (tangent,))
+    (gradient,) = torch.func.vjp(lambda h: dropout.dropout(h, 0.3, layer=1), h)[1](tangent)
+    return relative([out, d_out, gradient], [h * mask, tangent * mask, tangent * mask])
+
+
 def all_errors():
     """Return every error by name."""
     x, h, bias = draw(2, 16, 6, 4), draw(2, 16, 6, 4), draw(16)
@@ -108,6 +118,7 @@ def all_errors():
         found[f"project_residual_add times {factor}"] = errors("project_residual_add", parts, factor=factor)
     for shape, layer, first in (((3, 8, 4, 4), 0, 0), ((2, 5, 3, 7), 1, 2**33)):
         found[f"dropout of {shape}, layer {layer}, from row {first}"] = dropout_error(shape, layer, first)
+    found["dropout, its derivatives"] = dropout_derivative_error()
     return found | {f"network {name}": network_error(params) for name, params in small_networks().items()}
 
 

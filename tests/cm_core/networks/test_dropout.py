@@ -38,6 +38,12 @@ def test_seed_layer_and_row_all_matter():
         assert not torch.equal(first, mask())
 
 
+def test_the_seed_holds_however_the_device_is_written():
+    first = mask()
+    seed_dropout(9, torch.device("cpu", 0))
+    assert not torch.equal(first, mask())
+
+
 def test_layout_and_precision_do_not_matter():
     first = mask() > 0
     channels_last = torch.ones(SHAPE).contiguous(memory_format=torch.channels_last)
