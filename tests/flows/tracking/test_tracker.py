@@ -151,12 +151,14 @@ def test_the_measured_student_is_a_model_that_loads_and_is_logged_once(root, tra
     (root / "out/teacher").mkdir(exist_ok=True)
     running.run_stage("student", root)
     run = newest(tracker, "student")
-    assert run.data.tags["recipe"] == "mine" and not run.outputs.model_outputs
+    (logged_by_the_stage,) = run.outputs.model_outputs
+    assert run.data.tags["recipe"] == "mine"
     files, outs = files_below(root / "out/student", "student"), {"out/student": run.data.tags["dvc.out"]}
     metrics = {"fid_classifier": {"nfe_1": 2.5, "real": 0.5}}
     parents = [PipelineRun(tracker, "name", {"recipe": "mine"}, {}) for _ in range(3)]
     with parents[0] as first, parents[1] as second, parents[2] as without_its_training:
         model_id = first.log_student(Recipe(), files, outs, metrics, run.info.run_id)
+        assert model_id == logged_by_the_stage.model_id
         assert second.log_student(Recipe(), files, outs, metrics, run.info.run_id) == model_id
         assert without_its_training.log_student(Recipe(), files, outs, metrics, None) == model_id
     for run_id in (run.info.run_id, *(parent.run_id for parent in parents)):
