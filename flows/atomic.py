@@ -1,7 +1,7 @@
-"""Small text files rewritten whole, and locks on files, which end with the process that holds them.
+"""Small text files rewritten atomically, and file locks that end with the process that holds them.
 
-The kernel's flock, and not the library filelock: where a file system has no flock, that one falls back to lock files
-that outlive a killed process; it waits by polling; and it hides the file, into which `cm up` writes its process id.
+The locks use the kernel's flock instead of the library filelock, which falls back to lock files that outlive a killed
+process, polls, and hides the file, into which `cm up` writes its process id.
 """
 
 import fcntl
@@ -22,7 +22,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def try_lock(file: IO) -> bool:
-    """Lock an open file for this process alone; return whether that went without waiting."""
+    """Lock an open file for this process alone; return whether that succeeded without waiting."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -31,7 +31,7 @@ def try_lock(file: IO) -> bool:
 
 
 def wait_lock(file: IO, on_wait: Callable[[], None]) -> None:
-    """Lock an open file for this process alone; where another holds it, call `on_wait` once and wait for its end."""
+    """Lock an open file for this process alone; if another process holds it, call `on_wait` once and wait."""
     if not try_lock(file):
         on_wait()
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -1,6 +1,6 @@
-"""The command `cm`: what it can do, and how it ends.
+"""The command `cm`: its subcommands and exit codes.
 
-Exit codes: 0 done; 1 a run failed, or something is broken; 2 bad input, said in one line; 130 stopped by Ctrl-C.
+Exit codes: 0 done; 1 a run failed, or something is broken; 2 bad input, reported in one line; 130 stopped by Ctrl-C.
 """
 
 import argparse
@@ -34,14 +34,14 @@ from flows.workspace.locations import workspace_root
 
 GROUPS = (run, sweep, recipes, data, plan, sample, edit, search, models, runs, why, services, doctor, gc)
 FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
-GARBAGE_EVERY = 20_000  # new objects between two searches for garbage; with Python's 700 imports take a seventh longer
+GARBAGE_EVERY = 20_000  # allocations between two collections; Python's default of 700 makes imports a seventh slower
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit code."""
     set_threshold(GARBAGE_EVERY, *get_threshold()[1:])
     args = build_parser().parse_args(argv)
-    atexit.register(freeze)  # else Python looks through all that was imported for garbage at its end, for a second
+    atexit.register(freeze)  # otherwise Python's final collection walks all imported modules, for a second
     try:
         code = args.command(args) or 0
         sys.stdout.flush()
@@ -64,14 +64,14 @@ def _complain(reason: object, code: int) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Complains in one line."""
+    """Parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_INPUT, f"cm: {message}; see `{self.prog} --help`\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line; nothing heavy is imported for it."""
+    """Return the parser of the command line, without heavy imports."""
     parser = _Parser(prog="cm", description="Consistency models as a pipeline: images in, a one-step generator out.")
     parser.add_argument("--version", action="version", version=f"cm {version('consistency-pipeline')}")
     parser.add_argument(

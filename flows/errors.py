@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one clear line, no traceback, exit code 2."""
+"""Errors of the user: one clear line, no traceback, exit code 2."""
 
 
 class UserError(Exception):
@@ -9,8 +9,8 @@ USER_ERROR = 2  # the exit code of `cm` for bad input
 
 
 class StageFailed(RuntimeError):
-    """A stage ended with an error that is not the user's; the message is the end of its output."""
+    """A stage failed for a reason other than user input; the message is the end of its output."""
 
 
 class RunEnding(RuntimeError):
-    """A stage was ended, or not begun, because its run ends."""
+    """A stage was stopped, or not started, because its run is ending."""

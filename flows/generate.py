@@ -1,7 +1,7 @@
-"""The former name of `flows.inference.generate`, which models logged before the wings import.
+"""Alias of `flows.inference.generate` for models logged before that module moved.
 
-Such a model brings its own code, and a process without ours runs that. Where our `flows` is imported already, Python
-looks for the model's imports in it; this name then leads to the present code, which draws the same images.
+Such a model carries its own code, which a process without ours runs. If our `flows` is already imported, Python
+resolves the model's imports in it; this alias then leads to the current code, which draws the same images.
 """
 
 from flows.inference.generate import draw_images, read_levels, usual_mid_sigmas

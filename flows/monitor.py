@@ -1,4 +1,4 @@
-"""What a running stage tells whoever started it."""
+"""The interface by which a running stage reports to its caller."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,26 +7,26 @@ PROFILE_VARIABLE = "CM_PROFILE"  # a folder for profiles of trainings; a paramet
 
 
 class Monitor:
-    """Receives progress, metrics, pictures and remarks of a stage; this one ignores them all.
+    """Receiver of a stage's progress, metrics, pictures and remarks; this one ignores them all (tests, notebooks).
 
-    Tests and notebooks pass `Monitor()`. `cm stage` passes one that draws a bar and logs to MLflow.
+    `cm stage` passes one that draws a progress bar and logs to MLflow.
     """
 
     def progress(self, done: int, total: int, unit: str) -> None:
-        """Say that `done` of `total` units (images, steps) are finished."""
+        """Report that `done` of `total` units (images, steps) are finished."""
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Record numbers measured at an optimiser step; also those that may not enter an artifact, such as images/s."""
+        """Record numbers of an optimiser step; also those that may not enter an artifact, such as images/s."""
 
     def image(self, key: str, path: Path, step: int) -> None:
         """Show a picture that the stage has written, e.g. a sample grid during training."""
 
     def remark(self, text: str) -> None:
-        """Say one line that a person should read, e.g. from which step a training resumes."""
+        """Report one line for people, e.g. from which step a training resumes."""
 
     def state_saved(self, state_dir: Path) -> None:
-        """A complete training state now lies in `state_dir`."""
+        """Report that `state_dir` now holds a complete training state."""
 
     def stop_requested(self) -> bool:
-        """Whether the stage should save its state and end (the run was cancelled)."""
+        """Whether the stage should save its state and stop (the run was cancelled)."""
         return False

@@ -1,1 +1,1 @@
-"""Training states in flight, in a folder or in a bucket."""
+"""Checkpoints of trainings in flight, in a folder or in a bucket."""

@@ -1,6 +1,6 @@
-"""Compiled kernels in the bucket of the checkpoints, shared by workers with the same kind of GPU.
+"""Compiled kernels in the checkpoint bucket, shared by workers with the same kind of GPU.
 
-Triton asks for each file of a kernel under a key that covers its code, the compiler and the kind of GPU.
+Triton's key for the files of a kernel covers its code, the compiler and the kind of GPU.
 """
 
 import os
@@ -17,13 +17,13 @@ from flows.storage.bucket import Bucket
 
 
 class KernelBucket(RemoteCacheBackend):
-    """The files of one key: this machine's where it has them, else the bucket's; compiled if the store fails."""
+    """The files of one key: from this machine's cache, else from the bucket; if the store fails, Triton compiles."""
 
-    _given_up = False  # by this process, for all keys: each silent request would delay the training
+    _given_up = False  # by this process, for all keys: each request that times out would delay the training
 
     def __init__(self, key: str) -> None:
         self._bucket = Bucket(Settings.read().kernels).below(key)
-        self._folder = Path(os.environ["TRITON_CACHE_DIR"]) / key  # where Triton puts what it gets from here
+        self._folder = Path(os.environ["TRITON_CACHE_DIR"]) / key  # Triton's own folder for the key
 
     def get(self, filenames: list[str]) -> dict[str, bytes]:
         """Return those of the files that exist."""
@@ -31,7 +31,7 @@ class KernelBucket(RemoteCacheBackend):
         return {name: data for name, data in found.items() if data is not None}
 
     def put(self, filename: str, data: bytes) -> None:
-        """Share a file, unless another worker has done so."""
+        """Upload a file unless another worker has done so."""
         self._ask(lambda: self._bucket.write(filename, data, replacing=None))
 
     def _find(self, name: str) -> bytes | None:

@@ -1,10 +1,10 @@
-"""Checkpoints in a bucket: published whole, by one worker at a time, continued by any other when that one dies.
+"""Checkpoints in a bucket: published atomically by one worker at a time; another worker resumes if that one dies.
 
-    <training>/head.json               the holder of the lease, and the states there are, newest first
+    <training>/head.json               the lease holder and the stored states, newest first
     <training>/objects/HOLDER/SHA256   files of states, and the manifests that list them
 
-The head is written last, and only over the version that its writer has seen. So a torn upload does not exist, two
-workers cannot both win a lease, and one that lost its lease cannot publish, however late its request is.
+The writer updates the head last, by a conditional write over the version it has read. Hence no reader sees a torn
+upload, two workers cannot both win a lease, and a worker that lost its lease cannot publish, however late its request.
 """
 
 import json
@@ -25,30 +25,30 @@ from flows.storage.bucket import Bucket, OnBytes, WrongBytes
 from flows.storage.fetch import file_digest
 
 HEAD, OBJECTS = "head.json", "objects"
-LEASE_SECONDS = 60.0  # without a sign of life, by the store's clock; then another worker takes over
-RENEWALS = 3  # in the time of one lease
-KEPT = 2  # states
-WORKERS = 4  # files of a state on their way at once
-PATIENCE = (1, 2, 4, 8)  # seconds between tries of a request that a run cannot do without
-SAY_EVERY = 10.0  # seconds between two lines on a long transfer
+LEASE_SECONDS = 60.0  # without a heartbeat, by the store's clock; then another worker takes over
+RENEWALS = 3  # per lease period
+KEPT = 2  # states per training
+WORKERS = 4  # parallel transfers of a state's files
+PATIENCE = (1, 2, 4, 8)  # seconds between retries of a request that the run depends on
+SAY_EVERY = 10.0  # seconds between two progress lines of a long transfer
 
 Say = Callable[[str], None]
 
 
 class LeaseLost(RuntimeError):
-    """Another worker continues this training; this one must not publish any more."""
+    """Another worker has resumed this training; this one must stop publishing."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """The one object that decides: all others count only if they are reached from here."""
+    """The root object: other objects count only if they are reachable from it."""
 
     holder: str | None = None  # unique to one process; None: no worker trains
-    who: str = ""  # the same for people: host and process
+    who: str = ""  # the holder for people: host and process
     lease_seconds: float = LEASE_SECONDS
     states: tuple[str, ...] = ()  # keys of manifests, newest first
     finished: dict[str, str] | None = None  # outputs of the training, {path: DVC hash}
-    write: str = field(default_factory=lambda: uuid.uuid4().hex)  # tells our own write from another's
+    write: str = field(default_factory=lambda: uuid.uuid4().hex)  # tells our own write from another worker's
 
     @classmethod
     def of(cls, data: bytes) -> "Head":
@@ -72,18 +72,18 @@ Manifest = dict[str, Stored]  # the files of one state, by their path in it
 
 
 class Training:
-    """The checkpoint of one training, which this process may replace as long as it holds the lease."""
+    """The checkpoint of one training, which this process may replace while it holds the lease."""
 
     def __init__(self, bucket: Bucket, say: Say) -> None:
         self._bucket, self._say = bucket, say
-        self._writing = threading.Lock()  # of the head: renewals and publications come from different threads
+        self._writing = threading.Lock()  # guards the head: renewals and publications run in different threads
         self._head, self._etag = Head(), None
-        self._manifests: dict[str, Manifest] = {}  # by key, newest first: the states that can be read
-        self._there: set[str] = set()  # keys of objects that are ours to delete
+        self._manifests: dict[str, Manifest] = {}  # the readable states by key, newest first
+        self._there: set[str] = set()  # keys of stored objects, which this worker may delete
         self.lost: LeaseLost | None = None
 
     def acquire(self, on_wait: Callable[[], None]) -> None:
-        """Take the lease; where another worker holds it, wait until it is returned or runs out."""
+        """Take the lease; if another worker holds it, wait until it is returned or expires."""
         holder = {"holder": uuid.uuid4().hex, "who": f"{socket.gethostname()}:{os.getpid()}"}
         if not patiently(lambda: self._try_acquire(holder)):
             on_wait()
@@ -102,10 +102,10 @@ class Training:
         return self._write(head, found.etag if found else None)
 
     def _write(self, head: Head, replacing: str | None) -> bool:
-        """Replace the version of the head that we know; return whether it still was the current one."""
+        """Replace the known version of the head; return whether it was still the current one."""
         head = replace(head, write=uuid.uuid4().hex)
         etag = self._bucket.write(HEAD, head.text(), replacing=replacing)
-        if etag is None:  # another write came first, or the answer to our own first try was lost
+        if etag is None:  # another write came first, or the reply to our own first attempt was lost
             found = self._bucket.read(HEAD)
             if found is None or Head.of(found.data).write != head.write:
                 return False
@@ -114,11 +114,11 @@ class Training:
         return True
 
     def renew(self) -> None:
-        """Give a sign of life. Raises LeaseLost."""
+        """Renew the lease. Raises LeaseLost."""
         self._update(lambda head: head)
 
     def release(self, finished: Mapping[str, str] | None) -> None:
-        """Return the lease; with `finished`, name the outputs of the training. Raises LeaseLost."""
+        """Return the lease; `finished` records the outputs of the training. Raises LeaseLost."""
         self._update(lambda head: replace(head, holder=None, finished=finished and dict(finished)))
 
     def _update(self, change: Callable[[Head], Head]) -> None:
@@ -131,9 +131,9 @@ class Training:
             raise self.lost
 
     def restore(self, folder: Path) -> None:
-        """Bring the newest undamaged state into `folder`, unless that has it or a newer one.
+        """Download the newest undamaged state into `folder`, unless it holds that state or a newer one.
 
-        Raises UserError where there are states and all are damaged, or the store cannot be reached.
+        Raises UserError if all stored states are damaged, or the store cannot be reached.
         """
         from cm_core.training.checkpoint import newest_state
 
@@ -155,10 +155,10 @@ class Training:
             return {file: Stored(**stored) for file, stored in json.loads(path.read_text()).items()}
 
     def _download(self, manifest: Manifest, folder: Path) -> None:
-        """Fetch a state beside the folder and put it in its place whole."""
+        """Download a state beside the folder, then rename it into place."""
         on_bytes = _log_transfer(self._say, "download", sum(stored.size for stored in manifest.values()))
         scratch = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(scratch, ignore_errors=True)  # left by a killed process
         scratch.mkdir()
         try:
             _in_parallel(
@@ -168,10 +168,10 @@ class Training:
             drop_folder(folder)
             scratch.rename(folder)
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)  # renamed, unless something went wrong
+            shutil.rmtree(scratch, ignore_errors=True)  # already renamed on success
 
     def publish(self, folder: Path) -> None:
-        """Store the state in `folder` as the newest, its manifest after its files. Raises LeaseLost."""
+        """Upload the state in `folder` as the newest, its files before its manifest. Raises LeaseLost."""
         if self.lost:
             raise self.lost
         known = {stored.sha256: stored for manifest in self._manifests.values() for stored in manifest.values()}
@@ -190,7 +190,7 @@ class Training:
         return known.get(sha256) or Stored(self._key(sha256), sha256, path.stat().st_size)
 
     def _key(self, sha256: str) -> str:
-        # Under the holder: a worker that is late, its lease gone, deletes nothing that another has stored.
+        # Under the holder's prefix: a late worker without its lease deletes nothing that another has stored.
         return f"{OBJECTS}/{self._head.holder}/{sha256}"
 
     def _upload_manifest(self, manifest: Manifest) -> str:
@@ -206,14 +206,14 @@ class Training:
         self._bucket.upload(path, key, on_bytes)
 
     def _prune(self) -> None:
-        """Delete what no kept state needs, but nothing that came after us: by then others may build on it."""
+        """Delete objects that no kept state needs; after a lost lease delete none: others may build on them."""
         needed = {*self._manifests, *(s.key for manifest in self._manifests.values() for s in manifest.values())}
         self._bucket.remove(self._there - needed)
         self._there &= needed
 
 
 def drop_finished(bucket: Bucket, is_stored: Callable[[Mapping[str, str]], bool]) -> list[str]:
-    """Remove the trainings that ended, whose outputs are stored and whose lease is returned; return their names."""
+    """Remove finished trainings whose outputs are stored and whose lease is returned; return their names."""
     names = [entry.key.removesuffix(f"/{HEAD}") for entry in bucket.entries() if entry.key.endswith(f"/{HEAD}")]
     return [name for name in names if _drop(bucket.below(name), is_stored)]
 
@@ -227,20 +227,20 @@ def _drop(bucket: Bucket, is_stored: Callable[[Mapping[str, str]], bool]) -> boo
 
 
 def is_orphan(bucket: Bucket, seconds: float) -> bool:
-    """Whether no worker holds a training, and none has for so long."""
+    """Whether nobody has held the lease of a training for at least this long."""
     found = bucket.read(HEAD)
     return found is not None and found.age > max(seconds, Head.of(found.data).lease_seconds)
 
 
 def remove_training(bucket: Bucket) -> bool:
-    """Remove a training that no worker holds; return whether it was so."""
+    """Remove a training that no worker holds; return whether it was removed."""
     found = bucket.read(HEAD)
     if found is None:
         return False
     head = Head.of(found.data)
     if head.holder and found.age <= head.lease_seconds:
         return False
-    # Emptied first: a worker that comes now starts from step 0 instead of finding objects vanish under its hands.
+    # Empty the head first: a worker that starts now begins at step 0 and does not lose objects while it reads.
     emptied = bucket.write(HEAD, replace(head, holder=None, states=()).text(), replacing=found.etag)
     if emptied is None:
         return False
@@ -254,15 +254,15 @@ def list_files(folder: Path) -> dict[str, Path]:
 
 
 def drop_folder(folder: Path) -> None:
-    """Remove a checkpoint's folder, renamed first: a process that is killed meanwhile leaves no torn one behind."""
+    """Remove a checkpoint's folder; the rename first means that a killed process leaves no torn one behind."""
     doomed = folder.with_name(f"{folder.name}.dropped")
-    shutil.rmtree(doomed, ignore_errors=True)  # of such a process
+    shutil.rmtree(doomed, ignore_errors=True)  # left by such a process
     folder.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def patiently(action: Callable[[], object]) -> object:
-    """Return the result of `action`, tried again for a while when the store fails, not where its bytes are wrong."""
+    """Return the result of `action`, retried for a while if the store fails, but not if its bytes are wrong."""
     for pause in PATIENCE:
         try:
             return action()
@@ -280,7 +280,7 @@ def _in_parallel(actions: Iterable[Callable[[], None]]) -> None:
 
 
 def _log_transfer(say: Say, verb: str, total: int) -> OnBytes:
-    """Return a callback, for several threads, that says now and then how far a long transfer is."""
+    """Return a thread-safe callback that logs the progress of a long transfer now and then."""
     done, last, counting = 0, time.monotonic(), threading.Lock()
 
     def add(count: int) -> None:

@@ -1,8 +1,8 @@
-"""Checkpoints of trainings in flight: folders that outlive a crash, each under the key of the stage that trains.
+"""Checkpoints of trainings in flight: folders that outlive a crash, each under its stage's key.
 
-They lie in a folder of this machine or, where $CM_STATE is an address s3://bucket/prefix, in a bucket that every worker
-reaches. They are no DVC outputs. One is dropped once DVC's cache has the outputs of its stage; dropped when the stage
-ends, a training would be lost where DVC then fails to store its outputs.
+They lie in a folder of this machine or, if $CM_STATE is an address s3://bucket/prefix, in a bucket that every worker
+reaches. They are not DVC outputs. A checkpoint is dropped only when DVC's cache holds the outputs of its stage: dropped
+at the end of the stage, the training would be lost if DVC then failed to store its outputs.
 """
 
 import json
@@ -23,14 +23,14 @@ from flows.settings import Settings
 from flows.storage.bucket import Bucket
 
 FINISHED_FILE = "finished.json"
-KERNELS_VARIABLE, KERNELS = "CM_KERNELS", "compiled"  # where compiled kernels are shared: beside the checkpoints
-RETRY_EVERY = 8.0  # seconds between two tries of an upload or a renewal that failed
+KERNELS_VARIABLE, KERNELS = "CM_KERNELS", "compiled"  # shared compiled kernels, beside the checkpoints
+RETRY_EVERY = 8.0  # seconds between retries of an upload or a lease renewal
 Stored = Callable[[Mapping[str, str]], bool]  # whether DVC's cache has all of {path: hash}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A training's checkpoint, ours alone for the time being."""
+    """A training's checkpoint, locked for this process."""
 
     folder: Path
     """The working copy, with the newest complete state when the training begins."""
@@ -39,19 +39,19 @@ class Checkpoint:
 
 
 def states_folder(origin: Path) -> Path:
-    """Return the folder of all checkpoints, or of their working copies: $CM_STATE, else .cm/states of the workspace."""
+    """Return the folder of all checkpoints or their working copies: $CM_STATE, else .cm/states of the workspace."""
     place = Settings.read().state
     return Path(place) if place and not states_bucket() else origin / ".cm" / "states"
 
 
 def states_bucket() -> Bucket | None:
-    """Return the bucket that $CM_STATE names, if it names one."""
+    """Return the bucket that $CM_STATE names, if any."""
     place = Settings.read().state or ""
     return Bucket(place) if "://" in place else None
 
 
 def share_kernels(origin: Path) -> None:
-    """Let Triton share compiled kernels with other workers through the bucket of the checkpoints, if there is one."""
+    """Let Triton share compiled kernels with other workers through the checkpoint bucket, if there is one."""
     if bucket := states_bucket():
         os.environ.setdefault(KERNELS_VARIABLE, f"{bucket.uri}/{KERNELS}")
         os.environ.setdefault("TRITON_CACHE_DIR", str(states_folder(origin) / KERNELS / "shared"))
@@ -61,15 +61,15 @@ def share_kernels(origin: Path) -> None:
 
 @contextmanager
 def hold_checkpoint(origin: Path, stage: str, key: str, on_wait: Callable[[], None], say: Say) -> Iterator[Checkpoint]:
-    """Yield the checkpoint of a stage's key, ours alone; where another process trains the same, wait for its end.
+    """Yield the checkpoint of a stage's key, locked for this process; wait while another process trains the same.
 
-    `say` gets remarks on the store. Raises UserError where the store cannot be reached at the start.
+    `say` receives remarks on the store. Raises UserError if the store cannot be reached at the start.
     """
     folder, bucket = states_folder(origin) / f"{stage}-{key[:16]}", states_bucket()
     folder.mkdir(parents=True, exist_ok=True)
     with _lock_file(folder).open("w") as lock:
         wait_lock(lock, on_wait)
-        folder.mkdir(exist_ok=True)  # the process that held it may have dropped it
+        folder.mkdir(exist_ok=True)  # the previous holder may have dropped it
         if bucket is None:
             yield Checkpoint(folder, lambda: None)
         else:
@@ -83,13 +83,13 @@ def _hold_in_bucket(
 ) -> Iterator[Callable[[], None]]:
     """Hold the lease of a training whose working copy is `folder`; yield the function that uploads its newest state.
 
-    At the end the last state is published, the lease returned with the outputs of the training, and the folder removed.
-    It stays where the bucket could not be given everything, which is said and no error: another run on this machine
-    goes on from it, and outputs that exist need no checkpoint any more.
+    On exit, publish the last state, return the lease with the training's outputs and remove the folder. If the upload
+    is incomplete, log it and keep the folder: a later run on this machine resumes from it. This is no error, because
+    finished outputs need no checkpoint.
     """
     outbox = folder.with_name(f"{folder.name}.outbox")
     training.acquire(on_wait)
-    shutil.rmtree(outbox, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(outbox, ignore_errors=True)  # left by a killed run
     try:
         training.restore(folder)
         with CheckpointUploader(training, folder, outbox, say) as uploader:
@@ -101,7 +101,7 @@ def _hold_in_bucket(
 
 
 def _hand_back(training: Training, folder: Path, outbox: Path, say: Say) -> bool:
-    """Publish the last state and return the lease; return whether both succeeded, and say why not."""
+    """Publish the last state and return the lease; return whether both succeeded, and log why not."""
     try:
         if snapshot := take_snapshot(folder, outbox):
             patiently(lambda: training.publish(snapshot))
@@ -118,7 +118,7 @@ def _hand_back(training: Training, folder: Path, outbox: Path, say: Say) -> bool
 
 
 class CheckpointUploader:
-    """Two threads beside a training: one renews its lease, one uploads its states; of those waiting only the newest."""
+    """Two threads beside a training: one renews its lease, one uploads the newest waiting state."""
 
     def __init__(self, training: Training, folder: Path, outbox: Path, say: Say) -> None:
         self._training, self._folder, self._outbox, self._say = training, folder, outbox, say
@@ -154,7 +154,7 @@ class CheckpointUploader:
         while snapshot := self._next():
             while not self._try(lambda s=snapshot: self._training.publish(s)):
                 if self._wait(lambda: self._ending, RETRY_EVERY) or self._waiting:
-                    break  # the newest state is published at the end; of two the newer one is tried again
+                    break  # `hold` publishes the newest state at the end; a retry takes the newer of two
             shutil.rmtree(snapshot)
 
     def _next(self) -> Path | None:
@@ -168,17 +168,17 @@ class CheckpointUploader:
             self._try(self._training.renew)
 
     def _wait(self, condition: Callable[[], object], seconds: float) -> bool:
-        """Wait for a condition, but not longer than so many seconds; return whether it holds."""
+        """Wait at most `seconds` for a condition; return whether it holds."""
         with self._changed:
             return bool(self._changed.wait_for(condition, timeout=seconds))
 
     def _try(self, action: Callable[[], None]) -> bool:
-        """Do something with the store; say when it starts to fail, and when it works again."""
+        """Run a request to the store; log when requests begin to fail, and when they work again."""
         try:
             action()
         except LeaseLost as lost:
             self._say(str(lost))
-            return True  # there is nothing to try again
+            return True  # nothing to retry
         except (UserError, OSError) as error:
             if not self._failing:
                 self._say(f"checkpoint upload fails, retrying every {RETRY_EVERY:g} s; training continues: {error}")
@@ -191,10 +191,7 @@ class CheckpointUploader:
 
 
 def take_snapshot(folder: Path, outbox: Path) -> Path | None:
-    """Return a folder with the newest state and the log as they are now, None before the first state.
-
-    Files that are never rewritten are linked.
-    """
+    """Return a folder with a snapshot of the newest state (hard links) and the log; None before the first state."""
     from cm_core.training.checkpoint import LOG, list_states
 
     states, snapshot = list_states(folder), outbox / uuid.uuid4().hex
@@ -202,18 +199,18 @@ def take_snapshot(folder: Path, outbox: Path) -> Path | None:
         name = path.relative_to(folder)
         if name.parts[0] in (states[-1].name, LOG):
             (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
-            # The curves are appended to while the snapshot waits.
+            # A copy: the training appends to the curves while the snapshot waits.
             (shutil.copy if name.suffix == ".jsonl" else os.link)(path, snapshot / name)
     return snapshot if states else None
 
 
 def mark_finished(folder: Path, outs: Mapping[str, str]) -> None:
-    """Note the outputs of a training, {path: DVC hash}; from now on its checkpoint waits to be dropped."""
+    """Record the outputs of a training, {path: DVC hash}; its checkpoint may now be dropped once they are stored."""
     replace_text(folder / FINISHED_FILE, json.dumps(dict(outs)))
 
 
 def drop_finished(origin: Path, is_stored: Stored) -> list[str]:
-    """Remove the checkpoints whose outputs are stored, unless a process holds them; return their places."""
+    """Remove the checkpoints whose outputs are stored, unless a process holds them; return their locations."""
     dropped = []
     for marker in states_folder(origin).glob(f"*/{FINISHED_FILE}"):
         if drop_unheld(marker.parent, lambda m=marker: is_stored(json.loads(m.read_text()))):
@@ -223,7 +220,7 @@ def drop_finished(origin: Path, is_stored: Stored) -> list[str]:
 
 
 def drop_unheld(folder: Path, condition: Callable[[], bool] = lambda: True) -> bool:
-    """Remove a checkpoint unless a process holds it or the condition fails; return whether it is gone."""
+    """Remove a checkpoint unless a process holds it or the condition fails; return whether it was removed."""
     with _lock_file(folder).open("w") as lock:
         if try_lock(lock) and condition():
             drop_folder(folder)
@@ -232,4 +229,4 @@ def drop_unheld(folder: Path, condition: Callable[[], bool] = lambda: True) -> b
 
 
 def _lock_file(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".lock")  # beside the folder: it outlives it
+    return folder.with_name(folder.name + ".lock")  # beside the folder, which it outlives

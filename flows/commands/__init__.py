@@ -1,1 +1,1 @@
-"""The subcommands of `cm`, a group a file. Each `add_parsers` declares what its functions answer to."""
+"""The subcommands of `cm`, one module per group; each `add_parsers` declares its subcommands."""

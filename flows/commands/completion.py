@@ -1,11 +1,11 @@
-"""`cm --print-completion SHELL`: a shell's completion script, made by shtab from the parser itself."""
+"""`cm --print-completion SHELL`: a shell's completion script, which shtab derives from the parser."""
 
 from argparse import Action, ArgumentParser, Namespace, _SubParsersAction
 from collections.abc import Iterator
 from typing import Any
 
 SHELLS = ("bash", "zsh")
-# Commands that complete an argument, by its metavar: file names, so that no Python starts when Tab is pressed.
+# Shell commands that complete an argument, by its metavar; they list file names, so that Tab starts no Python.
 _PAGES = 'ls "$(git rev-parse --show-toplevel 2>/dev/null)/params/{}" 2>/dev/null | sed -n "s/[.]yaml$//p"'
 WORDS = {
     "RECIPE": _PAGES.format("recipes"),
@@ -35,7 +35,7 @@ class PrintCompletion(Action):
 
 
 def _lister(name: str, command: str) -> dict[str, Any]:
-    """Return the shell function `name`, which offers the words that a command prints at the press of Tab."""
+    """Return the shell function `name`, which offers the words that a command prints."""
     bash, zsh = f'{name}() {{ compgen -W "$({command})" -- "$1"; }}', f"{name}() {{ compadd -- $({command}); }}"
     return {**dict.fromkeys(SHELLS, name), "preamble": {"bash": bash, "zsh": zsh}}
 

@@ -1,4 +1,4 @@
-"""`cm data`: images of one's own as versioned data, and which versions there are."""
+"""`cm data`: add the user's own images as versioned data, and list the versions."""
 
 import re
 import shutil
@@ -14,7 +14,7 @@ from flows.workspace.git import git
 from flows.workspace.locations import shared_remote, workspace_root
 
 ARRAYS = (".npz", ".npy")
-EPOCH = (1980, 1, 1, 0, 0, 0)  # in every entry of an archive: equal images make equal bytes
+EPOCH = (1980, 1, 1, 0, 0, 0)  # timestamp of every archive entry: equal images make equal bytes
 
 
 def add_parsers(commands: Any) -> None:
@@ -39,7 +39,7 @@ def data(args: Namespace) -> None:
 
 
 def add(root: Path, path: Path, name: str | None, description: str) -> None:
-    """Copy or pack images into data/, version them, and say how a recipe names them."""
+    """Copy or pack images into data/, version them, and print how a recipe names them."""
     from flows.workspace.data_versions import FOLDER, add_versioned, push_versioned
 
     if not path.exists():
@@ -63,7 +63,7 @@ def add(root: Path, path: Path, name: str | None, description: str) -> None:
 
 
 def describe(path: Path) -> tuple[str, dict[str, int]]:
-    """Return the kind of source and what it holds, as the stage `prepare` will read it. Raises UserError as that."""
+    """Return the kind of source and its contents, as the stage `prepare` will read it. Raises UserError likewise."""
     import tempfile
 
     from flows.data.sources.array import ArrayFile
@@ -77,7 +77,7 @@ def describe(path: Path) -> tuple[str, dict[str, int]]:
 
 
 def _copy(path: Path, target: Path) -> None:
-    """Copy a file, or pack a folder into one archive: DVC is slow with many files. The target appears whole."""
+    """Copy a file, or pack a folder into one archive (DVC is slow with many files); the target appears atomically."""
     partial = target.with_name(f".{target.name}.part")
     try:
         if path.is_dir():
@@ -98,7 +98,7 @@ def _pack(folder: Path, archive: Path) -> None:
 
 
 def show(root: Path, *, as_json: bool) -> None:
-    """Print the versioned data, and the commits that brought each version."""
+    """Print the versioned data and the commits of each version."""
     from flows.workspace.data_versions import version_of, versions
 
     found = [

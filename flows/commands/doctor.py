@@ -1,4 +1,4 @@
-"""`cm doctor`: checks of packages, services, stores and the device of trainings."""
+"""`cm doctor`: check packages, services, stores and the training device."""
 
 import os
 import platform
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from flows.tracking.tracker import Tracker
 
 PROJECT, SHOWN = "consistency-pipeline", ("prefect", "mlflow", "dvc")
-FREE_GB = 2  # for a demo, its clones and its cache
+FREE_GB = 2  # for a demo with its clones and cache
 PROBE, SECONDS = b"written by cm doctor", 10
 
 
 class Broken(Exception):
-    """The finding of a check and the cure."""
+    """A failed check: the finding and the remedy."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the answer."""
+    """One line of the output."""
 
     name: str
     ok: bool
@@ -71,7 +71,7 @@ def _python() -> str:
 
 
 def _packages() -> str:
-    """Compare required with installed versions: `import prefect` is silent about a wrong fastapi."""
+    """Compare required with installed versions: `import prefect` does not report an incompatible fastapi."""
     from packaging.requirements import Requirement
 
     wanted = [Requirement(line) for line in metadata.requires(PROJECT) or ()]
@@ -135,7 +135,7 @@ def _mlflow() -> str:
 
 
 def _tracker() -> "Tracker | None":
-    """Return the tracker of MLFLOW_TRACKING_URI or of the workspace's file, None before the first run made that."""
+    """Return the tracker of MLFLOW_TRACKING_URI or of the workspace's file; None before the first run created it."""
     from flows.tracking.tracker import Tracker
 
     root = shared_root(workspace_root())
@@ -172,7 +172,7 @@ def _dvc_remote() -> str:
 
 
 def _write_read_remove(store: Any) -> str:
-    """Try a folder or bucket of DVC's as DVC reaches it."""
+    """Access one of DVC's folders or buckets as DVC does."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(PROBE)
         file.flush()
@@ -202,7 +202,7 @@ def _states() -> str:
 
 
 def _prove_leases(bucket: "Bucket") -> str:
-    """Write, read and remove an object, and see a second writer refused: leases depend on it."""
+    """Write, read and remove an object, and check that a second conditional write fails: leases depend on it."""
     key = f"cm-doctor-{os.getpid()}"
     etag = bucket.write(key, PROBE, replacing=None)
     try:
@@ -218,7 +218,7 @@ def _prove_leases(bucket: "Bucket") -> str:
 
 
 def _artifacts() -> str:
-    """Try the place where MLflow keeps files, as MLflow reaches it."""
+    """Access MLflow's artifact store as MLflow does."""
     if (tracker := _tracker()) is None:
         return f"{shared_root(workspace_root()) / 'mlruns'}, created by the first run"
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -235,7 +235,7 @@ def _artifacts() -> str:
 
 
 def _prefect_results() -> str:
-    """Try the block in which Prefect keeps results, where one is configured."""
+    """Check the block in which Prefect keeps results, if one is configured."""
     from prefect.blocks.core import Block
     from prefect.settings import PREFECT_DEFAULT_RESULT_STORAGE_BLOCK
 
@@ -258,7 +258,7 @@ MACHINE: dict[str, Callable[[], str]] = {
     "torch": _torch,
     "torchvision": _torchvision,
     "Prefect": _prefect,
-    "workspace": _workspace,  # the last: without one there is no more to examine
+    "workspace": _workspace,  # last: the remaining checks need one
 }
 WORKSPACE: dict[str, Callable[[], str]] = {
     "git": _git,

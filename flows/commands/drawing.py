@@ -1,4 +1,4 @@
-"""Images from a trained model, wherever it lies: a folder, or a model logged to MLflow."""
+"""Images from a trained model in a folder or logged to MLflow."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from flows.inference.generate import Sampler
 
 MODEL = "a folder with model.json, or models:/... of MLflow"
-LOGGED = ("models:/", "runs:/")  # how MLflow's names of models begin
+LOGGED = ("models:/", "runs:/")  # prefixes of MLflow model names
 TEACHER_STEPS = 18  # EDM's on CIFAR-10
 
 
 def add_sampling_options(parser: ArgumentParser, *, count: int) -> None:
-    """Add the options that say which images a model is asked for."""
+    """Add the options that choose the images to draw."""
     parser.add_argument(
         "--steps", metavar="N", type=positive, help="network calls of a student (1), or steps of a teacher (18)"
     )
@@ -41,7 +41,7 @@ def add_sampling_options(parser: ArgumentParser, *, count: int) -> None:
 
 
 def save_images(images: "np.ndarray", folder: Path) -> None:
-    """Write images [N, H, W, C] as one PNG each, by their number."""
+    """Write images [N, H, W, C] as one PNG each, named by their number."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def save_images(images: "np.ndarray", folder: Path) -> None:
 
 
 def is_model(where: str) -> bool:
-    """Whether this names a model, and not images."""
+    """Whether `given` names a model rather than images."""
     return where.startswith(LOGGED) or (Path(where) / "model.json").is_file()
 
 
@@ -67,7 +67,7 @@ def draw(model: str, args: Namespace) -> "tuple[np.ndarray, str]":
 
 
 def load(model: str) -> "tuple[ModelSpec, Precond]":
-    """Return what a model is, and itself, on the CPU. Raises UserError where there is none."""
+    """Return the spec of a model and the model, on the CPU. Raises UserError if there is none."""
     from cm_core.model import load_model
 
     try:
@@ -76,9 +76,9 @@ def load(model: str) -> "tuple[ModelSpec, Precond]":
         raise UserError(f"{error}; a model is a folder such as out/student, or models:/... of MLflow") from error
 
 
-@cache  # a command asks more than once, and the weights may be far away
+@cache  # a command asks more than once, and the weights may be remote
 def _locate(model: str) -> Path:
-    """Return the folder of a model, downloaded where it is one of MLflow's."""
+    """Return the folder of a model; download one from MLflow."""
     if not model.startswith(LOGGED):
         return Path(model)
     from mlflow.exceptions import MlflowException
@@ -123,14 +123,14 @@ def _mid_sigmas(spec: "ModelSpec", args: Namespace, model: str) -> list[float]:
 
 
 def usual_mid_sigmas(spec: "ModelSpec", count: int, model: str) -> list[float]:
-    """Return the levels that a logged model's recipe samples at, or the recipe in force; else a Karras grid's."""
+    """Return the levels of a logged model's recipe, else of the active recipe, else of a Karras grid."""
     from flows.inference import generate
 
     return generate.usual_mid_sigmas(spec, count, generate.read_levels(_locate(model)) or _levels_in_force())
 
 
 def _levels_in_force() -> "Sequence[Sequence[float]]":
-    """Return the levels that the recipe in force samples at, so that the report's images come out."""
+    """Return the levels of the active recipe, so that the samples match the report's images."""
     from flows.recipes.recipe import load_active
 
     try:

@@ -1,4 +1,4 @@
-"""`cm edit`: a user's own pictures filled in, coloured, enlarged, repainted, denoised or blended by a student."""
+"""`cm edit`: inpaint, colourise, super-resolve, repaint, denoise or interpolate a user's pictures with a student."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
@@ -47,7 +47,7 @@ def add_parsers(commands: Any) -> None:
 def _add_task(
     tasks: Any, command: Callable[[Namespace], None], text: str, *, steps: int, count: int = 8, pictures: str = ""
 ) -> ArgumentParser:
-    """Declare one task with the options that all of them have."""
+    """Declare one task with the common options."""
     task = tasks.add_parser(command.__name__, help=text, description=f"{text[0].upper()}{text[1:]}.")
     several = {"nargs": pictures, "dest": "images"} if pictures else {"dest": "image"}
     task.add_argument(metavar="IMAGE", type=Path, **several, help="PNG, JPEG, WebP, GIF, BMP, TIFF or PNM")
@@ -78,7 +78,7 @@ def _add_sigma(task: ArgumentParser, text: str, *, needed: bool = False) -> None
 
 
 def inpaint(args: Namespace) -> None:
-    """Invent what the mask covers; every other pixel stays as it is."""
+    """Invent the pixels under the mask; keep every other pixel."""
     import torch
 
     from cm_core import editing
@@ -92,7 +92,7 @@ def inpaint(args: Namespace) -> None:
 
 
 def colorize(args: Namespace) -> None:
-    """Invent the colours; the luminance stays as it is."""
+    """Invent the colours; keep the luminance."""
     from cm_core import editing
 
     editor = Editor(args)
@@ -105,7 +105,7 @@ def colorize(args: Namespace) -> None:
 
 
 def superres(args: Namespace) -> None:
-    """Invent the details; the mean of every patch stays as it is."""
+    """Invent the details; keep the mean of every patch."""
     from cm_core import editing
 
     editor, factor = Editor(args), args.factor

@@ -1,4 +1,4 @@
-"""What the tasks of `cm edit` share: a student that reads pictures in its shape, draws results and writes them."""
+"""Shared code of the tasks of `cm edit`: read pictures in the student's shape, draw results and write them."""
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 BACKGROUND = "white"  # behind transparent pixels
 COLUMNS, SHOWN = 8, 64  # results in a row of the grid, and in all
-TRAITS = {  # of flows.data.images, that a person should know of
+TRAITS = {  # of flows.data.images, reported to the user
     "exif_rotated": "turned upright as its EXIF says",
     "alpha": f"transparent pixels shown on {BACKGROUND}",
     "several_frames": "its first frame alone",
@@ -32,7 +32,7 @@ TRAITS = {  # of flows.data.images, that a person should know of
 
 
 class Editor:
-    """A student and the options of a command: reads pictures in its shape, draws results, writes them."""
+    """A student and a command's options: reads pictures in its shape, draws results, writes them."""
 
     def __init__(self, args: Namespace) -> None:
         from cm_core.editing import NOT_CONSISTENT
@@ -57,7 +57,7 @@ class Editor:
             raise UserError(f"--label {label}: {self.name} knows no classes")
 
     def levels(self, sigma: float) -> list[float]:
-        """Return the noise levels from --sigma on, one a step; UserError where the model knows no such levels."""
+        """Return the noise levels from --sigma down, one per step; raise UserError if the model does not cover them."""
         from cm_core.editing import falling_sigmas
 
         try:
@@ -66,16 +66,16 @@ class Editor:
             raise UserError(f"--sigma {sigma:g} --steps {self.args.steps}: {error}") from error
 
     def size_of(self, path: Path) -> tuple[int, int]:
-        """Return width and height of a picture, as seen."""
+        """Return width and height of a picture after EXIF rotation."""
         from flows.data.images import open_image, upright_size
 
         with open_image(lambda: path, str(path)) as image:
             return upright_size(image)
 
     def read(self, path: Path, wanted: tuple[int, int] | None = None) -> "tuple[np.ndarray, tuple[int, int]]":
-        """Return a picture in the model's channels, uint8 [H, W, C], and its own size; say what was done to it.
+        """Return a picture in the model's channels, uint8 [H, W, C], and its original size; log every conversion.
 
-        It comes in the model's size, or has the `wanted` one. Raises UserError where it cannot be brought to it.
+        It is resized to the `wanted` size, else the model's. Raises UserError if that is impossible.
         """
         size, (width, height) = self.size_of(path), wanted or self.size
         same = size == (width, height)
@@ -92,7 +92,7 @@ class Editor:
         return pixels, size
 
     def read_mask(self, path: Path, size: tuple[int, int]) -> "np.ndarray":
-        """Return where a mask is white or transparent, bool [H, W]; it is resized as its picture of `size` was."""
+        """Return where a mask is white or transparent, bool [H, W], resized like its picture of `size`."""
         own = self.size_of(path)
         if own not in (size, self.size):
             allowed = " or ".join(f"{w}x{h}" for w, h in dict.fromkeys((size, self.size)))
@@ -113,7 +113,7 @@ class Editor:
             )
 
     def to_tensor(self, pixels: "np.ndarray") -> "Tensor":
-        """Return one picture as the model sees it, [1, C, H, W] in -1..1."""
+        """Return one picture as model input, [1, C, H, W] in -1..1."""
         import torch
 
         from cm_core.tensors import from_pixels
@@ -127,13 +127,13 @@ class Editor:
         return ImageNoise(seed, indices, self.spec.image_shape, self.device)
 
     def weights(self, count: int) -> "Tensor":
-        """Return how far each frame is on the way from A to B, [F]."""
+        """Return the interpolation weight of each frame between A and B, [F]."""
         import torch
 
         return torch.linspace(0, 1, count, device=self.device)
 
     def draw(self, make: "Make", *, at_once: bool = False) -> "np.ndarray":
-        """Return --n results, uint8 [N, H, W, C], made in batches unless they belong together."""
+        """Return --n results, uint8 [N, H, W, C], drawn in batches unless they depend on each other."""
         from flows.inference.generate import BATCH, draw_images
 
         labels = [self.args.label] * self.args.n if self.spec.num_classes else None
@@ -151,7 +151,7 @@ class Editor:
             )
 
     def write(self, results: "np.ndarray", sigmas: Sequence[float], shown: "Mapping[str, np.ndarray]") -> None:
-        """Write the results, and beside them a grid with the pictures that they came from; say where."""
+        """Write the results and a grid with their source pictures; print the paths."""
         from flows.reports.figures import save_rows
 
         rows = {name: pixels[None] for name, pixels in shown.items()}

@@ -1,4 +1,4 @@
-"""`cm gc`: list objects that nothing refers to any more; with --apply remove them."""
+"""`cm gc`: list unreferenced objects; with --apply remove them."""
 
 from argparse import ArgumentTypeError, Namespace
 from datetime import timedelta
@@ -7,7 +7,7 @@ from typing import Any
 from flows.commands.output import add_json_option, print_json, print_table
 from flows.workspace.locations import workspace_root
 
-SHOWN = 20  # lines of a kind
+SHOWN = 20  # lines per kind
 
 
 def add_parsers(commands: Any) -> None:

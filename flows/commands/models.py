@@ -42,7 +42,7 @@ def models(args: Namespace) -> None:
 
 
 def promote(args: Namespace) -> None:
-    """Move the alias `champion`."""
+    """Move the alias `champion` to a version."""
     from flows.tracking.registry import Registry
 
     Registry(tracker_of(workspace_root(), must_exist=True)).promote(args.name, args.version, force=args.force)
@@ -57,7 +57,7 @@ def _registry() -> "Registry | None":
 
 
 def describe(model: "Registered", version: "Version") -> dict[str, Any]:
-    """Return what there is to know of a version, as plain values."""
+    """Return a version as plain values."""
     tags = version.tags or {}
     return {
         "name": model.name,

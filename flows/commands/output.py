@@ -11,8 +11,8 @@ from typing import Any
 import flows
 
 METRICS = ("fid", "is", "precision", "recall", "kid")
-CHARTS = "?workflowType=machine_learning&compareRunsMode=CHART"  # of MLflow's pages: curves, not language models
-WIDE = 240  # columns of a table that no terminal limits
+CHARTS = "?workflowType=machine_learning&compareRunsMode=CHART"  # opens MLflow's curves, not its LLM view
+WIDE = 240  # columns of a table without a terminal
 
 
 def add_json_option(parser: ArgumentParser) -> None:
@@ -48,7 +48,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title:
 
 
 def print_metrics(rows: Mapping[str, Mapping[str, float]], *, title: str) -> None:
-    """Print {name of images: {metric: value}}, four significant digits; a dash where there is none."""
+    """Print {name of images: {metric: value}} with four significant digits; a dash marks a missing value."""
     columns = [metric.upper() if len(metric) < 4 else metric for metric in METRICS]
     cells = [[f"{row[key]:#.4g}" if key in row else "-" for key in METRICS] for row in rows.values()]
     table = [[name, *values] for name, values in zip(rows, cells, strict=True)]
@@ -56,14 +56,14 @@ def print_metrics(rows: Mapping[str, Mapping[str, float]], *, title: str) -> Non
 
 
 class _Terminal(logging.Handler):
-    """Log lines for a person: the message on stderr, for stdout is for results."""
+    """Write log messages for people to stderr; stdout is for results."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(record.getMessage(), file=sys.stderr, flush=True)
 
 
 def log_to_terminal() -> None:
-    """Show our log lines on the terminal; in a flow Prefect's console does so, and its pages."""
+    """Show our log lines on the terminal; in a flow Prefect's console and UI show them."""
     logger = logging.getLogger(flows.__name__)
     logger.setLevel(logging.INFO)
     if not any(isinstance(handler, _Terminal) for handler in logger.handlers):
@@ -71,5 +71,5 @@ def log_to_terminal() -> None:
 
 
 def prepare_for_cancelling() -> None:
-    """Let SIGTERM unwind this process: a cancelled flow gets one, and the default would leave Prefect's server."""
+    """Let SIGTERM unwind this process: cancelling a flow sends it, and the default would orphan Prefect's server."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))

@@ -1,4 +1,4 @@
-"""`cm plan`: what the trainings of a recipe cost on so many GPUs as CM_DEVICES says, before they begin."""
+"""`cm plan`: estimate the cost of a recipe's trainings on CM_DEVICES GPUs."""
 
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ def add_parsers(commands: Any) -> None:
 
 
 def plan(args: Namespace) -> None:
-    """Print one row a training."""
+    """Print one row per training."""
     from flows.distributed.launch import processes_for
     from flows.recipes.recipe import load_recipe
 

@@ -1,4 +1,4 @@
-"""`cm recipes`, `cm show`, `cm use`: look at recipes, and put one in force."""
+"""`cm recipes`, `cm show`, `cm use`: list and inspect recipes, and make one the active recipe."""
 
 import textwrap
 from argparse import Namespace
@@ -36,7 +36,7 @@ def add_recipe_arguments(parser: Any) -> None:
 
 
 def add_override_option(parser: Any, what: str) -> None:
-    """Add --set, which changes `what`."""
+    """Add --set, which overrides values of `what`."""
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -53,7 +53,7 @@ def run_name(recipe: str, overrides: Sequence[str]) -> str:
 
 
 def recipes(args: Namespace) -> None:
-    """List the recipes by name with the first line of each page."""
+    """List the recipes by name with the first line of each file."""
     found = {path.stem: first_comment(path) for path in sorted((workspace_root() / RECIPES_DIR).glob("*.yaml"))}
     if args.json:
         print_json([{"name": name, "summary": summary} for name, summary in found.items()])

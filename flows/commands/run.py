@@ -1,4 +1,4 @@
-"""`cm run`, `cm demo`, `cm stage`: bring recipes about through Prefect, or one stage as DVC starts it."""
+"""`cm run`, `cm demo`, `cm stage`: run recipes through Prefect, or one stage as DVC runs it."""
 
 import os
 import time
@@ -69,7 +69,7 @@ def stage(args: Namespace) -> None:
 
 
 def run(args: Namespace) -> None:
-    """Run the pipeline and print what came of it."""
+    """Run the pipeline and print its results."""
     _ask_for_profile(args)
     from flows.recipes.recipe import load_recipe
 
@@ -85,16 +85,16 @@ def run(args: Namespace) -> None:
 
 
 def run_pipeline(recipe: "Recipe", root: Path, *, name: str, keep: bool) -> dict[str, Any]:
-    """Run the flow in this process; with `keep`, the workspace holds its recipe and results afterwards."""
+    """Run the flow in this process; with `keep`, update the workspace's recipe and results afterwards."""
     prepare_for_cancelling()
     use_running(root)
-    from flows import pipeline  # now that the recipe is known to be good: this import takes seconds
+    from flows import pipeline  # after validation of the recipe: this import takes seconds
 
     return pipeline.run(recipe, root, name=name, keep=keep)
 
 
 def demo(args: Namespace) -> None:
-    """Run both recipes, then print one table and where to look next."""
+    """Run both recipes; print one table and the next steps."""
     from flows.recipes.recipe import load_recipe
 
     root, started = workspace_root(), time.monotonic()
@@ -116,12 +116,12 @@ def demo_rows(distilled: Metrics, isolated: Metrics) -> tuple[str, Rows]:
         if name.startswith("nfe_")
     }
     teacher = {name: row for name, row in cd.items() if name.startswith("teacher_")}
-    # Before its training the distilled student is the teacher; the isolated one is what "untrained" says.
+    # Before training the distilled student equals the teacher; "untrained" is the isolated one's row.
     return network, {"real": cd["real"], "untrained": ct["untrained"], **teacher, **students}
 
 
 def _where_to_look(root: Path, mlflow: Mapping[str, str]) -> str:
-    # MLflow opens in its mode for language models; the link asks for the one with curves.
+    # By default MLflow opens its view for language models; the link asks for the curves.
     page = f"http://127.0.0.1:5000/#/experiments/{mlflow['experiment_id']}/runs{CHARTS}"
     return f"""Look next, in a shell after `. .venv/bin/activate`:
   cm runs              all runs side by side

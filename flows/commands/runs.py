@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flows.tracking.tracker import Tracker
 
 SHORT = 8  # characters of an id that are shown
-SEARCHED = 1000  # newest runs among which one is looked for
+SEARCHED = 1000  # newest runs that a search covers
 PIPELINES = "tags.stage = 'pipeline'"
 RUN = "how its id begins, its name or recipe (the newest), champion, candidate, or MODEL@ALIAS of the registry"
 
@@ -50,7 +50,7 @@ def runs(args: Namespace) -> None:
 
 
 def compare(args: Namespace) -> None:
-    """Print how runs differ: params, then every metric and its difference to the first run's."""
+    """Print the params that differ, then every metric with its difference to the first run."""
     tracker = tracker_of(workspace_root(), must_exist=True)
     newest = find_pipelines(tracker, SEARCHED)
     found = [describe(resolve(given, newest, tracker)) for given in (args.first, *args.others)]
@@ -64,7 +64,7 @@ def compare(args: Namespace) -> None:
 
 
 def tracker_of(root: Path, *, must_exist: bool = False) -> "Tracker | None":
-    """Return the connection to MLflow; where nothing was tracked yet None, or UserError if something must exist."""
+    """Return the MLflow connection; before the first tracked run None, or raise UserError if one is required."""
     database = shared_root(root) / "mlflow.db"
     if os.environ.get("MLFLOW_TRACKING_URI") or database.exists():
         from flows.tracking.tracker import Tracker
@@ -81,7 +81,7 @@ def find_pipelines(tracker: "Tracker", limit: int) -> "list[Run]":
 
 
 def resolve(given: str, newest: "Sequence[Run]", tracker: "Tracker") -> "Run":
-    """Return the run that `given` names. Raises UserError where none does, or several ids begin so."""
+    """Return the run that `given` names. Raises UserError if there is none, or the id prefix is ambiguous."""
     from flows.tracking.registry import CANDIDATE, CHAMPION
 
     name, at, alias = given.rpartition("@")
@@ -97,7 +97,7 @@ def resolve(given: str, newest: "Sequence[Run]", tracker: "Tracker") -> "Run":
 
 
 def _registered_run(name: str, alias: str, tracker: "Tracker") -> str:
-    """Return the id of the run that measured the version which an alias of the registry names."""
+    """Return the id of the run that measured the version behind a registry alias."""
     from flows.tracking.registry import RUN_TAG, Registry
 
     registry = Registry(tracker)
@@ -114,7 +114,7 @@ def _registered_run(name: str, alias: str, tracker: "Tracker") -> str:
 
 
 def describe(run: "Run") -> dict[str, Any]:
-    """Return what there is to know of a run, as plain values."""
+    """Return a run as plain values."""
     info, ended = run.info, run.info.end_time
     return {
         "id": info.run_id,
@@ -145,7 +145,7 @@ def _print_runs(found: Sequence[Mapping[str, Any]]) -> None:
 
 
 def differing(params: Sequence[Mapping[str, str]]) -> Iterator[list[str]]:
-    """Yield the name and the values of every param that is not the same in all runs."""
+    """Yield name and values of every param that differs between runs."""
     for name in dict.fromkeys(name for run in params for name in run):
         values = [run.get(name, "-") for run in params]
         if len(set(values)) > 1:
@@ -153,7 +153,7 @@ def differing(params: Sequence[Mapping[str, str]]) -> Iterator[list[str]]:
 
 
 def side_by_side(metrics: Sequence[Mapping[str, float]]) -> Iterator[dict[str, Any]]:
-    """Yield every metric with the values of all runs, and the differences of the later ones to the first."""
+    """Yield every metric with the values of all runs and the differences to the first."""
     for name in sorted({name for run in metrics for name in run}):
         first, *others = values = [run.get(name) for run in metrics]
         differences = [None if None in (first, other) else other - first for other in others]

@@ -1,4 +1,4 @@
-"""`cm sample` and `cm evaluate`: images from a trained model, and metrics of any images."""
+"""`cm sample` and `cm evaluate`: draw images from a trained model, and measure any images."""
 
 import tempfile
 from argparse import Namespace
@@ -43,14 +43,14 @@ def add_parsers(commands: Any) -> None:
 
 
 def sample(args: Namespace) -> None:
-    """Write images, and beside them a grid of the first ones."""
+    """Write images and a grid of the first ones."""
     images, how = draw(args.model or str(workspace_root() / "out" / "student"), args)
     grid = write_images(images, args.out)
     print(f"{args.out}: {len(images)} images, {how}; {grid} shows the first {min(len(images), GRID_IMAGES)}")
 
 
 def write_images(images: "np.ndarray", out: Path) -> Path:
-    """Write one array, or one PNG an image; return the path of the grid, which lies beside them."""
+    """Write one array, or one PNG per image; return the path of the grid beside them."""
     import numpy as np
 
     from flows.reports.figures import save_grid
@@ -66,7 +66,7 @@ def write_images(images: "np.ndarray", out: Path) -> Path:
 
 
 def evaluate(args: Namespace) -> None:
-    """Print the metrics of every set of images against the training images, beside the held-out ones."""
+    """Print the metrics of every set of images against the training images, with the held-out images for comparison."""
     from flows.data.dataset import load_dataset
 
     root = workspace_root()
@@ -103,7 +103,7 @@ def read_images(where: str, dataset: "Dataset") -> "np.ndarray":
 
 
 def measure(sets: "dict[str, np.ndarray]", root: Path) -> tuple[dict[str, dict[str, float]], str]:
-    """Return the metrics of every set of images, and the name of the network that measured."""
+    """Return the metrics of every set of images and the name of the feature network."""
     import numpy as np
     import torch
 

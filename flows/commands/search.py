@@ -1,4 +1,4 @@
-"""`cm search`: the noise levels at which a student of few network calls makes the best images, by FID."""
+"""`cm search`: find the noise levels at which a few-step student has the lowest FID."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from flows.recipes.recipe import Recipe
 
 logger = logging.getLogger(__name__)
-NEEDED = ("student", "features")  # the artifacts that a search reads
+NEEDED = ("student", "features")  # artifacts that a search reads
 NUM_IMAGES = 10_000  # (CM, App. C)
 NUM_IMAGES_HELP = f"images a candidate, always of the same noise; default {NUM_IMAGES:,}, at most as many as trained on"
 NUM_SCALES = 40  # of the grid, where the method has none of its own (CM, section 6.1, for images of 64 pixels and more)
@@ -54,7 +54,7 @@ def add_parsers(commands: Any) -> None:
 
 
 def search(args: Namespace) -> None:
-    """Bring the student and the feature network up to date, search, and print what was found."""
+    """Update the student and the feature network, search, and print the result."""
     from flows.recipes.recipe import load_recipe, write_active
 
     log_to_terminal()
@@ -72,18 +72,18 @@ def search(args: Namespace) -> None:
 
 
 def make_grid(recipe: "Recipe", nfe: int, num_scales: int | None) -> list[float]:
-    """Return the decreasing noise levels among which to search; UserError where there is nothing to find."""
+    """Return the decreasing candidate noise levels; raise UserError if there is nothing to search."""
     method = recipe.student.method
     if method.form == "euler":
         raise UserError(f"student.method.kind={method.kind}: its training fixes the levels; there is nothing to search")
-    count = num_scales or getattr(method, "num_scales", None) or NUM_SCALES  # a method without one, or with N(k)
+    count = num_scales or getattr(method, "num_scales", None) or NUM_SCALES  # methods without a fixed grid have None
     if not 2 <= nfe < count:
         raise UserError(f"--nfe {nfe}: must lie between 2 and {count - 1}, for a grid of {count} points (--num-scales)")
     return [float(f"{sigma:.{DIGITS}g}") for sigma in recipe.noise.grid(count).tolist()]
 
 
 def reproduce(workspace: Workspace) -> dict[str, dict[str, Any]]:
-    """Bring what a search needs up to date, nothing twice; return the entries of dvc.lock."""
+    """Update the artifacts that a search needs, running only what is out of date; return the entries of dvc.lock."""
     stages = read_stages(workspace.root)
     wanted = {*NEEDED, *(name for needed in NEEDED for name in ancestors(stages[needed], stages))}
     entries = {}
@@ -150,7 +150,7 @@ def _log(tracker: Tracker, run_id: str, *, recipe: "Recipe", found: Mapping[str,
 
 
 class Scorer:
-    """The student and the feature network of a workspace: FID of images drawn at given levels."""
+    """A workspace's student and feature network: FID of images drawn at given levels."""
 
     def __init__(self, recipe: "Recipe", root: Path, num_images: int | None) -> None:
         import numpy as np
@@ -174,7 +174,7 @@ class Scorer:
         self.spec, self.f = load_model(root / "out" / "student", autocast=autocast)
 
     def fid(self, sigmas: Sequence[float], title: str) -> float:
-        """Return the FID of images drawn at these levels; the noise is the same each time."""
+        """Return the FID of images drawn at these levels, with the same noise each time."""
         from cm_core.metrics.evaluation import frechet_distance
         from cm_core.metrics.features import extract_features
         from flows.inference.generate import draw_images
@@ -196,7 +196,7 @@ class Scorer:
 
 
 def report(recipe: "Recipe", found: Mapping[str, Any], args: Namespace) -> None:
-    """Print the candidates and how to use the best; with --write, put it in force."""
+    """Print the candidates and the best one's overrides; with --write, update the active recipe."""
     from flows.recipes.recipe import load_recipe, write_active
 
     best, override = found["best"], set_override(found["best"]["sigmas"])
@@ -218,7 +218,7 @@ def report(recipe: "Recipe", found: Mapping[str, Any], args: Namespace) -> None:
 
 
 def set_override(sigmas: Sequence[float]) -> str:
-    """Return what --set takes to sample at one call and at these levels."""
+    """Return the --set values that sample with one call and at these levels."""
     return f"sample.mid_sigmas=[[],[{','.join(f'{sigma:g}' for sigma in sigmas[1:])}]]"
 
 

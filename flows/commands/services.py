@@ -61,7 +61,7 @@ def _port(text: str) -> int:
 
 
 def start(args: Namespace) -> int:
-    """Run the services; return 1 if one of them ended by itself."""
+    """Run the services; return 1 if one of them exits unexpectedly."""
     root = workspace_root()
     try:
         up(
@@ -81,7 +81,7 @@ def start(args: Namespace) -> int:
 
 
 def _welcome(services: Services, logs: str) -> str:
-    # MLflow opens in its mode for language models; the link asks for the one with curves.
+    # By default MLflow opens its view for language models; the link asks for the curves.
     return f"""Prefect  {services.prefect}/deployments
 MLflow   {services.mlflow}/#/experiments/1/runs{CHARTS}
 logs     {logs}
@@ -94,7 +94,7 @@ def stop(args: Namespace) -> None:
 
 
 def status(args: Namespace) -> int:
-    """Print the services; return 1 unless all run and answer."""
+    """Print the services; return 1 unless all run and respond."""
     found = read_status()
     if args.json:
         print_json(found)
@@ -116,7 +116,7 @@ def _state(service: Mapping[str, Any]) -> str:
 
 
 def read_status() -> dict[str, Any]:
-    """Return the services, as `cm status --json` prints them."""
+    """Return the services in the form of `cm status --json`."""
     import psutil
 
     root = workspace_root()
@@ -135,7 +135,7 @@ def read_status() -> dict[str, Any]:
 
 
 def register(args: Namespace) -> None:
-    """Register everything and list it."""
+    """Register and list all deployments."""
     if not os.environ.get("PREFECT_API_URL"):
         raise UserError("PREFECT_API_URL is not set; `cm up` registers with its own server by itself")
     from flows.operations.deploy import deploy, from_repository, in_folder

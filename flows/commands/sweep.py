@@ -1,4 +1,4 @@
-"""`cm sweep`: the pipeline at every point of a page, and one table of them all."""
+"""`cm sweep`: run the pipeline at every point of a sweep file; compare the points in one table."""
 
 from argparse import Namespace
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ def sweep(args: Namespace) -> None:
     """Run a sweep and print its table."""
     from flows.sweeps.page import load_sweep
 
-    planned = load_sweep(args.name, args.overrides, root=workspace_root())  # complains before Prefect is started
+    planned = load_sweep(args.name, args.overrides, root=workspace_root())  # errors surface before Prefect starts
     if args.dry_run:
         _print_points(planned, as_json=args.json)
         return

@@ -1,4 +1,4 @@
-"""`cm why`: which input, param or line of code makes a stage run again, in plain words."""
+"""`cm why`: explain which input, param or line of code makes a stage run again."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def add_parsers(commands: Any) -> None:
 
 
 def why(args: Namespace) -> None:
-    """Print the reasons of every stage that is out of date, then the stages that follow from them."""
+    """Print the reasons of every outdated stage, then the stages that depend on them."""
     root = workspace_root()
     stages = read_stages(root)
     if args.stage not in (None, *stages):
@@ -52,7 +52,7 @@ def _sentences(stage: str, reasons: list[str], follows: list[str]) -> Iterator[s
 
 
 def explain(root: Path) -> dict[str, dict[str, list[str]]]:
-    """Return, for every stage that may run again, its own reasons and the stages that it follows, in order."""
+    """Return, for every stage that may run again in order, its own reasons and the outdated stages upstream."""
     changes, lock, active = _status(root), read_lock(root), load_yaml(root / PARAMS_FILE)
     stages, found = read_stages(root), {}
     for name, stage in stages.items():
@@ -66,7 +66,7 @@ def explain(root: Path) -> dict[str, dict[str, list[str]]]:
 
 
 def _status(root: Path) -> dict[str, list[Any]]:
-    """Return DVC's own view: what changed, by stage."""
+    """Return DVC's status: changes by stage."""
     command = [*DVC, "status", "--json"]
     environment = {**os.environ, "DVC_NO_ANALYTICS": "1"}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
@@ -76,7 +76,7 @@ def _status(root: Path) -> dict[str, list[Any]]:
 
 
 def _reasons(changes: list[Any], locked: Mapping[str, Any], active: Mapping[str, Any]) -> Iterator[str]:
-    """Turn a stage's part of DVC's status into sentences; `locked` are the params of its last run."""
+    """Turn a stage's part of DVC's status into sentences; `locked` holds the params of its last run."""
     for change in changes:
         if isinstance(change, str):  # "changed command", "changed checksum"
             yield change.replace("changed ", "") + " changed"
@@ -90,7 +90,7 @@ def _reasons(changes: list[Any], locked: Mapping[str, Any], active: Mapping[str,
 
 
 def differences(before: Any, after: Any, key: str) -> Iterator[str]:
-    """Yield `key: before -> after` for every value that differs; where the kind does, that says it all."""
+    """Yield `key: before -> after` for every changed value; a change of kind stands for its whole section."""
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         same_kind = before.get("kind") == after.get("kind")
         for name in {**before, **after} if same_kind else ("kind",):
@@ -100,7 +100,7 @@ def differences(before: Any, after: Any, key: str) -> Iterator[str]:
 
 
 def _short(value: Any) -> str:
-    """Return a value as YAML writes it, a section by its kind or as {...}."""
+    """Return a value as YAML; a section by its kind or as {...}."""
     if isinstance(value, Mapping):
         return str(value.get("kind", "{...}"))
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""The files of a folder, zip or tar as one mapping. Nothing is ever written under a name that an archive chose."""
+"""The files of a folder, zip or tar as one mapping. Nothing is written under a name that comes from an archive."""
 
 import io
 import lzma
@@ -17,7 +17,7 @@ from flows.errors import UserError
 
 Files = dict[str, Callable[[], Path | io.BytesIO]]  # name, "/" between its parts -> a path or the contents
 
-MAX_RATIO = 100  # unpacked bytes for each byte of the archive ...
+MAX_RATIO = 100  # unpacked bytes per byte of the archive ...
 MAX_FREE = 64 << 20  # ... that are suspicious beyond this many bytes
 DAMAGE = (
     OSError,
@@ -38,11 +38,11 @@ def contents(read: Callable[[], Path | io.BytesIO]) -> bytes:
 
 
 def folder_files(folder: Path) -> Files:
-    """List the files below `folder`, linked folders included, each folder once."""
+    """List the files below `folder`, following links, each folder once."""
     files: Files = {}
     visited = set()
     for root, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(root)) in visited:  # a link that leads back up
+        if (real := os.path.realpath(root)) in visited:  # a link cycle
             folders.clear()
             continue
         visited.add(real)
@@ -126,7 +126,7 @@ def _inside(path: Path, name: str) -> str:
 
 
 def _follow(path: Path, links: dict[str, str], files: Files) -> Files:
-    """Give each link the contents of the file that it names; no link is ever made on disk."""
+    """Give each link the contents of its target; no link is created on disk."""
     followed: Files = {}
     for name, target in links.items():
         target = posixpath.normpath(target)
@@ -148,7 +148,7 @@ def _refuse_bomb(path: Path, unpacked: int) -> None:
 
 
 def _refuse_cut(path: Path, archive: tarfile.TarFile) -> None:
-    """Refuse a tar without its end mark: tarfile takes a broken header for the end and says nothing."""
+    """Refuse a tar without its end mark: tarfile silently takes a broken header for the end."""
     archive.fileobj.seek(archive.offset)
     if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise UserError(

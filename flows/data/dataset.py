@@ -1,4 +1,4 @@
-"""The prepared data set as later stages read it: memory-mapped pixels, labels, facts."""
+"""The prepared data set as later stages read it: memory-mapped pixels, labels, metadata."""
 
 import json
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 
 from flows.errors import UserError
 
-FACTS = {"name", "image_shape", "num_classes", "class_names", "sha256"}  # of dataset.json, which has more for people
+FACTS = {"name", "image_shape", "num_classes", "class_names", "sha256"}  # required keys of dataset.json
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Dataset:
     """Both splits of a prepared data set; images are uint8 [N, H, W, C], labels int64 [N] (-1: no label)."""
 
     name: str
-    image_shape: tuple[int, int, int]  # [C, H, W], as the networks see it
+    image_shape: tuple[int, int, int]  # [C, H, W], as the networks take it
     num_classes: int  # 0: unlabelled
     class_names: tuple[str, ...]
     train_images: np.ndarray
@@ -27,7 +27,7 @@ class Dataset:
 
 
 def load_dataset(prepare_dir: Path) -> Dataset:
-    """Open the output of the stage `prepare`; the images stay on disk until they are read.
+    """Open the output of the stage `prepare`, images memory-mapped.
 
     Raises:
         UserError: `prepare_dir` holds no prepared data, or an incomplete one.

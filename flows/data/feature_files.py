@@ -1,4 +1,4 @@
-"""The artifact of the stage `features` as later stages read it: which network measures, its weights, the reference."""
+"""The artifact of the stage `features` as later stages read it: feature network, weights, reference features."""
 
 import json
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class FeatureFiles:
 
 
 def write_feature_files(folder: Path, facts: dict[str, Any], reference: np.ndarray) -> None:
-    """Write the reference features, then the facts, so that a folder with features.json is complete."""
+    """Write the reference features, then features.json, whose presence marks the folder complete."""
     np.save(folder / REFERENCE_FILE, reference)
     facts = facts | {"feature_dim": reference.shape[1], "reference_images": len(reference)}
     (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")

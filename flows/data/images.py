@@ -9,10 +9,10 @@ from PIL import Image, ImageDraw, ImageOps
 
 from flows.errors import UserError
 
-# Formats by name: left alone, Pillow also tries decoders that start other programs (EPS).
+# Formats by name: by default Pillow also tries decoders that start other programs (EPS).
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm")
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # Pillow's own bound, about which it merely warns
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # Pillow's own bound, which only triggers a warning there
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright, from 5 on width and height swap
 TRAITS = (
@@ -29,7 +29,7 @@ TRAITS = (
 
 
 def open_image(read: Callable[[], Path | BytesIO], where: str) -> Image.Image:
-    """Open an encoded image; its pixels are decoded when they are needed.
+    """Open an encoded image; its pixels are decoded lazily.
 
     Raises:
         UserError: not an image, not one of FORMATS, or too large; the line names `where`.
@@ -55,17 +55,16 @@ def is_grey(image: Image.Image) -> bool:
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Return width and height as seen after the EXIF rotation."""
     width, height = image.size
-    swapped = image.format != "TIFF" and _orientation(image) >= 5  # of a TIFF, Pillow gives the upright size itself
+    swapped = image.format != "TIFF" and _orientation(image) >= 5  # for a TIFF, Pillow returns the upright size
     return (height, width) if swapped else (width, height)
 
 
 def convert(
     image: Image.Image, where: str, *, channels: int, resize: str, resolution: int | None, background: str
 ) -> tuple[np.ndarray, set[str]]:
-    """Return pixels uint8 [H, W, C] and the TRAITS that the image had.
+    """Return pixels uint8 [H, W, C] and the image's TRAITS.
 
-    Raises:
-        UserError: damaged, or pixels that 8 bits cannot hold; the line names `where`.
+    Raises UserError, naming `where`, if the image is damaged or 8 bits cannot hold its pixels.
     """
     try:
         traits = _encoding_traits(image)
@@ -73,7 +72,7 @@ def convert(
         if _orientation(image) != 1:
             image = ImageOps.exif_transpose(image)
             traits.add("exif_rotated")
-    except Exception as error:  # damaged bytes make the decoders raise almost anything
+    except Exception as error:  # on damaged bytes decoders raise almost anything
         raise UserError(f"{where}: damaged image ({error})") from error
     image = _eight_bit_opaque(image, where, background).convert("L" if channels == 1 else "RGB")
     if resize != "none" and resolution and image.size != (resolution, resolution):
@@ -90,14 +89,14 @@ def _encoding_traits(image: Image.Image) -> set[str]:
         "cmyk": image.mode == "CMYK",
         "sixteen_bit": any(";16" in str(tile.args) for tile in getattr(image, "tile", ())),
         "exif_rotated": _orientation(image) != 1,
-        # An MPO is a JPEG with previews of itself behind it.
+        # An MPO is a JPEG followed by previews of itself.
         "several_frames": image.format != "MPO" and getattr(image, "n_frames", 1) > 1,
     }
     return {name for name, holds in found.items() if holds}
 
 
 def _orientation(image: Image.Image) -> int:
-    # To answer for a PNG without EXIF ahead of its pixels, Pillow would decode the pixels.
+    # Asking Pillow about a PNG without EXIF ahead of its pixels would decode the pixels.
     if image.format == "PNG" and "exif" not in image.info:
         return 1
     orientation = image.getexif().get(ORIENTATION, 1)
@@ -117,14 +116,14 @@ def _eight_bit_opaque(image: Image.Image, where: str, background: str) -> Image.
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Cut the largest centred square and resize it (Lanczos): EDM's dataset tool, `center-crop`."""
+    """Crop the largest centred square and resize it (Lanczos): EDM's dataset tool, `center-crop`."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
 
 
 def center_crop_adm(image: Image.Image, size: int) -> Image.Image:
-    """Halve (box), fit the shorter side (bicubic), cut the centre: the ADM and OpenAI preparation of ImageNet."""
+    """Downsample by halves (box), fit the shorter side (bicubic), centre-crop: ADM's ImageNet preparation."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -134,7 +133,7 @@ def center_crop_adm(image: Image.Image, size: int) -> Image.Image:
 
 
 def pad(image: Image.Image, size: int) -> Image.Image:
-    """Fit the whole image (Lanczos) between black bars, as EDM's `center-crop-wide` does with wide images."""
+    """Fit the whole image (Lanczos) between black bars, as EDM's `center-crop-wide` does."""
     scale = size / max(image.size)
     fitted = [max(1, round(side * scale)) for side in image.size]
     canvas = Image.new(image.mode, (size, size))
@@ -143,7 +142,7 @@ def pad(image: Image.Image, size: int) -> Image.Image:
 
 
 def stretch(image: Image.Image, size: int) -> Image.Image:
-    """Resize both sides (Lanczos), whatever the proportions: EDM's dataset tool without a transform."""
+    """Resize both sides (Lanczos), ignoring the aspect ratio: EDM's dataset tool without a transform."""
     return image.resize((size, size), Image.Resampling.LANCZOS)
 
 
@@ -156,7 +155,7 @@ RESIZE: dict[str, Callable[[Image.Image, int], Image.Image]] = {
 
 
 def preview_grid(images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]) -> Image.Image:
-    """Show ten images of each of ten classes, a row a class; without labels, up to 100 evenly spaced."""
+    """Show ten images of each of ten classes, one row per class; without labels, up to 100 evenly spaced."""
     if class_names:
         shown = np.unique(labels)[:10]
         rows = [np.flatnonzero(labels == label)[:10] for label in shown]
@@ -169,7 +168,7 @@ def preview_grid(images: np.ndarray, labels: np.ndarray, class_names: tuple[str,
     grid = Image.new("RGB", (left + 10 * (width + 2), len(tiles) * (height + 2)), "white")
     draw = ImageDraw.Draw(grid)
     for row, row_tiles in enumerate(tiles):
-        if class_names:  # the built-in font knows little more than ASCII
+        if class_names:  # the built-in font covers little more than ASCII
             name = class_names[shown[row]][:15].encode("ascii", "replace").decode()
             draw.text((4, row * (height + 2) + height // 2 - 6), name, fill="black")
         for column, tile in enumerate(row_tiles):
@@ -178,7 +177,7 @@ def preview_grid(images: np.ndarray, labels: np.ndarray, class_names: tuple[str,
 
 
 def _tile(pixels: np.ndarray) -> Image.Image:
-    """Bring one image [H, W, C] near 64 to 128 pixels: whole multiples of small ones, so that pixels stay visible."""
+    """Scale one image [H, W, C] to about 64 to 128 pixels, small ones by a whole factor so that pixels stay visible."""
     image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     side = max(image.size)
     if side <= 128:

@@ -1,4 +1,4 @@
-"""The GPUs of this machine: which there are, how many a stage wants, and those for it alone."""
+"""The GPUs of this machine: list them, count those a stage needs, lock them."""
 
 import os
 import shutil
@@ -13,13 +13,13 @@ from flows.errors import UserError
 from flows.settings import Settings
 
 DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
-COUNT_VARIABLE = "CM_DEVICES"  # how many devices of a machine such a stage uses
+COUNT_VARIABLE = "CM_DEVICES"  # devices per machine of a shared stage
 SHARED = ("teacher", "student", "sample")  # stages that several devices share
-LOOK_EVERY = 1.0  # seconds between two looks for a free device
+LOOK_EVERY = 1.0  # seconds between polls for a free device
 
 
 def visible_devices() -> list[str]:
-    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; none on a machine without."""
+    """Return the GPUs that this process may use, in the form of CUDA_VISIBLE_DEVICES; none on a machine without."""
     given = os.environ.get(DEVICES_VARIABLE)
     if given is not None:
         return [name.strip() for name in given.split(",") if name.strip()]
@@ -32,12 +32,12 @@ def visible_devices() -> list[str]:
 def devices_for(stage: str) -> int:
     """Return how many devices of this machine a stage uses: CM_DEVICES for trainings and samples, else one.
 
-    Raises UserError where that is no number, or more than the machine's GPUs.
+    Raises UserError if CM_DEVICES is not a number or exceeds the machine's GPUs.
     """
     if stage not in SHARED:
         return 1
     count = Settings.read().devices
-    if count > 1 and (there := len(visible_devices())) and count > there:  # for one, nobody has to be asked
+    if count > 1 and (there := len(visible_devices())) and count > there:  # one device needs no query
         raise UserError(f"{COUNT_VARIABLE}={count}: there are {there} GPUs for this process")
     return count
 
@@ -46,11 +46,10 @@ def devices_for(stage: str) -> int:
 def hold_devices(
     folder: Path, devices: Sequence[str], count: int, on_wait: Callable[[], None], is_over: Callable[[], bool]
 ) -> Iterator[dict[str, str]]:
-    """Hold `count` devices, ours alone on this machine; yield the environment variables that show a process only them.
+    """Lock `count` devices on this machine; yield the environment variables that restrict a process to them.
 
-    The lock files stand in `folder`; the locks end with this process. Without devices nothing is held. While too many
-    are busy none is, so that others can have those that are free; `on_wait` is called once. The wait ends early, with
-    none held, when `is_over`.
+    The lock files lie in `folder`; the locks end with this process. Without devices nothing is locked. While too few are
+    free, hold none, so that other runs can use them, and call `on_wait` once; when `is_over`, stop waiting, hold none.
     """
     if devices:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Several processes for one stage, a device each: torch.distributed.elastic starts them and watches over them.
+"""Several processes for one stage, one per device, started and monitored by torch.distributed.elastic.
 
 On one machine `cm stage` is the launcher, for CM_DEVICES=n; on several, torchrun is (docs/operations.md). Either way
-each process is a flows.stage_runner.worker. CM_SHARD=1 divides the weights among them, too. Numbers of processes are
-facts of the machines and no part of a recipe: results differ by rounding alone, and a training goes on with others.
+each process is a flows.stage_runner.worker. CM_SHARD=1 also shards the weights. The world size is a fact of the
+machines and no part of a recipe: it changes results by rounding alone, and a training can resume with another.
 """
 
 import logging
@@ -24,39 +24,39 @@ from flows.settings import Settings
 from flows.stages.training import StageStopped
 
 SHUTDOWN_VARIABLE, SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600"  # seconds to save a state after a signal
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of processes that were asked to end
-CONSEQUENCES = (ranks.EXIT_PEER_LOST, STOPPED[1], -signal.SIGTERM)  # when one has failed, others get SIGTERM
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of processes stopped by a signal
+CONSEQUENCES = (ranks.EXIT_PEER_LOST, STOPPED[1], -signal.SIGTERM)  # when one rank fails, the others get SIGTERM
 RESUMES = "started again, a training goes on from its last saved state"
 
-Facts = Mapping[str, Any]  # what decides the results of a stage, by name
+Facts = Mapping[str, Any]  # the inputs that decide a stage's results, by name
 
 
 def launch(count: int, entrypoint: Callable[..., Any] | str, *arguments: Any) -> dict[int, Any]:
-    """Run a function or a program in `count` processes of this machine; return what the function does, by rank.
+    """Run a function or a program in `count` processes of this machine; return the function's results by rank.
 
-    A process finds its place in torchrun's environment variables (ranks.process_group). When one fails the others are
-    ended. Raises elastic's ChildFailedError, and SignalException when this process gets a signal, which all get.
+    Each process reads its rank from torchrun's environment variables (ranks.process_group). If one fails, elastic ends
+    the others. Raises elastic's ChildFailedError, and SignalException after a signal, which all processes receive.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     elastic = logging.getLogger("torch.distributed.elastic")
-    elastic.addHandler(logging.NullHandler())  # how a process ended is said by the caller, in one line
+    elastic.addHandler(logging.NullHandler())  # the caller reports in one line how a process ended
     elastic.propagate = False
     here = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "local_addr": "127.0.0.1", "run_id": "stage"}
     with TemporaryDirectory() as folder:
         logs = DefaultLogsSpecs(folder)
-        config = LaunchConfig(1, 1, count, logs_specs=logs, max_restarts=0, **here)  # DVC and Prefect start again
+        config = LaunchConfig(1, 1, count, logs_specs=logs, max_restarts=0, **here)  # DVC and Prefect restart
         return elastic_launch(config, entrypoint)(*arguments)
 
 
 def launch_stage(stage: str, count: int, program: str, *arguments: str) -> None:
-    """Run a stage by `count` processes of this machine, each of which runs `program`.
+    """Run a stage in `count` processes of this machine, each of which runs `program`.
 
     Raises:
         StageFailed: a process was lost; the last saved state is whole.
-        UserError: what a process said that refused.
-        SystemExit: 128 + signal, when the stage was asked to end; or with the code of rank 0, which has said why.
+        UserError: the message of a process that refused its input.
+        SystemExit: 128 + signal, when a signal stopped the stage; or the code of rank 0, which has reported why.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -71,7 +71,7 @@ def launch_stage(stage: str, count: int, program: str, *arguments: str) -> None:
 
 
 def _ending(stage: str, failures: Mapping[int, Any]) -> BaseException:
-    """Return how a stage ends by elastic's failures of its ranks: the first counts, others are a consequence."""
+    """Return how a stage ended, from elastic's failures by rank: the first is the cause of the others."""
     rank, cause = min(failures.items(), key=lambda item: (item[1].exitcode in CONSEQUENCES, item[1].timestamp))
     code = cause.exitcode
     if code in STOPPED or (code == USER_ERROR and 0 in failures and failures[0].exitcode == code):
@@ -83,9 +83,9 @@ def _ending(stage: str, failures: Mapping[int, Any]) -> BaseException:
 
 
 def processes_for(stage: str, section: Any, count: int | None = None) -> int:
-    """Return how many processes of this machine share a stage; one where the recipe's `section` is empty.
+    """Return how many processes of this machine share a stage; one if the recipe's `section` is empty.
 
-    Raises UserError for a `count`, or else for a CM_DEVICES, and a CM_SHARD with which the stage cannot run.
+    Raises UserError if the stage cannot run with this `count`, else CM_DEVICES, and CM_SHARD.
     """
     if section is None:
         return 1
@@ -106,12 +106,12 @@ def processes_for(stage: str, section: Any, count: int | None = None) -> int:
 def worker_group(
     stage: str, section: Any, facts: Callable[[], Facts], is_over: Callable[[], bool] = lambda: False
 ) -> Iterator[None]:
-    """Be one of the processes that share a stage, where a launcher has started several.
+    """Join the process group if a launcher has started several processes for this stage.
 
-    `facts` decide what the stage makes; one process of each node asks for them, and all must have the same.
+    `facts` decide the stage's results; local rank 0 of each node computes them, and all nodes must agree.
 
     Raises:
-        UserError: in every process, in the same words: nodes differ, or the stage cannot be shared by so many.
+        UserError: on every rank, with the same message: nodes differ, or the stage cannot run with this world size.
         ProcessLost: processes are gone.
     """
     with ranks.process_group(is_over):
@@ -121,7 +121,7 @@ def worker_group(
         try:
             yield
         except StageStopped:
-            ranks.wait_for_all()  # else the node of rank 0 might be ended with the others while it saves the state
+            ranks.wait_for_all()  # otherwise elastic might end rank 0's node while it saves the state
             raise
 
 
@@ -129,10 +129,10 @@ def _compare(stage: str, facts: Callable[[], Facts]) -> None:
     processor = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
     shards = os.environ.get(sharding.VARIABLE, "0")
     own: Facts | UserError = {"PyTorch": torch.__version__, "the processor": processor, sharding.VARIABLE: shards}
-    if ranks.local_rank() == 0:  # the other processes of the node have its files, too
+    if ranks.local_rank() == 0:  # the node's other processes read the same files
         try:
             own = {**own, **facts()}
-        except UserError as error:  # such as a missing input: all must hear of it
+        except UserError as error:  # such as a missing input: all ranks must raise it
             own = error
     everyone = ranks.all_gather((socket.gethostname(), ranks.local_rank(), own))
     main_host, _, ours = everyone[0]

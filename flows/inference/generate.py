@@ -1,4 +1,4 @@
-"""Images from a trained student, whoever asks for them: the command line, or a server of the logged model."""
+"""Images from a trained student, for the command line and for a server of the logged model."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from cm_core.solvers import Denoiser
 from cm_core.tensors import to_pixels
 from flows.stages.models import fixed_labels, to_device
 
-BATCH = 250  # images at a time; has no influence on them
+BATCH = 250  # images at a time; does not affect them
 LEVELS_FILE = "sampling.json"  # beside the weights of a logged model: the levels that its recipe samples at
 
 Sampler = Callable[[Denoiser, ImageNoise], Tensor]  # model and noise -> images in -1..1, [B, C, H, W]
@@ -52,19 +52,19 @@ def draw_images(
 
 
 def usual_mid_sigmas(spec: ModelSpec, count: int, known: Sequence[Sequence[float]]) -> list[float]:
-    """Return `count` noise levels after sigma_max: those of `known` that are so many, else a Karras grid's."""
+    """Return `count` noise levels after sigma_max: those of `known` with that length, else a Karras grid's."""
     grid = spec.noise.grid(count + 2).tolist()[1:-1]
     return next((list(mid) for mid in known if len(mid) == count), grid)
 
 
 def write_levels(folder: Path, mid_sigmas: Sequence[Sequence[float]]) -> Path:
-    """Write the levels that a recipe samples at into the folder of its model."""
+    """Write the sampling levels of a recipe into the folder of its model."""
     path = folder / LEVELS_FILE
     path.write_text(json.dumps({"mid_sigmas": mid_sigmas}) + "\n")
     return path
 
 
 def read_levels(folder: Path) -> list[list[float]]:
-    """Read what `write_levels` wrote; none where a model lies without it."""
+    """Read the output of `write_levels`; empty if a model has none."""
     path = folder / LEVELS_FILE
     return json.loads(path.read_text())["mid_sigmas"] if path.exists() else []

@@ -1,4 +1,4 @@
-"""The student as an MLflow model: its weights, the code that samples it, and what `mlflow models serve` has to know."""
+"""The student as an MLflow model: its weights, the sampling code, and the metadata for `mlflow models serve`."""
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +17,9 @@ REQUIRED = ("mlflow", "numpy", "pillow", "pydantic", "pyyaml", "safetensors", "t
 
 @contextmanager
 def packaged_student(files: Mapping[str, Path], mid_sigmas: Sequence[Sequence[float]], model_id: str) -> Iterator[Path]:
-    """Yield the folder of an MLflow model that holds the weight files {name: path} and the code that samples them.
+    """Yield the folder of an MLflow model with the weight files {name: path} and the code that samples them.
 
-    `mid_sigmas` are the levels that its recipe samples at, one entry a number of steps.
+    `mid_sigmas` are the sampling levels of its recipe, one entry per number of steps.
     """
     from mlflow import pyfunc
     from mlflow.models import Model
@@ -52,4 +52,4 @@ def _copy_code(folder: Path) -> None:
 def weights_of(model: Path) -> Path:
     """Return the folder with model.json below a downloaded model."""
     packed = model / "artifacts" / WEIGHTS
-    return packed if packed.exists() else model  # before models could be served, the weights lay at the top
+    return packed if packed.exists() else model  # models logged before serving existed have the weights at the top

@@ -1,7 +1,7 @@
-"""The logged student as MLflow loads and serves it: requests in, PNGs out; the same images as `cm sample` draws.
+"""The logged student as MLflow loads and serves it: requests in, PNGs out, identical to the output of `cm sample`.
 
-MLflow runs this file by itself ("models from code"), with the modules it imports kept beside the weights: nothing of
-a network is pickled, and the place that serves needs no checkout.
+MLflow runs this file by itself ("models from code"), with its imported modules stored beside the weights: no network
+is pickled, and the server needs no checkout.
 """
 
 import base64
@@ -21,11 +21,11 @@ from flows.inference.generate import draw_images, read_levels, usual_mid_sigmas
 from flows.stages.models import few_steps, pick_device
 
 WEIGHTS = "student"  # the artifact that holds ema.safetensors and model.json
-MAX_IMAGES, MAX_STEPS = 1024, 64  # of one request
+MAX_IMAGES, MAX_STEPS = 1024, 64  # per request
 
 
 class Request(BaseModel):
-    """Which images are asked for."""
+    """A request for images."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -36,13 +36,13 @@ class Request(BaseModel):
 
 
 class Images(BaseModel):
-    """The answer to a request: base64 of PNG files, in the order of the images."""
+    """The response: base64 of PNG files, in the order of the images."""
 
     images: list[str]
 
 
 class ServedStudent(PythonModel):
-    """Answers requests with one of the student's samplers; its images depend on the request alone."""
+    """Draws images with one of the student's samplers; they depend on the request alone."""
 
     def load_context(self, context) -> None:
         """Load the weights, onto the GPU when there is one."""
@@ -51,7 +51,7 @@ class ServedStudent(PythonModel):
         self._spec, self._model = load_model(folder)
 
     def predict(self, context, model_input: list[Request], params=None) -> list[Images]:
-        """Return the images of every request. Raises MlflowException with code 400 for what the model cannot do."""
+        """Return the images of every request. Raises MlflowException with code 400 for invalid requests."""
         return [Images(images=[encode_png(pixels) for pixels in self._draw(request)]) for request in model_input]
 
     def _draw(self, request: Request) -> np.ndarray:

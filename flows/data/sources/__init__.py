@@ -1,7 +1,7 @@
-"""Sources of images. A source is a section of the recipe that can read itself.
+"""Sources of images: recipe sections that read themselves.
 
-Each offers the methods of `Source` and `read(scratch, monitor) -> Contents`; `scratch` is a folder for unpacked files
-that lives as long as the images are read.
+Each implements `Source` and `read(scratch, monitor) -> Contents`; `scratch` is a folder for unpacked files that exists
+while the images are read.
 """
 
 from collections.abc import Callable
@@ -17,38 +17,38 @@ from pydantic import Field
 from cm_core.params import Params
 from flows.storage.s3 import public_uri
 
-MAX_CLASSES = 100_000  # a label beyond is an identifier or an error, not a class
+MAX_CLASSES = 100_000  # a larger label is an identifier or an error, not a class
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image, opened when it is needed."""
+    """One image, opened lazily."""
 
-    name: str  # the same on every machine: splits and draws depend on it
-    where: str  # how an error names it
+    name: str  # machine-independent: splits and draws depend on it
+    where: str  # its name in errors
     label: int  # -1: none
     open: Callable[[], Image.Image]
 
 
 @dataclass(frozen=True)
 class Contents:
-    """Everything that a source offers."""
+    """All contents of a source."""
 
     train: list[Item]
     heldout: list[Item] | None  # None: the source has no split of its own
     class_names: tuple[str, ...]  # empty: no labels
-    ignored: int = 0  # files that are no images
+    ignored: int = 0  # files that are not images
 
 
 class Source(Params):
-    """A source of images; this one has a name and a shape of its own."""
+    """A source of images with a fixed name and shape."""
 
     NATIVE: ClassVar[tuple[int, int, int] | None] = None
 
     kind: str
 
     def native_shape(self) -> tuple[int, int, int] | None:
-        """Return [C, H, W] of the images where that is known before they are read."""
+        """Return [C, H, W] of the images if known before reading them."""
         return self.NATIVE
 
     def dataset_name(self) -> str:
@@ -57,7 +57,7 @@ class Source(Params):
 
 
 class FileSource(Source):
-    """The fields of sources that are files of the user's."""
+    """The fields of sources that read the user's files."""
 
     path: str = Field(min_length=1)
     heldout_path: str | None = None
@@ -75,7 +75,7 @@ class FileSource(Source):
         return self.name or PurePosixPath(public_uri(self.path)).name.partition(".")[0]
 
     def origin(self) -> str:
-        """Return the source for dataset.json."""
+        """Return the source's entry for dataset.json."""
         return public_uri(self.path)
 
 

@@ -1,4 +1,4 @@
-"""Pixels that are an array already: .npz or .npy, pickles never."""
+"""Pixels from a .npz or .npy array, never from pickles."""
 
 import zipfile
 from pathlib import Path, PurePosixPath
@@ -13,7 +13,7 @@ from flows.monitor import Monitor
 from flows.storage.fetch import download_dir, fetch
 from flows.storage.s3 import public_uri
 
-IMAGE_KEYS = ("images", "arr_0")  # arr_0, arr_1: np.savez's names of unnamed arrays, as in the ADM references
+IMAGE_KEYS = ("images", "arr_0")  # arr_0, arr_1: np.savez's default names, as in the ADM references
 LABEL_KEYS = ("labels", "arr_1")
 
 

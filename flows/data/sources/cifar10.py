@@ -32,7 +32,7 @@ class Cifar10(Source):
     """One line on the terms of use, repeated in dataset.json."""
 
     def origin(self) -> str:
-        """Return the source for dataset.json."""
+        """Return the source's entry for dataset.json."""
         return ", ".join(public_uri(url) for url in self.urls)
 
     def read(self, scratch: Path, monitor: Monitor) -> Contents:
@@ -49,7 +49,7 @@ class Cifar10(Source):
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Rebuilds numpy arrays and plain containers and refuses everything else: a pickle can call any function."""
+    """Unpickler of numpy arrays and plain containers that refuses everything else: a pickle can call any function."""
 
     ALLOWED = {
         ("numpy.core.multiarray", "_reconstruct"),
@@ -65,7 +65,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _entries(archive: Path, files: Files, name: str, *keys: bytes) -> list[Any]:
-    """Return entries of a member that Python 2 wrote: its strings, the keys included, come back as bytes."""
+    """Return entries of a batch that Python 2 pickled: strings, keys included, are bytes."""
     try:
         entries = _ArrayUnpickler(io.BytesIO(contents(files[name])), encoding="bytes").load()
         return [entries[key] for key in keys]

@@ -1,4 +1,4 @@
-"""The scanned digits inside scikit-learn: real images that need no download."""
+"""The scanned digits that come with scikit-learn: real images without a download."""
 
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -22,11 +22,11 @@ class Digits(Source):
     """One line on the terms of use, repeated in dataset.json."""
 
     def origin(self) -> str:
-        """Return the source for dataset.json."""
+        """Return the source's entry for dataset.json."""
         return "sklearn.datasets.load_digits"
 
     def read(self, scratch: Path, monitor: Monitor) -> Contents:
-        """Bring the 17 levels of ink, 0..16, to 0..255."""
+        """Scale the 17 levels of ink, 0..16, to 0..255."""
         from sklearn.datasets import load_digits
 
         scans = load_digits()

@@ -39,7 +39,7 @@ class Images(FileSource):
     """From the folders that hold the images, an EDM-style dataset.json, or none; auto: the file where there is one."""
 
     def read(self, scratch: Path, monitor: Monitor) -> Contents:
-        """List the images, their classes and their split; nothing is decoded yet."""
+        """List the images, their classes and split, without decoding them."""
         places = [self._open_place(self.path, self.sha256, scratch / "train", monitor)]
         if self.heldout_path:
             places.append(self._open_place(self.heldout_path, None, scratch / "heldout", monitor))
@@ -57,7 +57,7 @@ class Images(FileSource):
         images = sorted(name for name in files if _is_image(name))
         if not images:
             raise UserError(f"{where}: no images among {len(files)} files; extensions read are {' '.join(EXTENSIONS)}")
-        # A folder that holds everything says nothing: `photos.zip` often has `photos/` at its top.
+        # A folder that holds everything is no class: `photos.zip` often has `photos/` at its top.
         root = posixpath.commonpath([posixpath.dirname(name) for name in images])
         plain = {posixpath.relpath(name, root or "."): files[name] for name in images}
         where = posixpath.join(where, root).rstrip("/")
@@ -72,15 +72,15 @@ class Images(FileSource):
 
 @dataclass(frozen=True)
 class _Place:
-    """The images below one folder, by their names in it."""
+    """The images below one folder, by their relative names."""
 
     where: str
     images: Files
-    numbers: dict[str, int] | None  # from the label file; empty where that says that there are no labels
-    others: int = 0  # files that are no images
+    numbers: dict[str, int] | None  # from the label file; empty if it declares no labels
+    others: int = 0  # files that are not images
 
     def below(self, folder: str) -> "_Place":
-        """Return the part in `folder`."""
+        """Return the part below `folder`."""
         plain = {name: name.removeprefix(f"{folder}/") for name in self.images if name.startswith(f"{folder}/")}
         numbers = self.numbers and {plain[name]: self.numbers[name] for name in plain}
         return _Place(f"{self.where}/{folder}", {plain[name]: self.images[name] for name in plain}, numbers)
