@@ -1,7 +1,7 @@
-"""The pipeline as a Prefect flow. A task brings one stage up to date in the run's own clone; here they are wired.
+"""The pipeline as a Prefect flow: each task updates one stage in the run's own clone.
 
-A task ends as Cached when nothing had to run: Prefect's own cache skips it without a shell, under DVC's view of the
-stage (command, dependencies, params) and only while DVC's cache has the result; else DVC looks into its cache.
+A task ends as Cached if nothing had to run: Prefect's cache skips it without a shell, keyed by DVC's view of the stage
+(command, dependencies, params), and only while DVC's cache holds the result; otherwise DVC consults its own cache.
 """
 
 import json
@@ -46,15 +46,15 @@ from flows.workspace.git import describe_code
 from flows.workspace.locations import cache_of, workspace_root
 
 logger = logging.getLogger(__name__)
-RETRY_DELAYS = [2, 20]  # seconds; a training goes on from its last state
-FIGURES_OF = ("prepare/", "sample/", "edit/", "evaluate/")  # what these stages show belongs on the parent run
+RETRY_DELAYS = [2, 20]  # seconds; a training resumes from its last state
+FIGURES_OF = ("prepare/", "sample/", "edit/", "evaluate/")  # stages whose figures go to the parent run
 
 
 def run(recipe: Recipe, root: Path, *, name: str = EDITED, keep: bool = True) -> dict[str, Any]:
-    """Run the pipeline on a recipe: here, with Prefect embedded, or with the server of PREFECT_API_URL.
+    """Run the pipeline on a recipe, with Prefect embedded or with the server of PREFECT_API_URL.
 
-    With `keep`, recipe and results are put in force in the workspace `root`, so that `dvc repro` has nothing to do.
-    Returns what the flow returns. Raises UserError for what the user can mend, StageFailed for the rest.
+    With `keep`, the workspace `root` gets recipe and results, so that `dvc repro` has nothing to do. Returns the flow's
+    results. Raises UserError for errors of the user, StageFailed for others.
     """
     with embedded_prefect(root):
         results = consistency(recipe, name, root)
@@ -65,13 +65,13 @@ def run(recipe: Recipe, root: Path, *, name: str = EDITED, keep: bool = True) ->
 
 
 def run_title() -> str:
-    """Return what the flow run is called: the recipe and the method's main choices."""
+    """Return the name of the flow run: the recipe and the method's main choices."""
     parameters = runtime.flow_run.parameters
     return title(Recipe.model_validate(parameters["recipe"]), parameters["name"])
 
 
 def title(recipe: Recipe, name: str) -> str:
-    """Return a readable name of a run, such as `digits-cd · cd heun N=18`."""
+    """Return a readable run name such as `digits-cd · cd heun N=18`."""
     method = recipe.student.method
     labels = {"solver": "{}", "num_scales": "N={}", "s0": "s0={}", "s1": "s1={}"}
     chosen = {field: getattr(method, field, None) for field in labels}
@@ -90,7 +90,7 @@ def consistency(recipe: Recipe, name: str = EDITED, root: Path = Path()) -> dict
     """
     log_to_prefect()
     root = workspace_root(root)
-    Rule.in_force()  # this and the next complain before anything is computed
+    Rule.in_force()  # this and the next line raise before anything is computed
     for stage in SHARED:
         processes_for(stage, getattr(recipe, stage))
     with clone(root, name) as workspace:
@@ -105,19 +105,19 @@ def consistency(recipe: Recipe, name: str = EDITED, root: Path = Path()) -> dict
 
 
 def _flow_tags() -> dict[str, str]:
-    """Return tags that name the flow run; its page, unless the server goes with the run."""
+    """Return tags that name the flow run, and its page if the server outlives the run."""
     tags = {"prefect.flow_run": runtime.flow_run.name, "prefect.flow_run_id": runtime.flow_run.id}
     page = runtime.flow_run.ui_url if os.environ.get("PREFECT_API_URL") else None
     return {**tags, **({"prefect.url": page} if page else {})}
 
 
 def bring_up_all(workspace: Workspace, parent: PipelineRun) -> dict[str, dict[str, Any]]:
-    """Bring all stages up to date, side by side where dvc.yaml lets them; return what each came to."""
+    """Update all stages, concurrently where dvc.yaml allows; return the outcome of each."""
     stages, variables = read_stages(workspace.root), parent.belonging().variables()
     futures: dict[str, PrefectFuture] = {}
     for stage in stages.values():
         inputs = {earlier.name: futures[earlier.name] for earlier in upstream(stage, stages)}
-        named = reproduce.with_options(name=stage.name, task_run_name=stage.name)  # the first: while it waits
+        named = reproduce.with_options(name=stage.name, task_run_name=stage.name)  # the name shown while the task waits
         shared = {"OMP_NUM_THREADS": str(threads_for(stage, stages)), **variables}
         futures[stage.name] = named.submit(stage.name, inputs, workspace, shared)
     try:
@@ -125,13 +125,13 @@ def bring_up_all(workspace: Workspace, parent: PipelineRun) -> dict[str, dict[st
         workspace.push_again()
         return results
     finally:
-        workspace.stop()  # before the parent run ends, and with it all that runs for it
+        workspace.stop()  # stages must stop before the parent run ends
 
 
 def threads_for(stage: Stage, stages: Mapping[str, Stage]) -> int:
-    """Return how many threads a stage computes with: all cores, shared with the stages that can begin when it can.
+    """Return a stage's number of CPU threads: all cores, shared with the stages that can start at the same time.
 
-    Threads beyond the cores slow each other down several times. OMP_NUM_THREADS in the environment decides alone.
+    More threads than cores slow each other down severalfold. OMP_NUM_THREADS in the environment takes precedence.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return int(os.environ["OMP_NUM_THREADS"])
@@ -140,7 +140,7 @@ def threads_for(stage: Stage, stages: Mapping[str, Stage]) -> int:
 
 
 def key_unless_gone(context: TaskRunContext, parameters: dict[str, Any]) -> str:
-    """Return the stage's key; a result under it whose objects DVC's cache has lost is put out of use first."""
+    """Return the stage's key; first invalidate a result under it whose objects DVC's cache has lost."""
     workspace, store = parameters["workspace"], context.result_store
     stage = read_stages(workspace.root)[parameters["stage"]]
     known = {path: md5 for entry in parameters["inputs"].values() for path, md5 in locked_outs(entry).items()}
@@ -151,7 +151,7 @@ def key_unless_gone(context: TaskRunContext, parameters: dict[str, Any]) -> str:
 
 
 def is_worth_a_retry(_: Task, __: TaskRun, state: State) -> bool:
-    """Whether a failed task may succeed when tried again: not if the user has to mend something, or the run ends."""
+    """Whether retrying a failed task may help: not after a user error, nor when the run is ending."""
     return isinstance(state.result(raise_on_failure=False), StageFailed)
 
 
@@ -163,8 +163,8 @@ def is_worth_a_retry(_: Task, __: TaskRun, state: State) -> bool:
     retry_condition_fn=is_worth_a_retry,
 )
 def reproduce(stage: str, inputs: dict[str, Any], workspace: Workspace, variables: dict[str, str]) -> Any:
-    """Bring one stage up to date and return its entry of dvc.lock; `inputs` are the entries of those it reads."""
-    update_lock(workspace.root, inputs)  # where Prefect skipped their tasks, DVC does not know them yet
+    """Update one stage and return its entry of dvc.lock; `inputs` are the entries of the stages it reads."""
+    update_lock(workspace.root, inputs)  # DVC does not know the results of tasks that Prefect skipped
     progress = ProgressArtifact(stage)
     with gpu_slot(read_stages(workspace.root)[stage], workspace) as device:
         result = workspace.reproduce(stage, variables={**variables, **device}, on_progress=progress.show)
@@ -174,7 +174,7 @@ def reproduce(stage: str, inputs: dict[str, Any], workspace: Workspace, variable
 
 
 def _outcome(stage: str, future: PrefectFuture, workspace: Workspace) -> dict[str, Any]:
-    """Wait for a stage; say and return what it came to. Raises what the stage raised."""
+    """Wait for a stage; log and return its outcome. Raises the stage's exception."""
     entry, cached = future.result(), future.state.name == "Cached"
     seconds = workspace.seconds.get(stage, 0.0)
     came = "cached" if cached else f"done in {seconds:.1f} s"
@@ -185,7 +185,7 @@ def _outcome(stage: str, future: PrefectFuture, workspace: Workspace) -> dict[st
 def finish(
     workspace: Workspace, parent: PipelineRun, stages: dict[str, dict[str, Any]], recipe: Recipe, name: str
 ) -> dict[str, Any]:
-    """Show the results in MLflow and in Prefect, whoever computed them, and return them."""
+    """Show the results, new or cached, in MLflow and Prefect, and return them."""
     outs = {stage: locked_outs(result["entry"]) for stage, result in stages.items()}
     files = stored_files(outs, cache_of(workspace.root))
     metrics = json.loads(files["evaluate/metrics.json"].read_text())
@@ -218,7 +218,7 @@ def publish_student(
     metrics: Mapping[str, Any],
     trained_by: str | None,
 ) -> None:
-    """Log the student, and register it as measured; say what it is called there."""
+    """Log the student and register it with its metrics; log its registered name."""
     model_id = parent.log_student(recipe, files, outs[MODEL_NAME], metrics, trained_by)
     name, registered = register_student(
         parent.tracker,
@@ -233,7 +233,7 @@ def publish_student(
 
 
 def stored_files(outs: Mapping[str, Mapping[str, str]], cache: Cache) -> dict[str, Path]:
-    """Return {stage/path: object in DVC's cache} of all that the stages made."""
+    """Return {stage/path: object in DVC's cache} of all outputs."""
     return {
         "/".join(filter(None, (path.removeprefix("out/"), below))): file
         for made in outs.values()

@@ -1,6 +1,6 @@
-"""The project's environment variables, CM_*: facts of a machine or a run that are no part of a recipe.
+"""The environment variables CM_*: facts of a machine or a run that are no part of a recipe.
 
-Read and checked here alone; docs/settings.md lists them.
+Only this module reads and checks them; docs/settings.md lists them.
 """
 
 import json
@@ -49,7 +49,7 @@ def _variable(default: Any, read: Callable[[str], Any], doc: str, *, internal: b
 
 @dataclass(frozen=True)
 class Settings:
-    """The variables by name without CM_; unset or empty, a variable has its default."""
+    """The variables by name without CM_; unset or empty means the default."""
 
     devices: int = _variable(1, _count_of("devices"), "GPUs of each machine for a training or sampling.")
     shard: bool = _variable(False, _switch, "1: divide weights and optimizer states among the processes.")
@@ -65,7 +65,7 @@ class Settings:
 
     @classmethod
     def read(cls) -> "Settings":
-        """Read the environment of this moment. Raises UserError naming variable, value and what is allowed."""
+        """Read the current environment. Raises UserError naming variable, value and what is allowed."""
         values = {}
         for one in fields(cls):
             name = variable(one.name)

@@ -154,7 +154,7 @@ class CheckpointUploader:
         while snapshot := self._next():
             while not self._try(lambda s=snapshot: self._training.publish(s)):
                 if self._wait(lambda: self._ending, RETRY_EVERY) or self._waiting:
-                    break  # `hold` publishes the newest state at the end; a retry takes the newer of two
+                    break  # `_hand_back` publishes the newest state at the end; a retry takes the newer of two
             shutil.rmtree(snapshot)
 
     def _next(self) -> Path | None:

@@ -1,6 +1,6 @@
-"""Registration with a Prefect server: the work pool, the limit `gpu`, reactions to a crash, the deployments.
+"""Registration with a Prefect server: work pool, limit `gpu`, crash automations, deployments.
 
-Everything has a name of its own, so that a second call changes only the differences.
+Every object has a fixed name, so a second call only updates the differences.
 """
 
 import json
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 POOLS_DIR = Path("infra/work-pools")  # TYPE.json: the base job template of a pool of that type
 POOL_DESCRIPTION = "Runs of recipes. Their heavy stages wait for a slot of the limit `gpu`, the others do not."
 NIGHTLY = "0 2 * * *"  # UTC; the schedule of a new deployment, inactive until a user switches it on
-HEARTBEAT_SECONDS = 30  # between two signs of life of a flow run; Prefect sends them no oftener
-DEAD_AFTER = timedelta(seconds=90)  # without a sign of life: three are missing
+HEARTBEAT_SECONDS = 30  # between heartbeats of a flow run, Prefect's minimum
+DEAD_AFTER = timedelta(seconds=90)  # without a heartbeat: three are missing
 Steps = list[dict[str, dict[str, Any]]]
 
 
 def deploy(root: Path, *, gpus: int, pool_type: str, pull_steps: Steps) -> list[str]:
     """Register everything with the server of PREFECT_API_URL; return the names of the deployments.
 
-    `gpus` flows' heavy stages may run at once, on all workers together. `pull_steps` bring a worker into a workspace.
+    `gpus` is the number of GPU slots over all workers. `pull_steps` give a worker its workspace.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate
@@ -43,7 +43,7 @@ def deploy(root: Path, *, gpus: int, pool_type: str, pull_steps: Steps) -> list[
 
 
 def read_template(root: Path, pool_type: str) -> dict[str, Any]:
-    """Return the base job template of a type of pools. Raises UserError where there is none."""
+    """Return the base job template of a type of work pool. Raises UserError if there is none."""
     file = root / POOLS_DIR / f"{pool_type}.json"
     if not file.exists():
         known = ", ".join(sorted(path.stem for path in (root / POOLS_DIR).glob("*.json")))
@@ -52,21 +52,21 @@ def read_template(root: Path, pool_type: str) -> dict[str, Any]:
 
 
 def in_folder(workspace: Path) -> Steps:
-    """Return the steps of a worker that has the workspace already, in this folder of its machine or image."""
+    """Return the pull steps of a worker that already has the workspace in this folder of its machine or image."""
     return [{"prefect.deployments.steps.set_working_directory": {"directory": str(workspace)}}]
 
 
 def from_repository(url: str, branch: str) -> Steps:
-    """Return the steps of a worker that has nothing: it clones a git repository first.
+    """Return the pull steps of a worker that first clones a git repository.
 
-    One that is read over https needs the server's Secret block `git-token`; over ssh, the worker's own key.
+    Cloning over https uses the server's Secret block `git-token`; over ssh, the worker's own key.
     """
     token = {"access_token": "{{ prefect.blocks.secret.git-token }}"} if url.startswith("https://") else {}
     return [{"prefect.deployments.steps.git_clone": {"repository": url, "branch": branch, **token}}]
 
 
 def automations() -> "list[AutomationCore]":
-    """Return the rules by which the server notices runs that died and starts crashed ones again."""
+    """Return the automations by which the server detects dead runs and restarts crashed ones."""
     from prefect.client.schemas.objects import StateType
     from prefect.events.actions import ChangeFlowRunState
     from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
@@ -111,7 +111,7 @@ def automations() -> "list[AutomationCore]":
 
 
 def _write_automation(client: "SyncPrefectClient", automation: "AutomationCore") -> None:
-    """Write it only where it differs: an update forgets the runs whose next sign of life it awaits."""
+    """Write the automation only if it differs: an update forgets the runs whose next heartbeat it awaits."""
     known = client.read_automations_by_name(automation.name)
     if not known:
         client.create_automation(automation)
@@ -143,7 +143,7 @@ def _write_deployments(client: "SyncPrefectClient", root: Path, pull_steps: Step
 
 
 def _schedules(client: "SyncPrefectClient", deployment: str) -> "list[DeploymentScheduleCreate]":
-    """Return a deployment's schedules, which the server drops when it is rewritten; of a new one NIGHTLY."""
+    """Return a deployment's schedules, which the server drops on an update; for a new one NIGHTLY."""
     from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.client.schemas.schedules import CronSchedule
     from prefect.exceptions import ObjectNotFound
@@ -157,7 +157,7 @@ def _schedules(client: "SyncPrefectClient", deployment: str) -> "list[Deployment
 
 
 def deployment_entries(root: Path) -> list[dict[str, Any]]:
-    """Return name, description and parameters of each deployment, one a recipe."""
+    """Return name, description and parameters of each deployment, one per recipe."""
     from flows.recipes.recipe import load_recipe, recipe_names
 
     return [

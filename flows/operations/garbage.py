@@ -1,7 +1,7 @@
-"""Garbage, to which nothing refers any more: DVC objects, checkpoints, clones, torn uploads.
+"""Garbage, to which nothing refers any more: DVC objects, checkpoints, clones, incomplete uploads.
 
-`dvc gc` counts the references of commits. Here also count: experiments, stashes, MLflow's runs and models by the data
-version that they carry, and live runs. If any source of references cannot be reached, the search ends with an error:
+`dvc gc` counts the references of commits. Experiments, stashes, live runs, and MLflow's runs and models (by the data
+version they carry) count here as well. If any source of references cannot be reached, the search ends with an error:
 never assume that an object is unused.
 """
 
@@ -25,12 +25,12 @@ from flows.workspace.git import git
 from flows.workspace.locations import cache_of, remote_address, shared_root
 
 OBJECTS, RUNS = "files/md5/", "runs/"
-ORPHANED = timedelta(days=30)  # without a sign of life: no worker will go on with this training
+ORPHANED = timedelta(days=30)  # without a heartbeat: no worker will resume this training
 
 
 @dataclass(frozen=True)
 class Garbage:
-    """Something that may go."""
+    """An object that may be removed."""
 
     kind: str
     what: str
@@ -39,7 +39,7 @@ class Garbage:
 
 
 class Folder:
-    """A place where DVC keeps objects, its cache or a remote, that is a folder; a Bucket is the other kind."""
+    """A DVC cache or remote that is a folder; a Bucket is the other kind of store."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -53,7 +53,7 @@ class Folder:
                 yield Entry(path.relative_to(self.root).as_posix(), facts.st_size, modified)
 
     def contents(self, key: str) -> bytes | None:
-        """Return a file's contents, or None where there is none."""
+        """Return a file's contents, or None if there is no such file."""
         path = self.root / key
         return path.read_bytes() if path.is_file() else None
 
@@ -67,9 +67,9 @@ Store = Folder | Bucket
 
 
 def find_garbage(root: Path, *, older_than: timedelta, with_remote: bool) -> Iterator[Garbage]:
-    """Yield all to which neither git, DVC, MLflow nor a live run refers and that is older than `older_than`.
+    """Yield all objects older than `older_than` to which neither git, DVC, MLflow nor a live run refers.
 
-    Raises UserError where one of them, or a store, cannot be asked.
+    Raises UserError if one of them, or a store, cannot be reached.
     """
     before = datetime.now(UTC) - older_than
     cache, remote = Folder(cache_of(root).folder), _remote(root)
@@ -86,7 +86,7 @@ def find_garbage(root: Path, *, older_than: timedelta, with_remote: bool) -> Ite
 
 
 def referenced(root: Path, cache: Folder) -> set[str]:
-    """Return the DVC hashes that something refers to; those of a folder stand for its files as well."""
+    """Return the referenced DVC hashes; the hash of a folder stands for its files as well."""
     needed = {md5 for text in _committed(root) for md5 in hashes(text)}
     for workspace in (root, *(run / "workspace" for run in _runs(root) if is_live(run))):
         for path in (workspace / LOCK_FILE, *workspace.glob("*.dvc"), *workspace.glob("data/**/*.dvc")):
@@ -101,7 +101,7 @@ def referenced(root: Path, cache: Folder) -> set[str]:
 
 
 def close_under_listings(needed: set[str], stores: list[Store]) -> set[str]:
-    """Add the files of every folder in `needed`, by its listing in the first store that has it."""
+    """Add the files of every folder in `needed`, read from its listing in the first store that has it."""
     closed = set(needed)
     for md5 in needed:
         if md5.endswith(".dir"):
@@ -111,7 +111,7 @@ def close_under_listings(needed: set[str], stores: list[Store]) -> set[str]:
 
 
 def unneeded_objects(kind: str, store: Store, needed: set[str], before: datetime) -> Iterator[Garbage]:
-    """Yield the old objects of a store that are not needed, and the run-cache entries with such outputs."""
+    """Yield a store's old unneeded objects and the run-cache entries with such outputs."""
     gone = set()
     for entry in store.entries(OBJECTS):
         md5 = entry.key.removeprefix(OBJECTS).replace("/", "")
@@ -124,7 +124,7 @@ def unneeded_objects(kind: str, store: Store, needed: set[str], before: datetime
 
 
 def object_key(md5: str) -> str:
-    """Return where a store of DVC's keeps an object."""
+    """Return the path of an object in a DVC store."""
     return f"{OBJECTS}{md5[:2]}/{md5[2:]}"
 
 

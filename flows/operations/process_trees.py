@@ -1,4 +1,4 @@
-"""Ends of processes and of all that they have started: SIGTERM, time to end, SIGKILL."""
+"""Stop processes and all their descendants: SIGTERM, a grace period, SIGKILL."""
 
 import signal
 import time
@@ -11,7 +11,7 @@ from flows.workspace.process import GRACE
 
 
 def end_trees(pids: Sequence[int], seconds: float = GRACE) -> None:
-    """End processes and all below them: SIGTERM, then SIGKILL after so many seconds."""
+    """Stop processes and their descendants: SIGTERM, then SIGKILL after `seconds`."""
     alive = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
     everything = [process for top in alive for process in (top, *top.children(recursive=True))]
     _signal(everything, signal.SIGTERM)
@@ -19,10 +19,10 @@ def end_trees(pids: Sequence[int], seconds: float = GRACE) -> None:
 
 
 def end_worker(pid: int, seconds: float) -> bool:
-    """End a worker and its flow runs, which end their stages and tell the server; return whether there were any.
+    """Stop a worker and its flow runs, which stop their stages and report to the server; return whether there were any.
 
-    A worker that is asked to end kills its flow runs at once, and one that goes on would take them up again: it is
-    stopped (SIGSTOP) until they have ended.
+    A worker that gets SIGTERM kills its flow runs at once, and a running worker would restart them: so it is suspended
+    (SIGSTOP) until they have ended.
     """
     with suppress(psutil.NoSuchProcess):
         worker = psutil.Process(pid)
@@ -36,7 +36,7 @@ def end_worker(pid: int, seconds: float) -> bool:
 
 
 def still_runs(process: psutil.Process) -> bool:
-    """Whether a process has not ended; a zombie has."""
+    """Whether a process is still running; a zombie is not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -55,7 +55,7 @@ def _kill_after(processes: Sequence[psutil.Process], seconds: float) -> None:
 
 
 def _wait(processes: Sequence[psutil.Process], seconds: float) -> list[psutil.Process]:
-    """Wait until these processes have ended; return those that still run after so many seconds."""
+    """Wait until these processes have ended; return those that still run after `seconds`."""
     deadline = time.monotonic() + seconds
     while (left := [process for process in processes if still_runs(process)]) and time.monotonic() < deadline:
         time.sleep(0.05)

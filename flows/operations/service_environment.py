@@ -7,12 +7,12 @@ from flows.errors import UserError
 from flows.operations.deploy import HEARTBEAT_SECONDS
 
 HOST = "127.0.0.1"
-MLFLOW_SCHEMA = "mlflow"  # of PostgreSQL: both servers call a table alembic_version
+MLFLOW_SCHEMA = "mlflow"  # a PostgreSQL schema: both servers have a table alembic_version
 
 
 @dataclass(frozen=True)
 class Services:
-    """Where the services of a workspace are, or are to be."""
+    """Addresses of a workspace's services, running or planned."""
 
     prefect: str
     """Address of the Prefect server."""
@@ -26,7 +26,7 @@ class Services:
 
 
 def client_variables(root: Path, services: Services) -> dict[str, str]:
-    """Return the environment variables with which a process of this workspace uses the services."""
+    """Return the environment variables of a process of this workspace that uses the services."""
     return {
         "PREFECT_API_URL": services.prefect_api,
         "PREFECT_HOME": str(root / ".cm" / "prefect"),
@@ -39,24 +39,24 @@ def client_variables(root: Path, services: Services) -> dict[str, str]:
 
 
 def server_variables(root: Path, services: Services, database: str | None) -> dict[str, str]:
-    """Return the further environment variables of the servers; passwords stand here, not in a command line."""
+    """Return the servers' further environment variables, which keep passwords out of command lines."""
     port = services.prefect.rpartition(":")[2]
     prefect_database, mlflow_database = _database_urls(root, database)
     return {
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_API_HOST": HOST,
-        "PREFECT_SERVER_API_PORT": port,  # --port alone would leave the browser asking 4200
+        "PREFECT_SERVER_API_PORT": port,  # --port alone would leave the UI on 4200
         "PREFECT_SERVER_UI_API_URL": services.prefect_api,
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": prefect_database,
-        # Kept in memory, as is Prefect's habit, a restart would lose whose the slots are and never free them.
+        # In memory, Prefect's default, a restart would lose the slots' holders and never free the slots.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "MLFLOW_BACKEND_STORE_URI": mlflow_database,
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # 2 GB for jobs of language models
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # 2 GB for LLM jobs
     }
 
 
 def _database_urls(root: Path, database: str | None) -> tuple[str, str]:
-    """Return Prefect's and MLflow's database."""
+    """Return the database URLs of Prefect and MLflow."""
     if database is None:
         return f"sqlite+aiosqlite:///{root / '.cm' / 'prefect' / 'prefect.db'}", f"sqlite:///{root / 'mlflow.db'}"
     from sqlalchemy import make_url
@@ -68,7 +68,7 @@ def _database_urls(root: Path, database: str | None) -> tuple[str, str]:
 
 
 def prepare_database(database: str) -> None:
-    """Make MLflow's schema in a PostgreSQL database. Raises UserError where it cannot be reached or is none."""
+    """Create MLflow's schema in a PostgreSQL database. Raises UserError if it is unreachable or not PostgreSQL."""
     import psycopg2
     from sqlalchemy import make_url
     from sqlalchemy.exc import ArgumentError

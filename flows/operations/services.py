@@ -1,7 +1,7 @@
 """The services of one machine, as children of `cm up`: Prefect server, MLflow server, a worker.
 
-All they keep lies in the workspace: Prefect's database in .cm/prefect and MLflow's in mlflow.db, the same files that a
-run without servers uses, so that each shows the other's runs; logs and this module's own notes in .cm/services.
+All their state lies in the workspace: Prefect's database in .cm/prefect and MLflow's in mlflow.db, also used by runs
+without servers, so that each shows the other's runs; logs and this module's state file in .cm/services.
 """
 
 import json
@@ -27,16 +27,16 @@ from flows.workspace.dvc_files import GPU
 from flows.workspace.process import GRACE
 
 PREFECT_PORT, MLFLOW_PORT = 4200, 5000
-START_SECONDS = 180  # until a server answers; the first start makes its database
-WORKER_SECONDS = 3 * GRACE  # for flow runs to end their stages, which save their states, and to say so
-SETTLE_SECONDS = 5  # for the server to schedule again the flow runs that have just told it of their crash
-LOOK_EVERY = 0.5  # seconds between two looks whether all is well
+START_SECONDS = 180  # until a server responds; the first start creates its database
+WORKER_SECONDS = 3 * GRACE  # for flow runs to stop their stages, which save their states, and to report
+SETTLE_SECONDS = 5  # for the server to reschedule the flow runs that have just reported a crash
+LOOK_EVERY = 0.5  # seconds between health checks
 WORKER = f"worker-{GPU}"
-LOG_LINES = 15  # of a service that ended, shown to the user
+LOG_LINES = 15  # of a failed service, shown to the user
 
 
 class _StopFlag:
-    """Whether SIGINT or SIGTERM came; no threading.Event, whose lock the interrupted thread may hold itself."""
+    """Flag set by SIGINT or SIGTERM; not a threading.Event, whose lock the interrupted thread may hold."""
 
     def __init__(self) -> None:
         self._set = False
@@ -48,23 +48,23 @@ class _StopFlag:
         return self._set
 
     def wait(self, seconds: float) -> bool:
-        """Sleep for so many seconds, unless the flag is set already; return whether it is set by then."""
+        """Sleep for `seconds`, or until the flag is set; return whether it is set."""
         if not self._set:
             time.sleep(seconds)
         return self._set
 
 
 class ServiceEnded(RuntimeError):
-    """A service has ended that should run; the message says which, and the end of its log."""
+    """A service exited unexpectedly; the message holds its name and the end of its log."""
 
 
 def folder_of(root: Path) -> Path:
-    """Return the folder of logs and notes."""
+    """Return the folder of logs and the state file."""
     return root / ".cm" / "services"
 
 
 def choose_port(port: int, option: str) -> int:
-    """Return a free port: this one, or for 0 any. Raises UserError where it is taken."""
+    """Return this port, or any free one for 0. Raises UserError if it is taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -75,14 +75,14 @@ def choose_port(port: int, option: str) -> int:
 
 
 class Child:
-    """A service: a process whose output goes to a log of its own."""
+    """A service: a process that writes to its own log."""
 
     def __init__(self, name: str, command: Sequence[str], *, cwd: Path, env: Mapping[str, str], logs: Path) -> None:
         self.name, self.log = name, logs / f"{name}.log"
         if self.log.exists():
             self.log.replace(logs / f"{name}.log.1")
         with self.log.open("wb") as file:
-            # A session of its own: Ctrl-C in the terminal is for `cm up` alone, which ends its children in order.
+            # Its own session: Ctrl-C in the terminal reaches `cm up` alone, which stops its children in order.
             self._popen = subprocess.Popen(
                 [sys.executable, "-m", *command],
                 cwd=cwd,
@@ -95,7 +95,7 @@ class Child:
         self.pid = self._popen.pid
 
     def check(self) -> None:
-        """Raise ServiceEnded if it has."""
+        """Raise ServiceEnded if the process has exited."""
         code = self._popen.poll()
         if code is not None:
             last = self.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
@@ -112,11 +112,11 @@ def up(
     on_start: Callable[[str], None],
     on_ready: Callable[[Services], None],
 ) -> None:
-    """Run the services until SIGINT or SIGTERM, then end them, trainings with their state saved.
+    """Run the services until SIGINT or SIGTERM, then stop them; trainings save their state.
 
-    Port 0 is any free one; `database` is a PostgreSQL database for both servers, None files in the workspace.
-    `on_start` gets the name of each as it is started, `on_ready` the addresses once all answer. Raises UserError where
-    they run already or cannot, ServiceEnded when one of them ends by itself.
+    Port 0 means any free one; `database` is a PostgreSQL database for both servers, None means files in the workspace.
+    `on_start` gets each name as it starts, `on_ready` the addresses once all respond. Raises UserError if the services
+    are running already or cannot start, ServiceEnded when one exits unexpectedly.
     """
     with _hold(root), _stop_signal() as stop:
         services = Services(
@@ -143,7 +143,7 @@ def up(
 
 
 class _Children:
-    """The processes that `cm up` has started."""
+    """The child processes of `cm up`."""
 
     def __init__(self, root: Path, services: Services, on_start: Callable[[str], None]) -> None:
         self._root, self._services, self._on_start = root, services, on_start
@@ -152,7 +152,7 @@ class _Children:
         self._worker: Child | None = None
 
     def start_servers(self, database: str | None, stop: _StopFlag) -> None:
-        """Start the servers and wait until they answer. Raises ServiceEnded where one does not."""
+        """Start the servers and wait until they respond. Raises ServiceEnded if one does not."""
         env = {**self._env, **server_variables(self._root, self._services, database)}
         for name, command in _server_commands(self._root, self._services).items():
             self._servers.append(self._start(name, command, env))
@@ -164,16 +164,16 @@ class _Children:
                 raise ServiceEnded(f"no answer from {silent} within {START_SECONDS} s; see its log")
 
     def start_worker(self, command: Sequence[str]) -> None:
-        """Start a worker, which needs a server that answers."""
+        """Start a worker; the server must respond already."""
         self._worker = self._start(WORKER, command, self._env)
 
     def check(self) -> None:
-        """Raise ServiceEnded if one of them has ended."""
+        """Raise ServiceEnded if a service has exited."""
         for child in [*self._servers, *([self._worker] if self._worker else [])]:
             child.check()
 
     def end(self) -> None:
-        """End the worker and its flow runs, which then still have servers to report to; last the servers."""
+        """Stop the worker and its flow runs while they can report to the servers; then stop the servers."""
         from flows.operations.process_trees import end_trees, end_worker
 
         if self._worker and end_worker(self._worker.pid, WORKER_SECONDS):
@@ -190,7 +190,7 @@ class _Children:
 
 
 def crash_lost_runs() -> None:
-    """Mark flow runs under way whose process is gone (the machine restarted, say) as crashed."""
+    """Mark running flow runs without a process as crashed (e.g. after a reboot)."""
     import psutil
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
@@ -200,13 +200,13 @@ def crash_lost_runs() -> None:
     under_way = FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
     with get_client(sync_client=True) as client:
         for run in client.read_flow_runs(flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=under_way))):
-            number = (run.infrastructure_pid or "").rpartition(":")[2]  # of the worker's own machine: this one
+            number = (run.infrastructure_pid or "").rpartition(":")[2]  # workers run on this machine
             if number and not psutil.pid_exists(int(number)):
                 client.set_flow_run_state(run.id, Crashed(message=f"Its process {number} is gone."), force=True)
 
 
 def _server_commands(root: Path, services: Services) -> dict[str, list[str]]:
-    artifacts = (root / "mlruns").as_uri()  # as without a server, so that every run's files are found by both
+    artifacts = (root / "mlruns").as_uri()  # as without a server, so that both find every run's files
     return {
         "prefect": ["prefect", "server", "start"],
         "mlflow": [
@@ -217,7 +217,7 @@ def _server_commands(root: Path, services: Services) -> dict[str, list[str]]:
 
 
 def _worker_command(gpus: int) -> list[str]:
-    """Return the command of a worker; it takes one run more than GPUs: its other work overlaps their trainings."""
+    """Return the command of a worker; it runs one flow more than GPUs: CPU work overlaps other flows' trainings."""
     return [
         *("prefect", "worker", "start", "--pool", GPU, "--name", f"{GPU}@{socket.gethostname()}"),
         *("--type", "process", "--limit", str(gpus + 1), "--install-policy", "never"),
@@ -225,7 +225,7 @@ def _worker_command(gpus: int) -> list[str]:
 
 
 def answering(services: Services) -> dict[str, bool]:
-    """Return for each server whether it answers."""
+    """Return for each server whether it responds."""
     return {
         "prefect": _answers(f"{services.prefect_api}/health"),
         "mlflow": _answers(f"{services.mlflow}/health"),
@@ -254,7 +254,7 @@ def _stop_signal() -> Iterator[_StopFlag]:
 
 @contextmanager
 def _hold(root: Path) -> Iterator[None]:
-    """Be the only `cm up` of this workspace, after ending the children that a killed one has left."""
+    """Lock this workspace for one `cm up`, after stopping the children that a killed one has left."""
     folder = folder_of(root)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a+") as lock:
@@ -273,7 +273,7 @@ def _hold(root: Path) -> Iterator[None]:
 
 
 def is_running(root: Path) -> bool:
-    """Whether a `cm up` of this workspace runs."""
+    """Whether a `cm up` of this workspace is running."""
     lock = folder_of(root) / "lock"
     if not lock.exists():
         return False
@@ -282,7 +282,7 @@ def is_running(root: Path) -> bool:
 
 
 def running(root: Path) -> Services | None:
-    """Return where the services of this workspace are, if they run."""
+    """Return the addresses of this workspace's services, if they run."""
     if not is_running(root) or not _note_file(root).exists():
         return None
     note = read_note(root)
@@ -290,7 +290,7 @@ def running(root: Path) -> Services | None:
 
 
 def use_running(root: Path) -> None:
-    """Make this process use the services of the workspace, if they run and the environment names no other server."""
+    """Point this process at the workspace's services, if they run and the environment names no other server."""
     services = running(root)
     if services and "PREFECT_API_URL" not in os.environ and all(answering(services).values()):
         for name, value in client_variables(root, services).items():
@@ -298,7 +298,7 @@ def use_running(root: Path) -> None:
 
 
 def down(root: Path) -> bool:
-    """Stop the `cm up` of this workspace and wait for its end; return whether there was one."""
+    """Stop the `cm up` of this workspace and wait for its end; return whether one was running."""
     was_running = is_running(root)
     if was_running:
         os.kill(int((folder_of(root) / "lock").read_text()), signal.SIGTERM)
@@ -313,7 +313,7 @@ def _note_file(root: Path) -> Path:
 
 
 def read_note(root: Path) -> dict[str, Any]:
-    """Return the notes of the `cm up` of this workspace: addresses, children with process id and log."""
+    """Return the state file of the workspace's `cm up`: addresses, children with process id and log."""
     return json.loads(_note_file(root).read_text())
 
 
@@ -328,7 +328,7 @@ def _write_note(root: Path, services: Services, children: Sequence[Child]) -> No
 
 
 def _end_leftovers(root: Path) -> None:
-    """End the children that a killed `cm up` has left behind."""
+    """Stop the children that a killed `cm up` has left behind."""
     import psutil
 
     from flows.operations.process_trees import end_trees

@@ -1,4 +1,4 @@
-"""What a flow run shows in Prefect's pages: progress that moves, the metrics, pictures, the way to MLflow."""
+"""Prefect artifacts of a flow run: live progress, metrics, pictures, a link to MLflow."""
 
 import base64
 import logging
@@ -21,13 +21,13 @@ LARGEST_PICTURE = 2**20  # bytes; pictures are stored in Prefect's database
 
 
 class ProgressArtifact:
-    """A stage's progress, created when it first says how far it is."""
+    """A stage's progress artifact, created at its first progress report."""
 
     def __init__(self, stage: str) -> None:
         self._stage, self._id = stage, None
 
     def show(self, progress: Mapping[str, Any]) -> None:
-        """Show {done, total, unit}; a server that cannot be reached at the moment is no reason to end a training."""
+        """Show {done, total, unit}; an unreachable server does not stop a training."""
         try:
             self._show(progress)
         except httpx.HTTPError as error:
@@ -43,7 +43,7 @@ class ProgressArtifact:
 
 
 def show_metrics(metrics: Mapping[str, Mapping[str, float]]) -> None:
-    """Show {metric: {row: value}} as a table, one row of images a line."""
+    """Show {metric: {row: value}} as a table, one line per row of images."""
     rows = dict.fromkeys(row for values in metrics.values() for row in values)
     table = [
         {"images": row, **{metric: values[row] for metric, values in metrics.items() if row in values}} for row in rows
@@ -52,7 +52,7 @@ def show_metrics(metrics: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def show_pictures(files: Mapping[str, Path]) -> None:
-    """Show the PNG files of {name: path}, inside the page: nobody else serves them."""
+    """Show the PNG files of {name: path} embedded in the page: no server serves them."""
     for name, path in files.items():
         if name.endswith(".png") and path.stat().st_size <= LARGEST_PICTURE:
             data = base64.b64encode(path.read_bytes()).decode()
@@ -61,7 +61,7 @@ def show_pictures(files: Mapping[str, Path]) -> None:
 
 
 def show_tracking(uri: str, experiment_id: str, run_id: str) -> None:
-    """Show where the run stands in MLflow: a link to a server, or how to open the local pages."""
+    """Link to the run in MLflow, or show how to open the local pages."""
     page = f"/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
     if uri.startswith("http"):
         text = f"[This run in MLflow]({uri.rstrip('/')}{page})"
@@ -71,5 +71,5 @@ def show_tracking(uri: str, experiment_id: str, run_id: str) -> None:
 
 
 def _key(name: str) -> str:
-    """Return an artifact key: lower case letters, digits and dashes alone."""
+    """Return an artifact key: only lower-case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -1,4 +1,4 @@
-"""Prefect inside this process: no server to start, no account, no network; a console that shows the pipeline alone."""
+"""Prefect inside this process: no server to start, no account, no network; its console shows only the pipeline."""
 
 import logging
 import os
@@ -25,14 +25,14 @@ import flows
 from flows.errors import UserError
 
 PREFECT = Path(prefect.__file__).parent
-STARTUP_SECONDS = 120  # the first start makes the database; on a loaded machine Prefect's own 20 are too few
+STARTUP_SECONDS = 120  # the first start creates the database; Prefect's default of 20 is too short on a loaded machine
 
 
 @contextmanager
 def embedded_prefect(root: Path) -> Iterator[None]:
     """Run flows without a server, their history under .cm/prefect of the workspace `root`.
 
-    PREFECT_HOME, where set, is where the history goes instead; with PREFECT_API_URL its server is used.
+    PREFECT_HOME, if set, holds the history instead; PREFECT_API_URL, if set, is the server to use.
     """
     os.environ.setdefault("DO_NOT_TRACK", "true")
     _plain_console()
@@ -43,7 +43,7 @@ def embedded_prefect(root: Path) -> Iterator[None]:
     settings = {
         PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: STARTUP_SECONDS,
         PREFECT_SERVER_ANALYTICS_ENABLED: False,
-        # The automations that `cm up` left: no worker is here to start a run again, and SQLite was locked by them.
+        # Disable the automations of `cm up`: no worker is here to restart a run, and they kept SQLite locked.
         PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED: False,
     }
     if "PREFECT_HOME" not in os.environ:
@@ -55,7 +55,7 @@ def embedded_prefect(root: Path) -> Iterator[None]:
 
 
 def log_to_prefect() -> None:
-    """Send our log lines to the pages of the flow run; no worker has to be configured for it."""
+    """Send our log lines to the flow run's page, without configuration by a worker."""
     logger = logging.getLogger(flows.__name__)
     logger.setLevel(logging.INFO)
     if not any(isinstance(handler, APILogHandler) for handler in logger.handlers):
@@ -64,7 +64,7 @@ def log_to_prefect() -> None:
 
 
 def _is_of_a_run(_: logging.LogRecord) -> bool:
-    """Whether Prefect knows which run speaks; a thread of our own may belong to none."""
+    """Whether Prefect knows the current run; threads of our own may have none."""
     try:
         return bool(get_run_context())
     except MissingContextError:
@@ -72,9 +72,9 @@ def _is_of_a_run(_: logging.LogRecord) -> bool:
 
 
 def _start_server() -> None:
-    """Start Prefect's temporary server deaf to Ctrl-C, which a terminal sends to it as well.
+    """Start Prefect's temporary server immune to Ctrl-C, which a terminal sends to it as well.
 
-    A flow that is interrupted needs it to the last; it ends with this process.
+    An interrupted flow needs it until the end; it stops with this process.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by the server's process
     try:
@@ -94,10 +94,7 @@ def _refuse_silent_server() -> None:
 
 
 def _plain_console() -> None:
-    """Show on the console, until the process ends, what the pipeline logs, and warnings.
-
-    Errors are raised, so they need no second telling.
-    """
+    """Show the pipeline's log lines and warnings on the console until the process ends; errors are raised instead."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, PrefectConsoleHandler):
             handler.addFilter(_is_ours)
@@ -105,7 +102,7 @@ def _plain_console() -> None:
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
-    """Whether this project logged this, or it is a warning that does not come from Prefect's engine."""
+    """Whether a record comes from this project, or is a warning from outside Prefect's engine."""
     if not Path(record.pathname).is_relative_to(PREFECT):
         return True
     return record.levelno >= logging.WARNING and record.module not in ("flow_engine", "task_engine")

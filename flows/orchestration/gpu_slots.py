@@ -1,4 +1,4 @@
-"""A stage's turn on a GPU: a slot of the server's limit, so that flows queue, and devices of this machine alone."""
+"""GPU slots: a stage takes slots of the server's limit, so that flows queue, and locks devices of this machine."""
 
 import logging
 import threading
@@ -18,17 +18,17 @@ from flows.workspace.clone import Workspace
 from flows.workspace.dvc_files import GPU, Stage
 
 logger = logging.getLogger(__name__)
-LEASE_SECONDS = 60.0  # a slot of a worker that died is free again after this; Prefect takes no less
+LEASE_SECONDS = 60.0  # after this a dead worker's slot is free again; Prefect's minimum
 RENEW_EVERY = LEASE_SECONDS / 4
-LOOK_EVERY = 2.0  # seconds between two looks for a free slot
+LOOK_EVERY = 2.0  # seconds between polls for a free slot
 
 
 @contextmanager
 def gpu_slot(stage: Stage, workspace: Workspace) -> Iterator[dict[str, str]]:
-    """Hold the slots and devices of a stage that needs GPUs while it is brought up to date; yield its variables.
+    """Hold the slots and devices of a stage that needs GPUs while it runs; yield its environment variables.
 
-    With Prefect embedded there is no other flow to queue with, and nothing is held. Raises RunEnding when the run
-    ends before it is the stage's turn, StageFailed where the server gives no slot.
+    With Prefect embedded no other flow competes, and nothing is held. Raises RunEnding if the run ends while the
+    stage waits, StageFailed if the server grants no slot.
     """
     if stage.needs != GPU or not PREFECT_API_URL.value():
         yield {}
@@ -47,7 +47,7 @@ def gpu_slot(stage: Stage, workspace: Workspace) -> Iterator[dict[str, str]]:
 
 @contextmanager
 def _slots(stage: Stage, count: int, workspace: Workspace) -> Iterator[None]:
-    """Hold slots of the limit. While the server is away they cannot be renewed; that is no reason to end a training."""
+    """Hold slots of the limit. Without a server they cannot be renewed; that does not stop a training."""
     over = threading.Event()
     with get_client(sync_client=True) as client:
         lease = _take_slots(client, stage, count, workspace)
@@ -62,7 +62,7 @@ def _slots(stage: Stage, count: int, workspace: Workspace) -> Iterator[None]:
 
 
 def _take_slots(client: SyncPrefectClient, stage: Stage, count: int, workspace: Workspace) -> UUID:
-    """Wait for `count` slots at once and return their lease."""
+    """Wait for `count` slots and take them at once; return their lease."""
     lease = _ask_for_slots(client, stage, count)
     if lease is None:
         wanted = "a slot" if count == 1 else f"{count} slots"
@@ -75,7 +75,7 @@ def _take_slots(client: SyncPrefectClient, stage: Stage, count: int, workspace: 
 
 
 def _ask_for_slots(client: SyncPrefectClient, stage: Stage, count: int) -> UUID | None:
-    """Return the lease of the slots, None while too many are taken or the server or its database is away."""
+    """Return the lease of the slots; None while too few are free or the server or its database is unreachable."""
     try:
         answer = client.increment_concurrency_slots_with_lease([GPU], count, "concurrency", LEASE_SECONDS).json()
     except httpx.TransportError:
@@ -100,7 +100,7 @@ def _renew(client: SyncPrefectClient, lease: UUID, over: threading.Event) -> Non
 def _release(client: SyncPrefectClient, lease: UUID) -> None:
     try:
         client.release_concurrency_slots_with_lease(lease)
-    except httpx.HTTPError as error:  # it comes back by itself, and what was computed is good
+    except httpx.HTTPError as error:  # the server recovers by itself, and computed results stay valid
         logger.warning("gpu slot: not given back, it is free after %.0f s: %s", LEASE_SECONDS, error)
 
 

@@ -1,4 +1,4 @@
-"""What an earlier start of a flow run has left open when its process was killed: said to be over by the next one."""
+"""Close what a killed earlier start of the flow run has left open."""
 
 from prefect import runtime
 from prefect.client.orchestration import get_client
@@ -8,11 +8,11 @@ from prefect.states import Crashed
 from flows.errors import StageFailed
 from flows.tracking.tracker import Tracker
 
-MAX_STARTS = 10  # of one flow run; it is started again after every crash
+MAX_STARTS = 10  # of one flow run, which restarts after every crash
 
 
 def end_earlier_starts(tracker: Tracker) -> None:
-    """Close task runs and MLflow runs of this flow run's earlier starts. Raises StageFailed after too many of them."""
+    """Close task runs and MLflow runs of this flow run's earlier starts. Raises StageFailed after MAX_STARTS."""
     if runtime.flow_run.run_count > MAX_STARTS:
         raise StageFailed(f"this flow run has crashed {MAX_STARTS} times and is not started once more")
     if runtime.flow_run.run_count > 1:

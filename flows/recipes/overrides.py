@@ -1,4 +1,4 @@
-"""Layers of a recipe before they are validated: YAML files, --set options, and how they are merged."""
+"""Layers of a recipe before validation: YAML files, --set options, and their merge."""
 
 import copy
 import re
@@ -23,7 +23,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a mapping from a YAML file. Raises UserError where there is none."""
+    """Read a mapping from a YAML file. Raises UserError if there is none."""
     try:
         tree = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError:
@@ -55,9 +55,9 @@ def nested(key: str, value: Any) -> Any:
 
 
 def merge(base: Any, layer: Any) -> Any:
-    """Lay `layer` over `base`, mappings key by key; where the layer names another `kind`, it starts afresh.
+    """Merge `layer` over `base`, mapping by mapping; a layer with another `kind` replaces the whole section.
 
-    A bare word stands for {kind: word} where it meets a mapping with a kind.
+    A bare word stands for {kind: word} where `base` has a mapping with a kind.
     """
     if isinstance(base, dict) and "kind" in base and isinstance(layer, str):
         layer = {"kind": layer}
@@ -71,7 +71,7 @@ def merge(base: Any, layer: Any) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as in YAML 1.2 and in every paper."""
+    """Loader that reads 1e-4 as a number, as YAML 1.2 and the papers do."""
 
 
 _Loader.add_implicit_resolver(

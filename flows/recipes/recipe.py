@@ -1,7 +1,7 @@
-"""The recipe: one frozen model of every choice of a run, read from a YAML page, checked before anything is computed.
+"""The recipe: one frozen model of every choice of a run, read from a YAML file and validated before any computation.
 
-`params/recipes/NAME.yaml` says what differs from the papers' defaults; `params/active.yaml` is the resolved
-recipe in force, every value spelled out, and the one params file that dvc.yaml reads.
+`params/recipes/NAME.yaml` holds the differences from the papers' defaults; `params/active.yaml` is the resolved active
+recipe with every value, and the only params file that dvc.yaml reads.
 """
 
 import difflib
@@ -34,7 +34,7 @@ from flows.stages.student import Student
 from flows.stages.teacher import Teacher
 
 RECIPES_DIR, ACTIVE_FILE = Path("params/recipes"), Path("params/active.yaml")
-EDITED = "edited"  # the name of a recipe that no file holds
+EDITED = "edited"  # the name of a recipe without a file
 PATH_KEYS = (  # values that may name a local file or folder
     "data.source.path",
     "data.source.heldout_path",
@@ -45,7 +45,7 @@ PATH_KEYS = (  # values that may name a local file or folder
 
 
 class Recipe(Params):
-    """Everything that decides a run. Its sections are the stages' own."""
+    """All choices of a run, in sections that belong to the stages."""
 
     seed: int = Field(0, ge=0)
     """Seed of weights, order, noise and dropout."""
@@ -92,7 +92,7 @@ class Recipe(Params):
         return self
 
     def _can_guide(self, key: str, guidance: float, teacher: Teacher) -> None:
-        """Refuse guidance by a teacher that does not know images both with and without label."""
+        """Refuse guidance by a teacher that is not trained both with and without labels."""
         if guidance == 1:
             return
         if not self.conditional:
@@ -104,7 +104,7 @@ class Recipe(Params):
             )
 
     def _fits(self, shape: tuple[int, int, int]) -> None:
-        """Refuse networks, distances and edits that cannot work on images of this shape."""
+        """Refuse networks, distances and edits that do not fit this image shape."""
         if isinstance(getattr(self.student.method, "distance", None), Lpips):
             check_lpips_shape(shape)
         self.edit.check(shape, self.noise)
@@ -112,7 +112,7 @@ class Recipe(Params):
             raise ValueError(
                 f"student.dropout={self.student.dropout}, and network.kind={self.network.kind} has no dropout"
             )
-        with torch.device("meta"):  # builds the shapes without the weights
+        with torch.device("meta"):  # shapes without weights
             self.network.build(shape, 0)
 
 
@@ -122,7 +122,7 @@ def recipe_names(root: Path) -> list[str]:
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), *, root: Path, base: Path | None = None) -> Recipe:
-    """Read a recipe by name or path and lay `key=value` overrides over it; `base` makes its local paths absolute.
+    """Read a recipe by name or path and apply `key=value` overrides; local paths become absolute from `base`.
 
     Raises UserError: one line with the file, the key, the value and what is allowed.
     """
@@ -132,7 +132,7 @@ def load_recipe(name: str, overrides: Sequence[str] = (), *, root: Path, base: P
 
 
 def vary(name: str, values: Iterable[Mapping[str, Any]], *, root: Path, source: str) -> Recipe:
-    """Read a recipe and lay mappings {dotted key: value} over it, one after the other, its local paths made absolute.
+    """Read a recipe, apply mappings {dotted key: value} in order, and make its local paths absolute.
 
     Raises UserError as `load_recipe` does, naming `source`.
     """
@@ -141,9 +141,9 @@ def vary(name: str, values: Iterable[Mapping[str, Any]], *, root: Path, source: 
 
 
 def _absolute_paths(tree: dict[str, Any], base: Path | None) -> dict[str, Any]:
-    """Make local paths absolute, `~` too, for a flow run works in a clone, far from `base`.
+    """Make local paths absolute and expand `~`: a flow run works in a clone, far from `base`.
 
-    A path with a .dvc file beside it stays: every clone can restore that file. What is malformed is left to `validate`.
+    A path with a .dvc file beside it stays: every clone can restore that file. Malformed values are left to `validate`.
     """
     for key in PATH_KEYS if base else ():
         *sections, name = key.split(".")
@@ -164,17 +164,17 @@ def _absolute(path: Any, base: Path) -> Any:
 
 
 def load_active(root: Path) -> Recipe:
-    """Read `params/active.yaml`, the resolved recipe in force. Raises UserError as `load_recipe` does."""
+    """Read the active recipe, `params/active.yaml`. Raises UserError as `load_recipe` does."""
     return validate(read_yaml(root / ACTIVE_FILE), source=root / ACTIVE_FILE)
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Return the resolved recipe as YAML, every value spelled out, in the order of the model."""
+    """Return the resolved recipe as YAML, with every value, in the order of the model."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100)
 
 
 def write_active(recipe: Recipe, root: Path, name: str = EDITED) -> Path:
-    """Put a recipe in force under its name: write `params/active.yaml`, only where it changes, and return its path."""
+    """Make a recipe active under its name: write `params/active.yaml` only if it changes, and return its path."""
     path, body = root / ACTIVE_FILE, dump_recipe(recipe)
     header = f"# {' '.join(name.split())} ({_digest(body)}): the resolved recipe in force, for dvc.yaml; may be edited."
     text = f"{header}\n{body}"
@@ -185,7 +185,7 @@ def write_active(recipe: Recipe, root: Path, name: str = EDITED) -> Path:
 
 
 def active_name(root: Path) -> str:
-    """Return the name of the recipe in force as `write_active` noted it, EDITED where its values changed since."""
+    """Return the active recipe's name as `write_active` recorded it; EDITED if its values have changed since."""
     header, _, body = (root / ACTIVE_FILE).read_text().partition("\n")
     found = re.match(r"# (.+) \((\w+)\): ", header)
     return found[1] if found and found[2] == _digest(body) else EDITED
@@ -196,7 +196,7 @@ def _digest(text: str) -> str:
 
 
 def explain(name: str, overrides: Sequence[str] = (), *, root: Path) -> list[tuple[str, Any, str]]:
-    """Return every resolved value as (key, value, where it comes from: the page, --set, or the default)."""
+    """Return every resolved value as (key, value, source: the file, --set, or the default)."""
     recipe = load_recipe(name, overrides, root=root)
     path = _recipe_path(name, root)
     page, chosen = flatten(read_yaml(path)), {override.split("=", 1)[0] for override in overrides}
@@ -207,7 +207,7 @@ def explain(name: str, overrides: Sequence[str] = (), *, root: Path) -> list[tup
 
 
 def _within(key: str, keys: Iterable[str]) -> bool:
-    """Whether `key` is one of `keys`, or the kind of one: a bare word for a section stands for its kind."""
+    """Whether `key` is in `keys`, or is the kind of a section in `keys`: a bare word stands for a section's kind."""
     return any(key in (other, f"{other}.kind") for other in keys)
 
 
@@ -225,7 +225,7 @@ def validate(tree: Mapping[str, Any], *, source: Path | str, origins: Sequence[s
 
 
 class _Refused(Exception):
-    """A value that a section does not take."""
+    """An invalid value of a section."""
 
     def __init__(self, key: str, reason: str, *value: Any) -> None:
         self.key, self.reason = key, reason
@@ -233,7 +233,7 @@ class _Refused(Exception):
 
 
 def _build(model: type[Params], tree: Mapping[str, Any], prefix: str) -> Any:
-    """Validate a section after its subsections, so that an error speaks of the class that its `kind` chose.
+    """Validate a section after its subsections, so that an error names the class chosen by `kind`.
 
     Pydantic's own discriminator would write `oneOf` into the schema, which Prefect's form does not render.
     """

@@ -1,4 +1,4 @@
-"""Contents of the report of an evaluation: plots, table, pictures and facts, composed from measured rows."""
+"""The contents of an evaluation report: plots, table, pictures and facts, composed from measured rows."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ from flows.reports.html import Report, Section, TableRow
 MONTAGE_GRIDS = 4  # training grids shown of a model
 GRID_IMAGES = 100
 SHOWN = {"fid": "FID ↓", "kid": "KID × 1000 ↓", "is": "IS ↑", "precision": "precision ↑", "recall": "recall ↑"}
-SCALES, DIGITS = {"kid": 1000.0}, {"is": 2, "kid": 2}  # of the table only
+SCALES, DIGITS = {"kid": 1000.0}, {"is": 2, "kid": 2}  # in the table only
 MODELS = {  # in the order of the table
     "real": "held-out images: the floor",
     "untrained": "student before training: the ceiling",
@@ -33,7 +33,7 @@ class Row:
     """A set of images, its origin and its metrics."""
 
     name: str
-    model: str  # a key of MODELS
+    model: str  # key of MODELS
     nfe: int | None
     sigmas: Sequence[float]
     images: np.ndarray  # uint8 [N, H, W, C], memory-mapped
@@ -42,7 +42,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Artifacts:
-    """The inputs of an evaluation that the report shows."""
+    """Inputs of an evaluation that the report shows."""
 
     dataset: Dataset
     files: FeatureFiles
@@ -55,7 +55,7 @@ class Artifacts:
 
 
 def compose_report(rows: Sequence[Row], artifacts: Artifacts, protocol: Mapping[str, Any], plots: Path) -> Report:
-    """Draw the plots into the folder `plots` and return the page that shows them."""
+    """Draw the plots into the folder `plots` and return the report page."""
     trainings = {"student": artifacts.student_dir, "teacher": artifacts.teacher_dir}
     sections = [
         _plot_fid(rows, artifacts.files, plots),
@@ -100,7 +100,7 @@ def _plot_fid(rows: Sequence[Row], files: FeatureFiles, plots: Path) -> Section:
 
 
 def _show_grids(artifacts: Artifacts, plots: Path) -> list[Section]:
-    """Copy the denoising strips; draw held-out images as the grid that the samples are compared with."""
+    """Copy the denoising strips; draw held-out images as a grid comparable with the samples."""
     samples, sample_dir, heldout = artifacts.samples, artifacts.sample_dir, artifacts.dataset.heldout_images
     strips = plots / "strips.png"
     shutil.copyfile(sample_dir / samples["strips"], strips)
@@ -113,7 +113,7 @@ def _show_grids(artifacts: Artifacts, plots: Path) -> list[Section]:
 
 
 def _show_edits(artifacts: Artifacts) -> list[Section]:
-    """Show the editing gallery, a picture a task with its measured errors."""
+    """Show the editing gallery, one picture per task with its measured errors."""
     tasks = artifacts.edits["tasks"].items()
     pictures = {_edit_label(name, facts): artifacts.edit_dir / facts["picture"] for name, facts in tasks}
     return [Section("Editing", pictures)] if pictures else []
@@ -127,7 +127,7 @@ def _edit_label(name: str, facts: Mapping[str, Any]) -> str:
 
 
 def _show_trainings(folders: Mapping[str, Path], plots: Path) -> list[Section]:
-    """Draw the loss curves and some of the grids that teacher and student left; nothing of a model that is absent."""
+    """Draw the loss curves and some training grids of teacher and student; skip an absent model."""
     sections = []
     grids = {name: path for model, folder in folders.items() for name, path in _some_grids(model, folder).items()}
     if grids:
@@ -144,7 +144,7 @@ def _show_trainings(folders: Mapping[str, Path], plots: Path) -> list[Section]:
 
 
 def _some_grids(model: str, folder: Path) -> dict[str, Path]:
-    """Pick grids at even distances, the last one among them."""
+    """Pick evenly spaced grids, including the last."""
     paths = sorted((folder / "grids").glob("step_*.png"))
     count = min(MONTAGE_GRIDS, len(paths))
     chosen = [paths[(index + 1) * len(paths) // count - 1] for index in range(count)]
@@ -229,7 +229,7 @@ def _table(rows: Sequence[Row]) -> list[TableRow]:
 
 
 def _position(fid: float, floor: float | None, ceiling: float | None) -> float | None:
-    """Place a FID between floor (0) and ceiling (1) on a logarithmic scale; None where that makes no sense."""
+    """Place a FID between floor (0) and ceiling (1) on a logarithmic scale; None if undefined."""
     if floor is None or ceiling is None or not 0 < floor < ceiling or fid <= 0:
         return None
     return min(1.0, max(0.0, math.log(fid / floor) / math.log(ceiling / floor)))
@@ -243,7 +243,7 @@ def _format(key: str, found: Mapping[str, float]) -> str:
 
 
 def _readable(protocol: Mapping[str, Any]) -> dict[str, str]:
-    """Flatten the protocol for the page; the rows' counts stand in the table already."""
+    """Flatten the protocol for the page, without the rows' counts, which the table has."""
     network, reference = protocol["network"], protocol["reference"]
     settings = {key: value for key, value in protocol["settings"].items() if key not in ("batch_size", "beside_fid")}
     rows = protocol["rows"].items()

@@ -39,10 +39,9 @@ def save_grid(images: np.ndarray, path: Path, *, columns: int | None = None, min
 
 
 def save_rows(rows: Mapping[str, np.ndarray], path: Path, *, min_side: int = 32) -> None:
-    """Write one row of tiles for each entry, with its name to the left: e.g. the steps of a sampler.
+    """Write one named row of tiles per entry, e.g. the steps of a sampler.
 
-    Raises:
-        ValueError: no rows, or a row that is not uint8 [N, H, W, 1 or 3].
+    Raises ValueError for no rows, or a row that is not uint8 [N, H, W, 1 or 3].
     """
     if not rows:
         raise ValueError("rows is empty: at least one row of images is needed")
@@ -62,10 +61,9 @@ def save_rows(rows: Mapping[str, np.ndarray], path: Path, *, min_side: int = 32)
 
 
 def save_montage(pictures: Mapping[str, Path], path: Path, *, columns: int, min_width: int = 260) -> None:
-    """Lay existing pictures out in rows of `columns`, each under its name; narrow ones are enlarged by a whole factor.
+    """Lay out pictures in rows of `columns`, each under its name; narrow ones are enlarged by a whole factor.
 
-    Raises:
-        ValueError: no pictures.
+    Raises ValueError without pictures.
     """
     if not pictures:
         raise ValueError("pictures is empty: at least one picture is needed")
@@ -146,9 +144,9 @@ def save_bars(
     title: str,
     levels: Mapping[str, float] | None = None,
 ) -> None:
-    """Plot {series: {category: value}} as groups of horizontal bars, and `levels` as dashed lines, into one PNG.
+    """Plot {series: {category: value}} as grouped horizontal bars, and `levels` as dashed lines, into one PNG.
 
-    The scale is logarithmic where all values are positive.
+    The scale is logarithmic if all values are positive.
     """
     figure, axes = _figure(1.6 + 0.22 * len(categories) * (len(series) + 1), xlabel=xlabel, title=title)
     height = 1 / (len(series) + 1)
@@ -170,7 +168,7 @@ def _figure(height: float, **labels: str) -> "tuple[Figure, Axes]":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # No pyplot: its global state is not safe where two stages draw at once.
+    # No pyplot: its global state is not safe when two stages draw concurrently.
     figure = Figure(figsize=(7, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(**labels)
@@ -185,7 +183,7 @@ def _save_figure(figure: "Figure", path: Path) -> None:
 
 
 def _mark_integers(axes: "Axes", values: Sequence[float]) -> None:
-    """Label exactly the values that occur: decades say little about 1, 2 and 35 network calls."""
+    """Label exactly the values that occur: decades are too coarse for 1, 2 and 35 network calls."""
     ticks = sorted(set(values))
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xticks([], minor=True)

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: facts, a table of metrics, pictures as data: URIs. Same input, same bytes."""
+"""One self-contained HTML page: facts, a table of metrics, pictures as data: URIs; deterministic bytes."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Section:
-    """PNG files side by side, each with its label, under a title; the template has the caption of each title."""
+    """PNG files side by side, each with its label, under a title; the template holds each title's caption."""
 
     title: str
     pictures: Mapping[str, Path]
@@ -29,7 +29,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """Contents of the page, in its order."""
+    """Contents of the page, in order."""
 
     title: str
     facts: Mapping[str, str]
@@ -40,7 +40,7 @@ class Report:
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Write the page; it needs no other file and no network."""
+    """Write the page, which needs no other file and no network."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     here = FileSystemLoader(Path(__file__).parent)

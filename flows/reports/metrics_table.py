@@ -7,7 +7,7 @@ Rows = dict[str, dict[str, float]]  # images -> metric -> value
 
 
 def by_row(metrics: Metrics) -> tuple[str, Rows]:
-    """Return the network and the metrics row by row: {images: {metric: value}}."""
+    """Return the feature network and the metrics by row: {images: {metric: value}}."""
     rows: Rows = {}
     for key, values in metrics.items():
         metric, _, network = key.partition("_")

@@ -1,1 +1,1 @@
-"""Everything that cm stage does around a stage."""
+"""The runner of one stage, behind `cm stage`: parameters, progress, signals, tracking."""

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from flows.checkpoints.store import Checkpoint
     from flows.tracking.stage_run import StageRun
 
-LINE_EVERY, FILE_EVERY = 5.0, 0.5  # seconds between two lines of progress, two writes of the progress file
+LINE_EVERY, FILE_EVERY = 5.0, 0.5  # seconds between progress lines, between writes of the progress file
 
 
 class Bar(Monitor):
-    """Progress as a bar on the terminal while entered; where stderr is no terminal, as `lines` or not at all."""
+    """Progress bar on the terminal while entered; if stderr is no terminal, `lines` or nothing."""
 
     def __init__(self, title: str, *, lines: bool = False) -> None:
         self._title, self._lines, self._loss = title, lines, ""
@@ -75,7 +75,7 @@ def _rich_bar(*, transient: bool) -> "Progress":
 
 
 class StageMonitor(Monitor):
-    """The monitor of `cm stage`: shows progress, writes the progress file, logs to MLflow, has checkpoints uploaded."""
+    """The monitor of `cm stage`: shows progress, writes the progress file, logs to MLflow, uploads checkpoints."""
 
     def __init__(
         self, display: Bar, run: "StageRun", stop_requested: Callable[[], bool], checkpoint: "Checkpoint | None" = None
@@ -104,14 +104,14 @@ class StageMonitor(Monitor):
 
     def stop_requested(self) -> bool:
         requested = self._stop_requested()
-        if requested and not self._stop_announced:  # said here, because a signal handler must not print
+        if requested and not self._stop_announced:  # reported here, because a signal handler must not print
             self._stop_announced = True
             self.remark("stopping after this step, the training state is saved; a second signal stops immediately")
         return requested
 
 
 class _ProgressFile:
-    """Progress of the stage for the process that started it: one JSON object, replaced whole."""
+    """Progress of the stage for its parent process: one JSON object, replaced atomically."""
 
     def __init__(self) -> None:
         self._path, self._last = Settings.read().progress_file, -FILE_EVERY

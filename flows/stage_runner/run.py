@@ -1,6 +1,6 @@
-"""Run one stage, as `cm stage NAME` does: fill its parameters by name, show its progress, log it to MLflow.
+"""Run one stage, as `cm stage NAME` does: bind its parameters by name, show progress, log to MLflow.
 
-Where several processes share a stage, `cm stage` starts them (flows/distributed/launch.py), and rank 0 does all this.
+If several processes share a stage, `cm stage` launches them (flows/distributed/launch.py), and rank 0 does all this.
 """
 
 import importlib
@@ -46,12 +46,12 @@ TRAINS = ("features", "teacher", "student")
 
 
 def start_stage(name: str, root: Path) -> None:
-    """Run one stage on params/active.yaml of the workspace `root`: here, or in as many processes as CM_DEVICES says.
+    """Run one stage of the workspace `root` on params/active.yaml, here or in CM_DEVICES processes.
 
     Raises:
-        UserError: no such stage, a missing input, a bad value, or code that is not this workspace's.
+        UserError: no such stage, a missing input, a bad value, or code from another checkout.
         StageFailed: a process was lost.
-        SystemExit: 128 + signal, when SIGINT or SIGTERM asked the stage to end; a training has saved its state.
+        SystemExit: 128 + signal, after SIGINT or SIGTERM; a training has saved its state.
     """
     _, recipe, _ = _read_stage(name, root)
     count = processes_for(name, getattr(recipe, name, None))
@@ -63,11 +63,11 @@ def start_stage(name: str, root: Path) -> None:
 
 
 def run_stage(name: str, root: Path) -> None:
-    """Run one stage in this process, which is alone or rank 0; see `start_stage` for what it raises."""
+    """Run one stage in this process, alone or as rank 0; raises as `start_stage` does."""
     stage, recipe, function = _read_stage(name, root)
     inputs = {path: dvc_md5(root / path) for path in stage.deps if path.startswith("out/")}
     source = recipe.data.source
-    if "data" in stage.params and hasattr(source, "path"):  # what DVC versions is fetched
+    if "data" in stage.params and hasattr(source, "path"):  # fetch data that DVC versions
         inputs |= fetch_versioned(root, source.path, source.version)
     out_dir, parameters = root / "out" / name, inspect.signature(function).parameters
     with _signals(function) as signals, ExitStack() as stack:
@@ -94,16 +94,16 @@ def run_stage(name: str, root: Path) -> None:
 
 
 def share_stage(name: str, root: Path) -> None:
-    """Compute the part of a rank other than 0: without state, outputs and tracking of its own."""
+    """Run a rank other than 0: compute only, without state, outputs or tracking."""
     stage, recipe, function = _read_stage(name, root)
     share_kernels(shared_root(root))
     with _signals(function) as signals, TemporaryDirectory() as scratch:
-        beside_main = os.environ["GROUP_RANK"] == "0"  # images that a node draws go into one file
+        beside_main = os.environ["GROUP_RANK"] == "0"  # all ranks of a node write their images into one file
         monitor = Monitor()
         monitor.stop_requested = signals.received
         given = {
             "out_dir": root / "out" / name if beside_main and name == "sample" else Path(scratch),
-            "state_dir": states_folder(shared_root(root)) / name,  # holds none; compiled kernels are kept beside it
+            "state_dir": states_folder(shared_root(root)) / name,  # stays empty; compiled kernels are kept beside it
             "monitor": monitor,
         }
         with (
@@ -124,7 +124,7 @@ def _read_stage(name: str, root: Path) -> tuple[Stage, Recipe, Callable[..., Non
 
 @contextmanager
 def _signals(function: Callable) -> Iterator[StageSignals]:
-    """Take note of signals, and of the caller's end, while a stage runs."""
+    """Handle signals, and the parent's end, while a stage runs."""
     with StageSignals(deferred="state_dir" in inspect.signature(function).parameters) as signals:
         if Settings.read().lifeline:
             end_with_caller()
@@ -132,20 +132,20 @@ def _signals(function: Callable) -> Iterator[StageSignals]:
 
 
 def facts(stage: Stage, root: Path, inputs: Mapping[str, str]) -> dict[str, Any]:
-    """Return by name what must be the same in all processes that share a stage."""
+    """Return by name the facts on which all processes of a stage must agree."""
     cmd, deps, params, _ = stage_facts(root, stage, inputs)
     return flatten({"cmd": cmd, **deps, **params})
 
 
 def _refuse_other_code(root: Path) -> None:
-    """Refuse to fill this workspace's outputs with what another checkout's code computes."""
+    """Refuse to write this workspace's outputs with code from another checkout."""
     imported = Path(flows.__file__).parent.resolve()
     if imported != (root / "flows").resolve():
         raise UserError(f"the code of {imported.parent} would run for the workspace {root}; set PYTHONPATH={root}")
 
 
 def fill_parameters(function: Callable, given: Mapping[str, Any], recipe: Recipe, root: Path) -> dict[str, Any]:
-    """Return what each parameter of a stage gets: a service, a section, or another stage's artifact."""
+    """Return the argument of each parameter of a stage: a service, a section, or another stage's artifact."""
 
     def argument(name: str) -> Any:
         if name in given:
@@ -158,7 +158,7 @@ def fill_parameters(function: Callable, given: Mapping[str, Any], recipe: Recipe
 def _checkpoint(
     stage: Stage, root: Path, inputs: Mapping[str, str], say: Callable[[str], None]
 ) -> AbstractContextManager[Checkpoint]:
-    """Return the checkpoint to hold while a stage trains, after removing those whose outputs are safely stored."""
+    """Return the checkpoint to hold while a stage trains; first remove checkpoints whose outputs are stored."""
     home = shared_root(root)
     drop_finished(home, cache_of(root).holds)
     share_kernels(home)
@@ -168,7 +168,7 @@ def _checkpoint(
 
 @contextmanager
 def _tracked_run(stage: Stage, root: Path, recipe: Recipe, inputs: Mapping[str, str]) -> Iterator[StageRun]:
-    """Open the stage's MLflow run, with all that is known before the stage starts."""
+    """Open the stage's MLflow run with everything known before the stage starts."""
     belonging = RunContext.read()
 
     def tags() -> dict[str, str]:
@@ -188,7 +188,7 @@ def _tracked_run(stage: Stage, root: Path, recipe: Recipe, inputs: Mapping[str, 
 
 
 def _log_outputs(run: StageRun, stage: Stage, root: Path, recipe: Recipe, outs: Mapping[str, str]) -> None:
-    """Log what the stage made: its data version, the files worth a look, the data set, the model."""
+    """Log a stage's results: data version, files worth viewing, data set, model."""
     folder = root / "out" / stage.name
 
     def log_outputs(tracker: Tracker, run_id: str) -> None:

@@ -1,4 +1,4 @@
-"""How a running stage is asked to end: by SIGINT or SIGTERM, or because the process that started it is gone."""
+"""Requests to stop a running stage: SIGINT, SIGTERM, or the death of its parent process."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from flows.settings import Settings, variable
 
 
 class StageSignals:
-    """SIGINT and SIGTERM while a stage runs: noted once for a stage that looks for them, else an exit at once."""
+    """Handler of SIGINT and SIGTERM: a stage that polls can save its state first; for others exit at once."""
 
     def __init__(self, *, deferred: bool) -> None:
         self._deferred, self._number = deferred, 0
@@ -25,21 +25,21 @@ class StageSignals:
             signal.signal(number, handler)
 
     def received(self) -> bool:
-        """Whether the stage is asked to end."""
+        """Whether the stage is asked to stop."""
         return self._number != 0
 
     @contextmanager
     def as_exit(self, stopped: type[Exception]) -> Iterator[None]:
-        """Turn the error with which a stage answers to a signal, here or at another rank, into an exit code."""
+        """Turn the exception with which a stage reacts to a signal, on any rank, into an exit code."""
         try:
             yield
         except stopped as error:
             raise SystemExit(128 + (self._number or signal.SIGTERM)) from error
 
     def _handle(self, number: int, _: object) -> None:
-        """Note the signal, and nothing else: it may have interrupted this thread in a print, or while it held a lock.
+        """Only record the signal: it may have interrupted a print, or a thread that holds a lock.
 
-        A second signal, or the first where nothing has to be saved, ends the process.
+        A second signal, or the first if the stage has nothing to save, ends the process.
         """
         if not self._deferred or self._number:
             raise SystemExit(128 + number)
@@ -47,9 +47,9 @@ class StageSignals:
 
 
 def end_with_caller() -> None:
-    """Ask this process to end, as SIGTERM does, when its standard input ends: the pipe's other end is the caller's."""
+    """Terminate this process, as SIGTERM does, when its standard input closes: the parent holds the other end."""
 
-    def end() -> None:  # nobody reads our output now, and a line that cannot be written must not keep us from saving
+    def end() -> None:  # nobody reads our output now, and a failing write must not prevent saving
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):
             os.dup2(nowhere, stream.fileno())
@@ -59,8 +59,8 @@ def end_with_caller() -> None:
 
 
 def give_lifeline() -> None:
-    """Let processes that are started from now on `end_with_caller`: when this one ends, or this one's caller."""
-    reading, writing = os.pipe()  # the writing end is this process's alone: children do not inherit it
+    """Let child processes started from now on `end_with_caller`: when this process or its parent ends."""
+    reading, writing = os.pipe()  # children do not inherit the writing end
     if Settings.read().lifeline:
         _at_end_of(os.dup(sys.stdin.fileno()), lambda: os.close(writing))
     os.dup2(reading, sys.stdin.fileno())

@@ -1,4 +1,4 @@
-"""One of the processes that share a stage: what torchrun, or `cm stage` for CM_DEVICES, starts once a device."""
+"""One process of a shared stage, started once per device by torchrun or by `cm stage`."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ from flows.stage_runner.run import run_stage, share_stage
 def main(argv: Sequence[str]) -> int:
     """Run the stage `argv[0]` of the workspace in the current folder and return the exit code.
 
-    Rank 0 does what `cm stage` does, the others only compute. What all have to say is said once on each node.
+    Rank 0 acts as `cm stage`, the others only compute. An error common to all ranks is printed once per node.
     """
     stage, root = argv[0], Path.cwd()
     several_nodes = int(os.environ["GROUP_WORLD_SIZE"]) > 1
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     except UserError as error:
         code, line = USER_ERROR, str(error)
-    except ranks.ProcessLost as error:  # on one node the launcher knows how it ended
+    except ranks.ProcessLost as error:  # on one node the launcher knows its exit code
         code, line = ranks.EXIT_PEER_LOST, f"{stage}: {error}; {RESUMES}" if several_nodes else ""
     except SystemExit as end:
         return end.code
@@ -43,4 +43,4 @@ if __name__ == "__main__":
     sys.stdout.flush()
     sys.stderr.flush()
     if exit_code:
-        os._exit(exit_code)  # Python's own end would abort, with another code, on the threads of a group that broke
+        os._exit(exit_code)  # a regular exit would abort, with another code, on the broken group's threads
