@@ -1,4 +1,4 @@
-"""A sweep as one Prefect flow: every point is a run of the pipeline, and what points share is computed once."""
+"""A sweep as one Prefect flow: every point is a pipeline run, and shared results are computed once."""
 
 import logging
 import re
@@ -35,9 +35,9 @@ class SweepFailed(StageFailed):
 
 
 def run_sweep(name: str, overrides: Sequence[str], root: Path) -> dict[str, Any]:
-    """Run a sweep: here, with Prefect embedded, or with the server of PREFECT_API_URL.
+    """Run a sweep, with Prefect embedded or with the server of PREFECT_API_URL; return the flow's results.
 
-    Returns what the flow returns. Raises SweepFailed when all points have been tried and some failed.
+    Raises SweepFailed when all points have been tried and some failed.
     """
     with embedded_prefect(root):
         return sweep(name, list(overrides), root)
@@ -68,14 +68,14 @@ def sweep(name: str, overrides: list[str] | None = None, root: Path = Path()) ->
 def run_points(
     planned: Sweep, parent: PipelineRun, root: Path
 ) -> tuple[list[tuple[Outcome, dict[str, Any]]], dict[str, str]]:
-    """Run all points one after the other; return what was measured, and why the others failed, by name."""
+    """Run all points in turn; return the results, and the errors of failed points by name."""
     outcomes, failed = [], {}
     for number, point in enumerate(planned.points, 1):
         logger.info("sweep: point %s of %s, %s", number, len(planned.points), point.name)
         try:
             with parent.belonging().in_environment():
                 results = consistency(point.recipe, f"{planned.name} {point.name}", root)
-        except Exception as error:  # whatever it is: the other points are not concerned, and the end tells it
+        except Exception as error:  # one point's failure does not stop the others; the sweep reports it at the end
             failed[point.name] = next(iter(str(error).splitlines()[-1:]), type(error).__name__)
             logger.error("sweep: point %s failed, the others go on: %s", point.name, failed[point.name])
         else:
@@ -86,7 +86,7 @@ def run_points(
 def finish(
     planned: Sweep, runs: Sequence[tuple[Outcome, dict[str, Any]]], parent: PipelineRun, root: Path
 ) -> dict[str, Any]:
-    """Write, log and show the table and the plots of the points that were measured; return the results."""
+    """Write, log and show the table and plots of the measured points; return the results."""
     outcomes = [outcome for outcome, _ in runs]
     rows, files = {}, []
     if outcomes:
@@ -116,6 +116,6 @@ def _by_metric(rows: Rows, network: str) -> dict[str, dict[str, float]]:
 
 
 def _numbers(rows: Rows, network: str) -> dict[str, dict[str, float]]:
-    """Return the table under names that MLflow takes."""
+    """Return the table with names that MLflow accepts."""
     tidy = {re.sub(r"[^\w.\- /]+", " ", name.replace(", ", "/")): row for name, row in rows.items()}
     return _by_metric(tidy, network)

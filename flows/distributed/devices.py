@@ -48,8 +48,8 @@ def hold_devices(
 ) -> Iterator[dict[str, str]]:
     """Lock `count` devices on this machine; yield the environment variables that restrict a process to them.
 
-    The lock files lie in `folder`; the locks end with this process. Without devices nothing is locked. While too few are
-    free, hold none, so that other runs can use them, and call `on_wait` once; when `is_over`, stop waiting, hold none.
+    The lock files lie in `folder`; the locks end with this process. Without devices nothing is locked. While too few
+    are free, hold none, so that other runs can use them, and call `on_wait` once; when `is_over`, give up with none.
     """
     if devices:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""The stages of the pipeline: plain functions of recipe sections and folders. They know no engine."""
+"""The stages of the pipeline: plain functions of recipe sections and folders, independent of the orchestration."""

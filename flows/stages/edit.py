@@ -1,4 +1,4 @@
-"""Stage `edit`: a gallery of edits of held-out images by a student that was not trained for them."""
+"""Stage `edit`: a gallery of zero-shot edits of held-out images by a student."""
 
 import json
 from collections.abc import Callable
@@ -29,13 +29,13 @@ from flows.reports.figures import save_rows
 from flows.stages.models import pick_device, to_device
 
 STROKE_STEPS, STROKE_SHADES = 2, 4  # levels (CM, App. D); shades of a made-up stroke painting
-MOST_RESULTS = 8  # of an image
+MOST_RESULTS = 8  # per image
 PAIRS, FRAMES = 4, 8  # of the interpolations
 TaskName = Literal["inpaint", "colorize", "superres", "stroke", "denoise", "interpolate"]
 
 
 class Edit(Params):
-    """The editing gallery: which edits of which images."""
+    """The editing gallery: the edits and their images."""
 
     tasks: tuple[TaskName, ...] = ("inpaint", "colorize", "superres", "stroke", "denoise", "interpolate")
     """Pictures of the gallery; colorize is left out where the images are grey."""
@@ -81,17 +81,17 @@ class Originals:
 class Task:
     """One kind of edit, of images [B, C, H, W] in -1..1."""
 
-    sigmas: list[float]  # one network call each
+    sigmas: list[float]  # one network call per level
     spoil: Callable[[Tensor], Tensor]  # image -> the input of the edit
     restore: Callable[[Denoiser, Draws, Tensor], Tensor]
-    operator: Operator | None = None  # whose known coefficients stay
-    num_results: int | None = None  # where noise makes no difference
+    operator: Operator | None = None  # keeps its known coefficients
+    num_results: int | None = None  # 1 for edits that noise does not change
 
 
 def edit(edit: Edit, prepare_dir: Path, student_dir: Path, out_dir: Path, monitor: Monitor) -> None:
-    """Write a picture a task, rows of images before, spoilt and restored, and edit.json, which comes last.
+    """Write one picture per task, with rows of original, degraded and restored images, and edit.json last.
 
-    Raises UserError where patches or noise levels do not fit the student.
+    Raises UserError if patches or noise levels do not fit the student.
     """
     device = pick_device()
     spec, f = load_model(student_dir, device=device)
@@ -128,7 +128,7 @@ def _possible(edit: Edit, spec: ModelSpec, monitor: Monitor) -> list[str]:
 
 
 def _some_images(dataset: Dataset, count: int, device: torch.device) -> Originals:
-    """Return the first held-out images, or training images where none are held out."""
+    """Return the first held-out images, or training images if none are held out."""
     split = "heldout" if len(dataset.heldout_images) else "train"
     arrays = [np.array(getattr(dataset, f"{split}_{part}")[:count]) for part in ("images", "labels")]
     return Originals(split, *(torch.from_numpy(array).to(device) for array in arrays))
@@ -168,7 +168,7 @@ def _tasks(edit: Edit, spec: ModelSpec, device: torch.device) -> dict[str, Task]
 
 
 def _make_mask(edit: Edit, spec: ModelSpec) -> Tensor:
-    """Return which pixels are to be invented, bool [H, W]."""
+    """Return the mask of pixels to invent, bool [H, W]."""
     _, height, width = spec.image_shape
     mask = torch.zeros(height, width, dtype=torch.bool)
     if edit.mask == "square":
@@ -181,7 +181,7 @@ def _make_mask(edit: Edit, spec: ModelSpec) -> Tensor:
 
 
 def _roughen(x0: Tensor, *, factor: int) -> Tensor:
-    """Stand in for a stroke painting: patches of one shade, and few shades."""
+    """Imitate a stroke painting: patches of one shade, and few shades."""
     steps = (STROKE_SHADES - 1) / 2
     return ((editing.superres(factor, device=x0.device).given(x0) + 1) * steps).round() / steps - 1
 
@@ -215,19 +215,19 @@ def _gallery(task: Task, edit: Edit, spec: ModelSpec, f: Precond, images: Origin
 
 
 def _rmse(a: Tensor, b: Tensor) -> float:
-    """Return the root of the mean squared difference of uint8 images, in grey levels."""
+    """Return the root mean squared difference of uint8 images, in grey levels."""
     return (a.double() - b.double()).square().mean().sqrt().item()
 
 
 def _known_error(operator: Operator, results: Tensor, originals: Tensor) -> float:
-    """Return by how much rounding to pixels changed a known coefficient at most, in grey levels."""
+    """Return the largest change of a known coefficient by rounding to pixels, in grey levels."""
     change = operator.forward(from_pixels(results)) - operator.forward(from_pixels(originals))
     return 127.5 * change.abs().masked_fill(operator.unknown, 0).max().item()
 
 
 @torch.no_grad()
 def _interpolate(edit: Edit, spec: ModelSpec, f: Precond, device: torch.device, path: Path) -> dict[str, Any]:
-    """Draw one-step samples on the way from one noise to another, a row a pair."""
+    """Draw one-step samples that interpolate between two noises, one row per pair."""
     sigmas, rows = [spec.noise.sigma_max], {}
     weights = torch.linspace(0, 1, FRAMES, device=device)
     for pair in range(PAIRS):

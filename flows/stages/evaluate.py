@@ -1,4 +1,4 @@
-"""Stage `evaluate`: every row of samples against the training images; metrics, plots and one page to read."""
+"""Stage `evaluate`: compare every row of samples with the training images; write metrics, plots and a report."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from flows.reports.html import write_report
 
 
 class Evaluate(MetricParams):
-    """Which metrics, and how they are computed."""
+    """The metrics and their settings."""
 
     batch_size: int = Field(250, ge=1)
     """Images at once through the feature network; has no influence on the metrics but rounding."""

@@ -1,6 +1,6 @@
-"""Stage `features`: the network that measures images, and its features of the training images.
+"""Stage `features`: the network that measures images, and its features of the training images (the reference).
 
-The reference features are an artifact, so an evaluation never reads the training images again.
+An evaluation reads these features and never the training images.
 """
 
 import shutil
@@ -34,7 +34,7 @@ LOG_EVERY = 10  # steps
 
 
 class Download(NamedTuple):
-    """Where a pretrained network is published; `digest` is the start of the SHA-256, where the file name gives it."""
+    """A published pretrained network; `digest` is the start of the SHA-256 if the file name holds it."""
 
     url: str
     digest: str = ""
@@ -117,10 +117,8 @@ Features = ClassifierFeatures | InceptionFeatures | Vgg16Features | DinoFeatures
 
 
 def features(seed: int, features: Features, prepare_dir: Path, out_dir: Path, monitor: Monitor) -> None:
-    """Train or fetch the feature network, run the training images through it, write both.
-
-    Raises:
-        UserError: weights that cannot be had or do not fit, or a classifier without labels to learn.
+    """Train or fetch the feature network, extract the features of the training images, write both.
+    Raises UserError if weights are unavailable or do not fit, or if a classifier has no labels to learn.
     """
     dataset = load_dataset(prepare_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -185,7 +183,7 @@ def _train(
 def _report_accuracy(
     net: Classifier, features: ClassifierFeatures, dataset: Dataset, monitor: Monitor
 ) -> dict[str, Any]:
-    """Measure on held-out images, where the data set has labelled ones."""
+    """Measure accuracy on held-out images, if the data set has labelled ones."""
     if not (dataset.heldout_labels >= 0).any():
         return {}
     share = accuracy(net, dataset.heldout_images, dataset.heldout_labels, batch_size=features.batch_size)
@@ -195,7 +193,7 @@ def _report_accuracy(
 
 
 def _place_weights(features: Pretrained, path: Path, monitor: Monitor) -> None:
-    """Copy the weights to `path`: the artifact has to work where their origin is out of reach."""
+    """Copy the weights to `path`: the artifact must work without access to their source."""
     if features.weights is None:
         shutil.copyfile(_published_weights(features, monitor), path)
         return
@@ -205,7 +203,7 @@ def _place_weights(features: Pretrained, path: Path, monitor: Monitor) -> None:
 
 
 def _published_weights(features: Pretrained, monitor: Monitor) -> Path:
-    """Return the published file from the folder that torch.hub keeps, downloaded if it is not there."""
+    """Return the published file from the folder that torch.hub keeps; download it if absent."""
     folder, download = Path(torch.hub.get_dir()) / "checkpoints", features.download
     path = folder / download.name
     if not path.is_file() or features.sha256:

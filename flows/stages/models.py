@@ -1,4 +1,4 @@
-"""What the stages with networks share: the device, the student's first weights, labels of samples."""
+"""Shared code of the stages with networks: the device, the student's initial weights, labels of samples."""
 
 import json
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from cm_core.precond import Precond
 from cm_core.sampling import ImageNoise, euler_steps, multistep
 from cm_core.solvers import Denoiser
 
-ABSENT_FILE = "none.json"  # stands in the teacher's folder where a recipe has no teacher
-GRID_IMAGES = 64  # images of a grid drawn during training
+ABSENT_FILE = "none.json"  # marks the teacher's folder of a recipe without teacher
+GRID_IMAGES = 64  # images per training grid
 
 
 def pick_device() -> torch.device:
-    """Return the GPU when there is one; its convolutions then choose their algorithms by measuring."""
+    """Return the GPU when there is one, with cuDNN autotuning, else the CPU."""
     if torch.cuda.is_available():
         torch.backends.cudnn.benchmark = True
         return torch.device("cuda")
@@ -25,13 +25,13 @@ def pick_device() -> torch.device:
 
 
 def to_device(model: Precond, device: torch.device) -> Precond:
-    """Move a model to `device`, in the memory layout that its convolutions prefer there."""
+    """Move a model to `device`, in the memory format that its convolutions prefer there."""
     model = model.to(device)
     return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model
 
 
 def write_origin(out_dir: Path, *, init_from: str, seed: int) -> None:
-    """Record where the student's first weights came from, so that `initial_student` can make them again."""
+    """Record the source of the student's initial weights, for `initial_student`."""
     (out_dir / "origin.json").write_text(json.dumps({"init_from": init_from, "seed": seed}, indent=2) + "\n")
 
 
@@ -44,7 +44,7 @@ def initial_student(spec: ModelSpec, *, init_from: str, seed: int, teacher_dir: 
 
 
 def few_step_sigmas(spec: ModelSpec, mid_sigmas: Sequence[float] = ()) -> list[float]:
-    """Return the noise levels at which a student is asked: sigma_max and those given, or those of PD's Euler steps."""
+    """Return the student's noise levels: sigma_max and the given ones, or those of PD's Euler steps."""
     if spec.form == "euler":
         return spec.noise.grid(spec.euler_steps + 1)[:-1].tolist()
     return [spec.noise.sigma_max, *mid_sigmas]
@@ -59,7 +59,7 @@ def few_steps(spec: ModelSpec, f: Denoiser, noise: ImageNoise, mid_sigmas: Seque
 
 
 def fixed_labels(spec: ModelSpec, indices: range, device: torch.device) -> torch.Tensor | None:
-    """Return class labels for sample indices, every class equally often; None for unconditional models."""
+    """Return class labels for sample indices, balanced over the classes; None for unconditional models."""
     if spec.num_classes == 0:
         return None
     return torch.tensor(indices, device=device) % spec.num_classes

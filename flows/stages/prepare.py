@@ -1,4 +1,4 @@
-"""Stage prepare: real images, whatever their form, become one memory-mapped uint8 array a split."""
+"""Stage `prepare`: decode real images from any source into one memory-mapped uint8 array per split."""
 
 import hashlib
 import json
@@ -25,12 +25,12 @@ from flows.data.sources.image_files import Images
 from flows.errors import UserError
 from flows.monitor import Monitor
 
-CHUNK = 64  # images that a worker takes at once
+CHUNK = 64  # images per worker task
 T = TypeVar("T")
 
 
 class Data(Params):
-    """Which images, and how they are brought to one shape."""
+    """The images, and how they are brought to one shape."""
 
     model_config = ConfigDict(title="Data")
 
@@ -62,7 +62,7 @@ class Data(Params):
         return self
 
     def image_shape(self) -> tuple[int, int, int] | None:
-        """Return [C, H, W] as far as this section alone decides it, else None."""
+        """Return [C, H, W] if this section alone decides it, else None."""
         native = self.source.native_shape() or (None, None, None)
         channels = {"auto": native[0], "grey": 1, "rgb": 3}[self.channels]
         height, width = (self.resolution, self.resolution) if self.resolution else native[1:]
@@ -70,10 +70,8 @@ class Data(Params):
 
 
 def prepare(data: Data, out_dir: Path, monitor: Monitor) -> None:
-    """Write both splits, preview.png and, last, dataset.json, which makes `out_dir` a prepared data set.
-
-    Raises:
-        UserError: images that cannot be had, read or brought to one shape; the line names the file.
+    """Write both splits, preview.png and, last, dataset.json, which marks the data set complete.
+    Raises UserError, naming the file, if images are unavailable, unreadable or cannot be brought to one shape.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "dataset.json").unlink(missing_ok=True)
@@ -116,7 +114,7 @@ def _choose_splits(contents: Contents, data: Data) -> dict[str, list[Item]]:
 
 
 def _hold_out(items: Sequence[Item], fraction: float) -> tuple[list[Item], list[Item]]:
-    """Split class by class; images that are added later leave most others where they were."""
+    """Split class by class; images added later leave most others in their split."""
     by_class: dict[int, list[Item]] = {}
     for item in items:
         by_class.setdefault(item.label, []).append(item)
@@ -132,12 +130,12 @@ def _draw(items: list[Item], limit: int | None) -> list[Item]:
 
 
 def _first(items: Sequence[Item], count: int) -> list[Item]:
-    """Return the first `count` in an order that looks random and is the same on every machine."""
+    """Return the first `count` in a pseudo-random order that is the same on every machine."""
     return sorted(items, key=lambda i: hashlib.sha256(i.name.encode(errors="surrogateescape")).digest())[:count]
 
 
 def _common_shape(items: list[Item], data: Data, monitor: Monitor) -> tuple[int, int, int]:
-    """Return [H, W, C] of the prepared images; reads every header if the recipe leaves anything open."""
+    """Return [H, W, C] of the prepared images; read every header if the recipe leaves a size open."""
     if (shape := data.image_shape()) and (data.resize != "none" or data.source.native_shape()):
         return *shape[1:], shape[0]
     headers = list(_map(lambda index: _read_header(items[index]), len(items), monitor, "headers"))
@@ -161,7 +159,7 @@ def _read_header(item: Item) -> tuple[tuple[int, int], bool]:
 def _write_split(
     split: str, items: list[Item], shape: tuple[int, int, int], data: Data, out_dir: Path, monitor: Monitor
 ) -> Counter[str]:
-    """Decode into {split}_images.npy, write {split}_labels.npy, and count the traits of the images."""
+    """Decode into {split}_images.npy, write {split}_labels.npy, and count the images' traits."""
     np.save(out_dir / f"{split}_labels.npy", np.array([item.label for item in items], dtype=np.int64))
     path = out_dir / f"{split}_images.npy"
     images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(items), *shape))
@@ -172,7 +170,7 @@ def _write_split(
         where = items[index].where
         with items[index].open() as image:
             pixels, traits = convert(image, where, **how)
-        if pixels.shape != shape:  # a header that promised another size
+        if pixels.shape != shape:  # the header promised another size
             raise UserError(f"{where}: decodes to {list(pixels.shape)}, where {list(shape)} is expected")
         images[index] = pixels
         return traits
@@ -183,7 +181,7 @@ def _write_split(
 
 
 def _map(work: Callable[[int], T], count: int, monitor: Monitor, unit: str) -> Iterator[T]:
-    """Yield work(0), ..., work(count - 1), done by threads: the decoders release Python's lock."""
+    """Yield work(0), ..., work(count - 1), computed by threads: the decoders release the GIL."""
     chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
     done = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -194,7 +192,7 @@ def _map(work: Callable[[int], T], count: int, monitor: Monitor, unit: str) -> I
 
 
 def _refuse_full_disk(out_dir: Path, needed: int) -> None:
-    # A memory-mapped file that meets a full disk kills the process without a word.
+    # Check first: writing to a memory-mapped file on a full disk kills the process without a message.
     free = shutil.disk_usage(out_dir).free
     if free < needed:
         raise UserError(f"{out_dir}: the prepared images need {needed >> 20} MiB, {free >> 20} MiB are free")

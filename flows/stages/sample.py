@@ -1,4 +1,4 @@
-"""Stage `sample`: images from the student at one and more steps, from the untrained student and from the teacher."""
+"""Stage `sample`: images from the student at one and more steps, the untrained student and the teacher."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -34,13 +34,13 @@ from flows.stages.models import (
 )
 
 GRID_IMAGES = 100
-STRIP_SIGMAS = (0.2, 0.5, 1.0, 2.0, 5.0, 20.0, 80.0)  # from hardly visible noise to nothing but noise
+STRIP_SIGMAS = (0.2, 0.5, 1.0, 2.0, 5.0, 20.0, 80.0)  # from hardly visible to pure noise
 STRIP_IMAGES = 8
 ROUNDING = "uint8, x * 127.5 + 128, clipped"
 
 
 class Sample(Params):
-    """Which images are drawn for the evaluation."""
+    """The images drawn for the evaluation."""
 
     num_images: int = Field(50_000, ge=1)
     """Images a row."""
@@ -60,7 +60,7 @@ class Sample(Params):
 
 @dataclass(frozen=True)
 class Row:
-    """One set of images and how it was made; `draw` takes noise and labels to images."""
+    """One set of images and its settings; `draw` maps noise and labels to images."""
 
     name: str
     model: str
@@ -73,7 +73,7 @@ class Row:
 def sample(
     sample: Sample, prepare_dir: Path, teacher_dir: Path, student_dir: Path, out_dir: Path, monitor: Monitor
 ) -> None:
-    """Draw every row of images and write arrays, grids and denoising strips; samples.json comes last."""
+    """Draw every row of images; write arrays, grids and denoising strips, and samples.json last."""
     device = pick_device()
     autocast = autocast_dtype(sample.precision)
     set_float32_products(sample.precision)
@@ -122,7 +122,7 @@ def _check_levels(sample: Sample, spec: ModelSpec) -> None:
 
 def _student_rows(sample: Sample, spec: ModelSpec, f: Precond) -> list[Row]:
     rows: list[Row] = []
-    for mid in [()] if spec.form == "euler" else sample.mid_sigmas:  # PD's steps are settled in training
+    for mid in [()] if spec.form == "euler" else sample.mid_sigmas:  # training fixes PD's steps
         name = f"nfe_{len(few_step_sigmas(spec, mid))}"
         if any(row.name == name for row in rows):
             name += "_at_" + "_".join(f"{sigma:g}" for sigma in mid)
@@ -172,16 +172,16 @@ def write_images(
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Draw images in batches into one array, uint8 [N, H, W, C]; a batch is written while the next is computed.
+    """Draw images into one array, uint8 [N, H, W, C]; write a batch while the next is computed.
 
-    Several processes take every n-th batch each; all end when the array is whole. Images do not depend on how many.
+    Ranks take the batches in turn and return once the array is complete. Images do not depend on the world size.
     """
     channels, height, width = spec.image_shape
     shape = (num_images, height, width, channels)
     if ranks.is_main():
         np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     ranks.wait_for_all()
-    apart = ranks.agree(not path.exists())  # on another node: its processes write files of their own
+    apart = ranks.agree(not path.exists())  # ranks of another node write their own files
     if not path.exists():
         np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     images = np.lib.format.open_memmap(path, mode="r+")
@@ -198,18 +198,18 @@ def write_images(
         _hand_over(images, batch_size)
     images.flush()
     ranks.wait_for_all()
-    if ranks.world_size() > 1:  # the last batch may have been another's
+    if ranks.world_size() > 1:  # another rank may have had the last batch
         progress(num_images)
 
 
 def _hand_over(images: np.ndarray, batch_size: int) -> None:
-    """Bring the batches of all processes into the array of rank 0."""
+    """Copy the batches of all ranks into the array of rank 0."""
     for number, start in enumerate(range(0, len(images), batch_size)):
         ranks.send_to_main(torch.from_numpy(images[start : start + batch_size]), number % ranks.world_size())
 
 
 def _to_host(pixels: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Copy to the host without waiting: the copy is done when the event, where there is one, has happened."""
+    """Copy to the host asynchronously; the copy is complete after the event, if there is one."""
     if not pixels.is_cuda:
         return pixels, None
     copy = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True).copy_(pixels, non_blocking=True)
@@ -229,7 +229,7 @@ def _write_batch(
 
 @torch.no_grad()
 def _save_strips(spec: ModelSpec, f: Precond, dataset: Dataset, device: torch.device, path: Path) -> None:
-    """Held-out images, or training images where none are held out, noised more and more, and f of each."""
+    """Held-out images (training images if none are held out) at increasing noise, and f of each."""
     split = "heldout" if len(dataset.heldout_images) else "train"
     images, classes = getattr(dataset, f"{split}_images"), getattr(dataset, f"{split}_labels")
     pixels = torch.from_numpy(np.array(images[:STRIP_IMAGES])).to(device)

@@ -46,12 +46,12 @@ from flows.stages.models import (
 from flows.stages.training import make_batches, place, run_training
 from flows.storage.fetch import fetch
 
-GRID_STEPS = 16  # of a student of progressive distillation at most: a grid interrupts the training
-StudentMethod = CD | CT | ICT | ECT | SCM | PD | CMInf  # what a recipe may name under student.method
+GRID_STEPS = 16  # at most, for progressive distillation: a grid interrupts the training
+StudentMethod = CD | CT | ICT | ECT | SCM | PD | CMInf  # choices of student.method
 
 
 class Student(Params):
-    """How the consistency model is trained."""
+    """Training settings of the consistency model."""
 
     method: StudentMethod = CD()
     """The training method, with its paper's hyperparameters."""
@@ -64,7 +64,7 @@ class Student(Params):
 
     @property
     def initial_weights(self) -> str:
-        """Where the first weights come from, the method's habit resolved."""
+        """The source of the initial weights, resolved from the method's default."""
         return self.init_from or self.method.starts_from
 
     @property
@@ -85,7 +85,7 @@ def student(
     state_dir: Path,
     monitor: Monitor,
 ) -> None:
-    """Train the student and write its averaged weights. Raises UserError where a needed teacher is absent."""
+    """Train the student and write its EMA weights. Raises UserError if a needed teacher is absent."""
     dataset, device, seed = load_dataset(prepare_dir), pick_device(), derive_seed(seed, "student")
     batches = make_batches(dataset, student.train, conditional=conditional, seed=seed, device=device)
     teacher_spec = _teacher_spec(student, teacher_dir)
@@ -140,14 +140,14 @@ def _teacher_spec(student: Student, teacher_dir: Path) -> ModelSpec | None:
 
 
 def _load_teacher(student: Student, teacher_dir: Path, device: torch.device) -> Precond | None:
-    """Return the teacher where the loss asks one; the first weights alone do not keep it in memory."""
+    """Return the teacher if the loss uses one; initial weights alone do not keep it in memory."""
     if not student.method.needs_teacher:
         return None
     return place(load_model(teacher_dir, autocast=student.train.autocast)[1], device)
 
 
 def build_weighting(method: Method, seed: int, device: torch.device) -> nn.Module | None:
-    """Return the learned part of the loss, its random features from `seed` alone."""
+    """Return the learned part of the loss, with random features derived from `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "weighting"))
         weighting = method.build_weighting()
@@ -179,9 +179,9 @@ def _build_distance(
 
 @torch.no_grad()
 def draw_samples(model: Precond, step: int, *, spec: ModelSpec, student: Student, device: torch.device) -> np.ndarray:
-    """Return one-step samples for a training grid, the same noise every time, uint8 [N, H, W, C].
+    """Return one-step samples for a training grid, with fixed noise, uint8 [N, H, W, C].
 
-    A student of form euler takes as many steps as it has learnt to by then, GRID_STEPS at most.
+    A student of form euler takes its current number of steps, GRID_STEPS at most.
     """
     steps = student.method.euler_steps_at(step, student.train.num_steps)
     spec, indices = spec.model_copy(update={"euler_steps": min(steps, GRID_STEPS)}), range(GRID_IMAGES)

@@ -29,7 +29,7 @@ from flows.stages.training import make_batches, place, run_training
 
 
 class Teacher(Params):
-    """How the diffusion model is trained."""
+    """Training settings of the diffusion model."""
 
     method: EDM = EDM()
     """The training method."""
@@ -50,7 +50,7 @@ def teacher(
     state_dir: Path,
     monitor: Monitor,
 ) -> None:
-    """Train the teacher and write its averaged weights; a recipe without one gets a marker file."""
+    """Train the teacher and write its EMA weights; for a recipe without teacher write a marker file."""
     out_dir.mkdir(parents=True, exist_ok=True)
     if teacher is None:
         (out_dir / ABSENT_FILE).write_text(json.dumps({"teacher": None}) + "\n")
@@ -82,7 +82,7 @@ def teacher(
 def draw_samples(
     model: Precond, _step: int, *, spec: ModelSpec, sampler: TeacherSampler, device: torch.device
 ) -> np.ndarray:
-    """Return the images of a training grid, the same noise every time, uint8 [N, H, W, C]."""
+    """Return the images of a training grid, with fixed noise, uint8 [N, H, W, C]."""
     indices = range(GRID_IMAGES)
     noise = ImageNoise(0, indices, spec.image_shape, device)
     return to_pixels(sampler.sample(model, noise, spec.noise, fixed_labels(spec, indices, device))).cpu().numpy()

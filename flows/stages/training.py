@@ -1,4 +1,4 @@
-"""What teacher and student share: a training that resumes, logs and draws grids."""
+"""Shared code of teacher and student: a training that resumes, logs and draws grids."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from flows.monitor import PROFILE_VARIABLE, Monitor
 from flows.reports.figures import save_grid
 from flows.stages.models import to_device
 
-DrawImages = Callable[[Precond, int], np.ndarray]  # averaged model, training steps so far -> uint8 [N, H, W, C]
+DrawImages = Callable[[Precond, int], np.ndarray]  # EMA model, training steps so far -> uint8 [N, H, W, C]
 
 
 class StageStopped(Exception):
@@ -37,7 +37,7 @@ class StageStopped(Exception):
 
 
 def make_batches(dataset: Dataset, train: Train, *, conditional: bool, seed: int, device: torch.device) -> Batches:
-    """Return the training batches. Raises UserError where the data set is too small or lacks labels."""
+    """Return the training batches. Raises UserError if the data set is too small or lacks labels."""
     if len(dataset.train_images) < train.batch_size:
         raise UserError(
             f"data {dataset.name}: {len(dataset.train_images)} training images are fewer than "
@@ -50,7 +50,7 @@ def make_batches(dataset: Dataset, train: Train, *, conditional: bool, seed: int
 
 
 def place(model: Precond, device: torch.device) -> Precond:
-    """Bring a network of a training, made on the CPU and copied, to `device`: whole, or this process's part of it."""
+    """Move a training's network, built on the CPU, to `device`: whole, or this process's shards."""
     if not sharding.is_wanted():
         return to_device(model, device)
     sharding.shard(model.net, device)
@@ -62,8 +62,8 @@ def run_training(
 ) -> None:
     """Train to the end, from the last saved state if there is one, and write the artifact.
 
-    Metrics and grids gather beside the states, so that a resumed training has all of them; they move to `out_dir`
-    at the end. Raises StageStopped after saving when the monitor asks for it.
+    Metrics and grids lie beside the states, so that they survive a resume; they move to `out_dir` at the end.
+    Raises StageStopped after saving when the monitor asks to stop.
     """
     state, train, device = trainer.state, trainer.state.train, trainer.batches.device
     set_float32_products(train.precision)
@@ -72,7 +72,7 @@ def run_training(
     trainer.models = compose_passes(trainer.models, trainer.method, train, graphs=not sharding.is_wanted())
     log = TrainingLog((state_dir if ranks.is_main() else out_dir) / LOG, before=state.step)
     averaged = spec.build(autocast=train.autocast).eval().requires_grad_(False)
-    if ranks.is_main():  # which alone draws
+    if ranks.is_main():  # only the main process draws
         averaged = to_device(averaged, device)
     speed = _checked_speed(state, trainer.method, spec, device, out_dir.name)
     profile_dir = _profile_folder(out_dir.name)
@@ -107,13 +107,13 @@ def run_training(
 
 
 def _profile_folder(section: str) -> Path | None:
-    """Return where this training's profile goes, if one is asked for; the first process alone makes one."""
+    """Return the folder for this training's profile, if requested; only the main process writes one."""
     given = os.environ.get(PROFILE_VARIABLE)
     return Path(given) / section if given and ranks.is_main() else None
 
 
 def _note_speed(table: Path, step: int, measured: Mapping[str, float]) -> None:
-    """Add a line to the table of speed, under its head."""
+    """Add a line to the table of speed, below its header."""
     table.parent.mkdir(parents=True, exist_ok=True)
     with table.open("a") as file:
         if file.tell() == 0:
@@ -122,7 +122,7 @@ def _note_speed(table: Path, step: int, measured: Mapping[str, float]) -> None:
 
 
 def _checked_speed(state: TrainState, method: Method, spec: ModelSpec, device: torch.device, section: str) -> Speed:
-    """Return the measure of this training's speed; raises UserError where its GPU has not enough memory."""
+    """Return this training's throughput meter; raise UserError if its GPU has too little memory."""
     train, speed = state.train, Speed(method, spec, state.train, device, first=state.step)
     if speed.cost is not None:
         memory = torch.cuda.get_device_properties(device).total_memory
@@ -133,14 +133,14 @@ def _checked_speed(state: TrainState, method: Method, spec: ModelSpec, device: t
 
 
 def _keep_compiled(folder: Path, device: torch.device) -> None:
-    """Keep compiled kernels beside the training states: files named by content, good on any GPU of the kind."""
+    """Keep compiled kernels beside the training states: files named by content, valid on any GPU of the kind."""
     if device.type == "cuda":
         for variable, compiler in (("TRITON_CACHE_DIR", "triton"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
             os.environ.setdefault(variable, str(folder / compiler))
 
 
 def _resume(state: TrainState, state_dir: Path, monitor: Monitor) -> None:
-    """Go on from the last saved state; of several processes the first alone has one, and all hold what it holds."""
+    """Resume from the last saved state; only the main process has one, which it broadcasts."""
     saved = list_states(state_dir) if ranks.is_main() else []
     if ranks.agree(bool(saved)):
         state.restore(saved[-1] if saved else None)
@@ -150,14 +150,14 @@ def _resume(state: TrainState, state_dir: Path, monitor: Monitor) -> None:
 
 
 def _write_artifact(state: TrainState, spec: ModelSpec, out_dir: Path) -> None:
-    for index in reversed(range(len(state.emas))):  # the first is the model's own weights file
+    for index in reversed(range(len(state.emas))):  # the first EMA is the model's own weights file
         weights = state.averaged(index)
         if ranks.is_main():
             save_model(out_dir / f"ema{index}" if index else out_dir, spec, weights)
 
 
 class TrainingLog:
-    """metrics.jsonl and grids of a training in flight; whatever lies beyond the resumed step is dropped."""
+    """metrics.jsonl and grids of a training in flight; entries beyond the resumed step are dropped."""
 
     def __init__(self, folder: Path, *, before: int) -> None:
         self.folder, self.metrics = folder, folder / "metrics.jsonl"
@@ -179,5 +179,5 @@ class TrainingLog:
     def _lines(self) -> list[str]:
         if not self.metrics.exists():
             return []
-        # A line torn by a crash has no line end; the step it belongs to is trained again.
+        # A line torn by a crash has no line end; its step is trained again.
         return [line for line in self.metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -1,4 +1,4 @@
-"""Objects below an s3:// address: whole or absent, checked at both ends, replaced only over a known version."""
+"""Objects below an s3:// address: atomic, verified by checksum on both ends, replaced conditionally by version."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
@@ -13,25 +13,25 @@ from flows.errors import UserError
 from flows.storage.fetch import file_digest
 from flows.storage.s3 import list_objects, s3_address, s3_client, s3_errors
 
-PART = 8 * 2**20  # bytes; larger files travel in such parts, several at once
+PART = 8 * 2**20  # bytes; larger files are transferred in such parts, in parallel
 PART_WORKERS = 4
-TRIES = 2  # downloads of one object whose bytes arrive damaged
-DELETED_AT_ONCE = 1000  # S3's own limit
+TRIES = 2  # attempts to download an object whose bytes arrive damaged
+DELETED_AT_ONCE = 1000  # S3's limit
 
 OnBytes = Callable[[int], None]  # bytes transferred since the last call
 
 
 class WrongBytes(UserError):
-    """An object exists, with other bytes than were stored under its name, or is missing."""
+    """An object is missing, or holds other bytes than were stored under its name."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A small object as the store has it."""
+    """A small object as stored."""
 
     data: bytes
     etag: str
-    age: float  # seconds since it was written, both times by the store's own clock
+    age: float  # seconds since it was written, both times by the store's clock
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Bucket:
                 raise WrongBytes(f"{self.uri}/{key}: {error}") from error
 
     def read(self, key: str) -> Found | None:
-        """Return a small object, or None where there is none."""
+        """Return a small object, or None if there is none."""
         with self._naming(key) as named:
             try:
                 answer = self._client.get_object(**named)
@@ -80,21 +80,21 @@ class Bucket:
         return Found(data, answer["ETag"], (now - answer["LastModified"]).total_seconds())
 
     def contents(self, key: str) -> bytes | None:
-        """Return the bytes of a small object, or None where there is none."""
+        """Return the bytes of a small object, or None if there is none."""
         found = self.read(key)
         return found.data if found else None
 
     def write(self, key: str, data: bytes, *, replacing: str | None) -> str | None:
-        """Write a small object over the version `replacing` (its ETag), or where there is none (None).
+        """Write a small object if its current ETag is `replacing` (None: if there is none yet).
 
-        Return the new ETag; None if another write came first.
+        Return the new ETag, or None if another write came first.
         """
         condition = {"IfNoneMatch": "*"} if replacing is None else {"IfMatch": replacing}
         with self._naming(key) as named:
             return self._conditional(lambda: self._client.put_object(**named, Body=data, **condition)["ETag"])
 
     def remove_version(self, key: str, etag: str) -> bool:
-        """Delete an object if it still is this version; return whether it was."""
+        """Delete an object if it still has this version; return whether it was deleted."""
         with self._naming(key) as named:
             deleted = self._conditional(lambda: self._client.delete_object(**named, IfMatch=etag))
         return deleted is not None
@@ -110,9 +110,9 @@ class Bucket:
             raise
 
     def upload(self, path: Path, key: str, on_bytes: OnBytes = lambda count: None) -> None:
-        """Store a file, large ones in parallel parts, then ask for its checksum. Raises WrongBytes.
+        """Upload a file, large ones in parallel parts, then compare its checksum. Raises WrongBytes.
 
-        A store that computes SHA-256 refuses bytes altered on the way; the question is for stores that do not.
+        A store that computes SHA-256 rejects altered bytes itself; the comparison is for stores that do not.
         """
         extra, config = {"ChecksumAlgorithm": "SHA256"}, _transfer()
         with self._naming(key) as named:
@@ -134,7 +134,7 @@ class Bucket:
             raise WrongBytes(f"{self.uri}/{key}: the store holds other bytes than were sent")
 
     def download(self, key: str, path: Path, sha256: str, on_bytes: OnBytes = lambda count: None) -> None:
-        """Bring an object here; the file appears when it is whole and its SHA-256 is right. Raises WrongBytes."""
+        """Download an object; the file appears once it is complete and its SHA-256 is right. Raises WrongBytes."""
         partial = path.with_name(path.name + ".part")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -170,7 +170,7 @@ class Bucket:
                 yield Entry(entry["Key"].removeprefix(self._prefix), entry["Size"], entry["LastModified"])
 
     def remove(self, keys: Iterable[str]) -> None:
-        """Delete objects; one that is not there is no error."""
+        """Delete objects; absent ones are no error."""
         named = [{"Key": self._prefix + key} for key in keys]
         for start in range(0, len(named), DELETED_AT_ONCE):
             with s3_errors(self.uri):
@@ -180,7 +180,7 @@ class Bucket:
                 raise UserError(f"s3://{self._bucket}/{error['Key']}: cannot be deleted ({error['Code']})")
 
     def open_uploads(self) -> list[tuple[str, str, datetime]]:
-        """Return (key, upload id, start) of incomplete multipart uploads, which cost space unseen."""
+        """Return (key, upload id, start) of incomplete multipart uploads, which occupy space invisibly."""
         with s3_errors(self.uri):
             pages = self._client.get_paginator("list_multipart_uploads")
             found = [
@@ -191,7 +191,7 @@ class Bucket:
         return [(one["Key"].removeprefix(self._prefix), one["UploadId"], one["Initiated"]) for one in found]
 
     def abort_upload(self, key: str, upload_id: str) -> None:
-        """Drop the parts of an incomplete upload."""
+        """Abort an incomplete upload and drop its parts."""
         with self._naming(key) as named:
             self._client.abort_multipart_upload(**named, UploadId=upload_id)
 
@@ -203,7 +203,7 @@ def _transfer() -> Any:
 
 
 def _etag(path: Path) -> str:
-    """Return the ETag that S3 gives an unencrypted file: its MD5, or the MD5 of its parts' MD5s and their number."""
+    """Return the ETag of an unencrypted file on S3: its MD5, or the MD5 of its parts' MD5s and their number."""
     with path.open("rb") as file:
         parts = [hashlib.md5(part, usedforsecurity=False) for part in iter(lambda: file.read(PART), b"")]
     if path.stat().st_size < PART:

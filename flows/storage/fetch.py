@@ -1,4 +1,4 @@
-"""Bring files here: local paths, file://, http(s):// and s3://, verified and written atomically."""
+"""Download files: local paths, file://, http(s):// and s3://, verified and written atomically."""
 
 import hashlib
 import http.client
@@ -17,7 +17,7 @@ from flows.errors import UserError
 from flows.monitor import Monitor
 from flows.storage.s3 import S3_WORKERS, TIMEOUT, list_objects, public_uri, s3_address, s3_client, s3_errors
 
-CHUNK = 1 << 20  # bytes between two reports of progress
+CHUNK = 1 << 20  # bytes between progress reports
 
 
 def fetch(
@@ -25,11 +25,9 @@ def fetch(
 ) -> Path:
     """Return a local file with the contents of `uri`, its checksums verified.
 
-    A local path or file:// URL is used where it lies. Anything else is downloaded into the folder `into`
-    under its own name; a file already there is reused if a checksum is given and fits.
-
-    Raises:
-        UserError: nothing there, access denied, no network, a broken download, a wrong checksum.
+    A local path or file:// URL is used in place. Anything else is downloaded into the folder `into` under its own name,
+    unless a file there matches a given checksum. Raises UserError for a missing file, denied access, no network, a
+    broken download or a wrong checksum.
     """
     checksums = {name: value.lower() for name, value in (("sha256", sha256), ("md5", md5)) if value}
     if is_local(uri):
@@ -43,11 +41,7 @@ def fetch(
 
 
 def fetch_first(uris: Sequence[str], into: Path, *, monitor: Monitor | None = None, **checksums: str | None) -> Path:
-    """Return `fetch` of the first of `uris` that works.
-
-    Raises:
-        UserError: none works; the line lists the cause of each.
-    """
+    """Return `fetch` of the first of `uris` that works; raise UserError, listing each cause, if none works."""
     causes = []
     for uri in uris:
         try:
@@ -60,8 +54,7 @@ def fetch_first(uris: Sequence[str], into: Path, *, monitor: Monitor | None = No
 def fetch_prefix(uri: str, into: Path, *, monitor: Monitor | None = None) -> Path:
     """Download every object under `s3://bucket/prefix/` into the folder `into`, keeping the tree below the prefix.
 
-    Raises:
-        UserError: no object there, access denied, no network, or a key that points outside `into`.
+    Raises UserError for an empty prefix, denied access, no network, or a key that points outside `into`.
     """
     bucket, prefix = s3_address(uri)
     prefix = prefix and prefix.rstrip("/") + "/"
@@ -81,7 +74,7 @@ def fetch_prefix(uri: str, into: Path, *, monitor: Monitor | None = None) -> Pat
 
 
 def download_dir(checksum: str) -> Path:
-    """Return the folder of the user's cache that keeps the download with this checksum from run to run."""
+    """Return the folder of the user's cache that keeps the download with this checksum between runs."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "consistency-pipeline" / checksum[:16].lower()
 
@@ -117,7 +110,7 @@ def _file_name(uri: str) -> str:
 
 @contextmanager
 def _temporary_file(folder: Path) -> Iterator[Path]:
-    """Yield an empty file of `folder`, gone afterwards unless it was renamed."""
+    """Yield an empty file of `folder`, removed afterwards unless it was renamed."""
     path = folder / f"{uuid.uuid4().hex}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +150,7 @@ def _download(uri: str, path: Path, monitor: Monitor) -> None:
 
 
 def _request(uri: str) -> urllib.request.Request:
-    # Some hosts refuse the library's own agent name; without "identity" a proxy may compress, and sizes differ.
+    # Some hosts reject the library's user agent; without "identity" a proxy may compress, and sizes differ.
     headers = {"User-Agent": "consistency-pipeline", "Accept-Encoding": "identity"}
     return urllib.request.Request(uri, headers=headers)
 

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from flows.errors import UserError
 
-TIMEOUT = 30  # seconds without an answer
+TIMEOUT = 30  # seconds without a response
 S3_WORKERS = 16  # objects of a prefix that are downloaded at once
 DENIED = "access denied; see AWS_PROFILE or AWS_ACCESS_KEY_ID, and the policy of the bucket"
 S3_CAUSES = {
@@ -26,7 +26,7 @@ S3_CAUSES = {
 
 
 def public_uri(uri: str) -> str:
-    """Return `uri` without user, password and query, which may hold a secret."""
+    """Return `uri` without user, password and query, which may hold secrets."""
     if not uri.startswith(("http://", "https://")):
         return uri
     parts = urlsplit(uri)
@@ -35,7 +35,7 @@ def public_uri(uri: str) -> str:
 
 @contextmanager
 def s3_errors(uri: str) -> Iterator[None]:
-    """Turn the failures of a store into a UserError of one line."""
+    """Turn S3 failures into a one-line UserError."""
     try:
         import botocore.exceptions as boto
         from boto3.exceptions import Boto3Error
@@ -52,7 +52,7 @@ def s3_errors(uri: str) -> Iterator[None]:
 
 
 def s3_address(uri: str) -> tuple[str, str]:
-    """Split s3://bucket/key, the key taken literally (a `?` or `#` belongs to it)."""
+    """Split s3://bucket/key, the key taken literally (including `?` and `#`)."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not uri.startswith("s3://") or not bucket:
         raise UserError(f"{public_uri(uri)}: not an S3 address; write s3://bucket/key")
@@ -77,6 +77,6 @@ def s3_client() -> Any:
 
 
 def list_objects(client: Any, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
-    """Yield the objects under a prefix, page by page, as S3 describes them."""
+    """Yield the objects under a prefix as S3 describes them, page by page."""
     for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
         yield from page.get("Contents", ())

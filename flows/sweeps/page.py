@@ -1,7 +1,7 @@
-"""A page of params/sweeps: one recipe, and the points at which it is run.
+"""Sweep files in params/sweeps: one recipe, and the points at which it runs.
 
-Every point is a recipe of its own, checked before anything is computed; all are measured alike, or the table would
-compare numbers that say different things.
+Every point is a recipe of its own, validated before any computation; all use the same evaluation, so that the table
+compares like with like.
 """
 
 import itertools
@@ -24,7 +24,7 @@ MEASURED_ALIKE = ("data", "features", "evaluate", "sample.num_images", "sample.s
 
 
 class SweepPage(Params):
-    """What a page says: `grid` or `points`."""
+    """The contents of a sweep file: `grid` or `points`."""
 
     recipe: str
     """The recipe that all points start from: a name of params/recipes, or a path."""
@@ -82,9 +82,9 @@ def sweep_names(root: Path) -> list[str]:
 
 
 def load_sweep(name: str, overrides: Sequence[str] = (), *, root: Path) -> Sweep:
-    """Read a sweep by name or path; `key=value` overrides lie over its recipe and under its points.
+    """Read a sweep by name or path; `key=value` overrides apply to its recipe, below its points.
 
-    Raises UserError: one line with the page, the point, the key, the value and what is allowed.
+    Raises UserError: one line with the file, the point, the key, the value and what is allowed.
     """
     path = _page_path(name, root)
     page = _read_page(path)
@@ -147,14 +147,14 @@ def _is_number(value: Any) -> bool:
 
 
 def describe_values(values: Mapping[str, Any]) -> str:
-    """Return values in a few words, such as `solver=heun num_scales=18`."""
+    """Return values in short form, such as `solver=heun num_scales=18`."""
     lasts = Counter(key.rpartition(".")[2] for key in values)
     words = {key: last if lasts[last := key.rpartition(".")[2]] == 1 else key for key in values}
     return " ".join(f"{words[key]}={value_text(value)}" for key, value in values.items())
 
 
 def value_text(value: Any) -> str:
-    """Return a value in a word: a section's kind, else one line of YAML."""
+    """Return a value in short form: a section's kind, else one line of YAML."""
     if isinstance(value, Mapping) and "kind" in value:
         return str(value["kind"])
     return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).splitlines()[0]

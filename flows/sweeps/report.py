@@ -1,4 +1,4 @@
-"""What a sweep came to: one table with floor and ceiling, every point at every number of network calls; a plot."""
+"""Results of a sweep: one table with floor and ceiling and every point at every number of network calls; plots."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,12 @@ from flows.reports.metrics_table import Metrics, Rows, by_row
 from flows.sweeps.page import Point, Sweep, describe_values, value_text
 
 TABLE_FILE = "table.csv"
-ORDER = ("real", "untrained", "teacher")  # of the calibrating rows
+ORDER = ("real", "untrained", "teacher")  # order of the calibration rows
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A point that was measured."""
+    """A measured point."""
 
     point: Point
     metrics: Metrics
@@ -26,14 +26,14 @@ class Outcome:
         return by_row(self.metrics)[1]
 
     def students(self) -> Rows:
-        """The rows of the student's images, {nfe_1: {metric: value}}."""
+        """The student's rows, {nfe_1: {metric: value}}."""
         return {name: row for name, row in self.rows.items() if name.startswith("nfe_")}
 
 
 def calibrations(outcomes: Sequence[Outcome]) -> Rows:
-    """Return the rows that are no point's own, each once: real, untrained, the teacher's.
+    """Return the calibration rows, each once: real, untrained, the teacher's.
 
-    Where points do not share one (an untrained network may be random or the teacher, say), it is told which is whose.
+    If points do not share one (an untrained network may be random or the teacher, say), its name tells whose it is.
     """
     found: dict[str, Rows] = {}
     for outcome in outcomes:
@@ -62,7 +62,7 @@ def table(outcomes: Sequence[Outcome]) -> Rows:
 
 
 def network_of(outcomes: Sequence[Outcome]) -> str:
-    """Return the feature network that measured all points."""
+    """Return the feature network common to all points."""
     return by_row(outcomes[0].metrics)[0]
 
 
@@ -76,7 +76,7 @@ def write_report(sweep: Sweep, outcomes: Sequence[Outcome], folder: Path) -> lis
 
 
 def write_table(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Write a line for every row of images: its name, the point, its values, the metrics under their full names."""
+    """Write a line per row of images: its name, the point, its values, the metrics under their full names."""
     keys = list(dict.fromkeys(key for outcome in outcomes for key in outcome.point.values))
     metrics = list(dict.fromkeys(key for outcome in outcomes for key in outcome.metrics))
     short = {key: key.partition("_")[0] for key in metrics}
@@ -112,7 +112,7 @@ def _plot_bars(sweep: Sweep, outcomes: Sequence[Outcome], path: Path) -> Path:
 
 
 def _plot_lines(sweep: Sweep, x: str, outcomes: Sequence[Outcome], folder: Path) -> list[Path]:
-    """Draw FID against the key `x`, a line for each choice of the other keys, a picture for each row of images."""
+    """Draw FID against the key `x`, one line per choice of the other keys, one picture per row of images."""
     pictures: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for outcome in outcomes:
         others = {key: value for key, value in outcome.point.values.items() if key != x}

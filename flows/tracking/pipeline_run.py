@@ -1,4 +1,4 @@
-"""The MLflow run of a whole pipeline: the parent of its stages' runs."""
+"""The MLflow run of a pipeline: the parent of its stages' runs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 class PipelineRun:
-    """The parent run of a flow: its children are the runs of the stages that really ran for it.
+    """The parent run of a flow: its children are the runs of the stages that it executed.
 
-    With `stage="sweep"` it is the parent of the pipeline runs of a sweep, each of which finds it in the environment.
+    With `stage="sweep"` it is the parent of a sweep's pipeline runs, which find it in the environment.
     """
 
     def __init__(
@@ -55,19 +55,19 @@ class PipelineRun:
         self.tracker.client.set_terminated(self.run_id, status_after(error))
 
     def _end_children(self) -> None:
-        """Say of stages that were killed that they do not run any more."""
+        """Mark the runs of killed stages as ended."""
         query = f"tags.`mlflow.parentRunId` = '{self.run_id}' and attributes.status = 'RUNNING'"
         for child in self.tracker.client.search_runs([self.tracker.experiment_id], query):
             self.tracker.client.set_terminated(child.info.run_id, "KILLED")
 
     def belonging(self) -> RunContext:
-        """Return what the stages of this flow belong to."""
+        """Return the context of this flow's stage runs."""
         return RunContext(self.run_id, {key: value for key, value in self.tags.items() if key != "stage"})
 
     def log_stages(self, outs: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-        """Record what each stage came to, {stage: {path: hash}}, and the run that computed it, whoever's that was.
+        """Record each stage's outputs, {stage: {path: hash}}, and the run that computed them, in this flow or another.
 
-        Return the run ids by stage; a stage that was computed where this MLflow did not see it has none.
+        Return the run ids by stage; a stage computed without this MLflow has none.
         """
         versions = {stage: version(made) for stage, made in outs.items()}
         found = {stage: self.tracker.find_stage_run(stage, made) for stage, made in versions.items()}
@@ -79,7 +79,7 @@ class PipelineRun:
         return run_ids
 
     def log_results(self, metrics: Mapping[str, Any], files: Mapping[str, Path]) -> None:
-        """Log the final numbers and the files worth a look."""
+        """Log the final numbers and the files worth viewing."""
         self.tracker.log_numbers(self.run_id, dict(flat_numbers(metrics)))
         self.tracker.log_files(self.run_id, files)
 
@@ -95,9 +95,9 @@ class PipelineRun:
         metrics: Mapping[str, Any],
         run_id: str | None,
     ) -> str:
-        """Log the student's weights, `files` {student/NAME: path}, unless they are, and its metrics; return its id.
+        """Log the student's weights, `files` {student/NAME: path}, if not yet logged, and its metrics; return its id.
 
-        `run_id` is the run that trained it, where this MLflow knows one.
+        `run_id` is the run that trained it, if this MLflow has one.
         """
         weights = {name: files[f"{MODEL_NAME}/{name}"] for name in MODEL_FILES}
         model_id = self.tracker.log_student(run_id or self.run_id, recipe, weights, version(outs))

@@ -1,7 +1,7 @@
 """MLflow's model registry: every measured student is a version, `candidate` the newest, `champion` the best.
 
-A version is a model as it was measured; its tags carry the numbers, and what they may be compared with: the data
-version and a digest of the protocol. Numbers of different protocols are never compared.
+A version's tags carry its metrics, its data version and a digest of its evaluation protocol. Metrics of different
+protocols are never compared.
 """
 
 import hashlib
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 CANDIDATE, CHAMPION = "candidate", "champion"
 LARGER_IS_BETTER = {"fid": False, "kid": False, "is": True, "precision": True, "recall": True}
 DATA_TAG, PROTOCOL_TAG, MODEL_TAG, RUN_TAG, PROMOTED_TAG = "data", "protocol", "model_id", "run_id", "promoted"
-PAGE = 1000  # versions asked for at a time
+PAGE = 1000  # versions per request
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What makes one version better than another."""
+    """The metric and direction that rank versions."""
 
     metric: str
     row: str
 
     @classmethod
     def in_force(cls) -> "Rule":
-        """Read the rule from CM_CHAMPION_METRIC, or take the usual one. Raises UserError for an unknown metric."""
+        """Read the rule from CM_CHAMPION_METRIC, else use the default. Raises UserError for an unknown metric."""
         text = Settings.read().champion_metric
         metric, _, row = text.partition("/")
         if metric not in LARGER_IS_BETTER or not row.startswith("nfe_"):
@@ -42,7 +42,7 @@ class Rule:
         return cls(metric, row)
 
     def cost(self, version: "Version") -> float | None:
-        """Return a number that is smaller for a better version; None where it was not measured so."""
+        """Return a number that is smaller for a better version; None if the metric is missing."""
         found = [value for key, value in version.numbers.items() if self._is_key(key)]
         return None if not found else -found[0] if LARGER_IS_BETTER[self.metric] else found[0]
 
@@ -53,7 +53,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Version:
-    """A registered model version: numbers, and with which others they may be compared."""
+    """A registered model version: its metrics and what they are comparable with."""
 
     number: int
     data: str
@@ -64,37 +64,36 @@ class Version:
 
     @classmethod
     def read(cls, found: "ModelVersion") -> "Version":
-        """Read a version of MLflow's; one that something else registered has no numbers."""
+        """Read one of MLflow's versions; a version registered by other software has no metrics."""
         tags = dict(found.tags)
         numbers = {key: float(text) for key, text in tags.items() if "/nfe_" in key}
         data, protocol = tags.get(DATA_TAG, ""), tags.get(PROTOCOL_TAG, "")
         return cls(int(found.version), data, protocol, numbers, tags.get(MODEL_TAG), tags)
 
     def is_comparable_with(self, other: "Version") -> bool:
-        """Whether both were measured alike on the same data."""
+        """Whether both were measured by the same protocol on the same data."""
         return (self.data, self.protocol) == (other.data, other.protocol)
 
 
 @dataclass(frozen=True)
 class Registered:
-    """One registered model: its versions by number, aliases, and the promotion that a person decided."""
+    """One registered model: versions by number, aliases, and the latest promotion by a user."""
 
     name: str
     versions: Mapping[int, Version]
     aliases: Mapping[str, int]
     promoted: int | None = None
-    promoted_among: int = 0  # the newest version at that time; only later ones may replace the promoted one
+    promoted_among: int = 0  # the newest version at the promotion; only later ones may replace the promoted one
 
     @property
     def champion(self) -> Version | None:
-        """The version that `champion` names."""
+        """The version with the alias `champion`."""
         return self.versions.get(self.aliases.get(CHAMPION, 0))
 
     def rightful_champion(self, rule: Rule) -> Version | None:
-        """Return the best version of those that may be compared with the reigning one.
+        """Return the best version among those comparable with the reigning one.
 
-        The reigning one is what was promoted, else the first version. A function of what is registered alone, so all
-        who ask agree.
+        The reigning version is the promoted one, else the first. Depends only on the registry, so all callers agree.
         """
         scored = [version for version in self.versions.values() if rule.cost(version) is not None]
         base = self.versions.get(self.promoted or 0) or min(scored, key=lambda version: version.number, default=None)
@@ -116,7 +115,7 @@ class Registry:
         self._client, self._rule = tracker.client, Rule.in_force()
 
     def register(self, name: str, model_id: str, numbers: Mapping[str, float], tags: Mapping[str, str]) -> Version:
-        """Register a measured model, unless the same is registered; then let `candidate` and `champion` follow.
+        """Register a measured model, unless it is registered already; then update `candidate` and `champion`.
 
         `tags` hold at least the data version and the protocol.
         """
@@ -140,17 +139,17 @@ class Registry:
 
     def _add(self, name: str, model_id: str, numbers: Mapping[str, float], tags: Mapping[str, str]) -> Version:
         texts = {key: repr(value) for key, value in numbers.items()}
-        everything = {**tags, **texts, MODEL_TAG: model_id}  # a search does not return the version's own model_id
-        source, at_once = f"models:/{model_id}", 0  # a version in a database is ready when it is there
+        everything = {**tags, **texts, MODEL_TAG: model_id}  # a search does not return a version's model_id
+        source, at_once = f"models:/{model_id}", 0  # a version in a database is ready at once
         found = self._client.create_model_version(
             name, source, tags=everything, model_id=model_id, await_creation_for=at_once
         )
         return Version.read(found)
 
     def _settle(self, name: str) -> None:
-        """Move the aliases to where they belong, and look again after each move: other runs end at the same time.
+        """Move the aliases to the right versions, checking again after each move: other runs end concurrently.
 
-        Whoever moves an alias last has read the versions after everybody else's move, so it ends at the right one.
+        The last writer has read the versions after all other moves, so the alias ends at the right one.
         """
         from mlflow.exceptions import MlflowException
 
@@ -163,7 +162,7 @@ class Registry:
             try:
                 for alias, number in moves.items():
                     self._client.set_registered_model_alias(name, alias, str(number))
-            except MlflowException:  # of two that create an alias at once, the database refuses one
+            except MlflowException:  # the database refuses one of two concurrent creations of an alias
                 if self.read(name).aliases == registered.aliases:
                     raise
 
@@ -174,9 +173,9 @@ class Registry:
         return {CHAMPION: rightful.number}
 
     def promote(self, name: str, number: int, *, force: bool) -> None:
-        """Make a version the champion; with `force` also one that is worse, or measured otherwise, than the present.
+        """Make a version the champion; with `force` also a worse or incomparable one.
 
-        Raises UserError for a version that does not exist, or that only force may promote.
+        Raises UserError for a version that does not exist, or that needs `force`.
         """
         registered = self.read(name)
         version = registered.versions.get(number)
@@ -210,7 +209,7 @@ class Registry:
         return sorted(model.name for model in all_pages(self._client.search_registered_models, max_results=PAGE))
 
     def read(self, name: str) -> Registered:
-        """Read one registered model. Raises UserError where there is none."""
+        """Read one registered model. Raises UserError if there is none."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -229,12 +228,12 @@ class Registry:
 
 
 def model_name(dataset: str) -> str:
-    """Return the name under which students of a data set are registered, such as cm-digits."""
+    """Return the registered name of a data set's students, such as cm-digits."""
     return f"cm-{re.sub(r'[^A-Za-z0-9_-]+', '-', dataset).strip('-')}"
 
 
 def protocol_digest(protocol: Mapping[str, Any]) -> str:
-    """Return a digest of all in protocol.json that decides whether two students' metrics may be compared."""
+    """Return a digest of the parts of protocol.json that make two students' metrics comparable."""
     settings = {key: value for key, value in protocol["settings"].items() if key != "batch_size"}
     images = sorted({row["num_images"] for row in protocol["rows"].values() if row["model"] == "student"})
     alike = {key: protocol[key] for key in ("reference", "network", "samples", "torch_fidelity")}
@@ -252,7 +251,7 @@ def register_student(
     metrics: Mapping[str, Any],
     tags: Mapping[str, str],
 ) -> tuple[str, Version]:
-    """Register the student of a measured run; return the registered model's name and the version."""
+    """Register the student of a measured run; return the registered model's name and version."""
     name = model_name(dataset)
     measured = {DATA_TAG: data_version, PROTOCOL_TAG: protocol_digest(protocol)}
     return name, Registry(tracker).register(name, model_id, student_numbers(metrics), {**tags, **measured})

@@ -1,4 +1,4 @@
-"""What the MLflow run of a stage belongs to: a parent run and the tags it shares, handed on by the environment."""
+"""The context of a stage's MLflow run, a parent run and shared tags, passed on in the environment."""
 
 import json
 import os
@@ -11,14 +11,14 @@ from flows.settings import Settings
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a stage's run belongs to: the flow's parent run and the tags it shares, from the environment."""
+    """The flow's parent run and the tags that its stage runs share, from the environment."""
 
     parent_run_id: str | None = None
     tags: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls) -> "RunContext":
-        """Read what a flow passed on; a stage started by `dvc repro` belongs to nothing."""
+        """Read the flow's context; a stage started by `dvc repro` has none."""
         settings = Settings.read()
         return cls(settings.parent_run_id, settings.run_tags or {})
 
@@ -29,7 +29,7 @@ class RunContext:
 
     @contextmanager
     def in_environment(self) -> Iterator[None]:
-        """Let what this process starts meanwhile belong to it."""
+        """Pass this context to child processes started within the block."""
         before = {name: os.environ.get(name) for name in self.variables()}
         os.environ.update(self.variables())
         try:

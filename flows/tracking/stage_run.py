@@ -8,14 +8,14 @@ from pathlib import Path
 from flows.tracking.system_metrics import SystemMetrics
 from flows.tracking.tracker import Tracker, code_tags, error_tags, status_after
 
-Action = Callable[[Tracker, str], None]  # something to do with a run, given by its id
+Action = Callable[[Tracker, str], None]  # an operation on the run with this id
 
 
 class StageRun:
-    """The MLflow run of one stage, written by a thread of its own: neither MLflow's start nor its store slows a step.
+    """The MLflow run of one stage, written by a thread: neither MLflow's start nor its store slows a training step.
 
-    Where MLflow cannot be opened, the next report raises it; what fails later is tried again when the stage has ended,
-    and raised only then, because no training should end for it.
+    If MLflow cannot be opened, the next report raises. Later failures are retried, and raised, when the stage has
+    ended, so that they do not stop a training.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class StageRun:
                 future.result()
 
     def _write_again(self) -> None:
-        """Do what failed once more, in its order: MLflow may have been away for a while only."""
+        """Retry failed operations in order: MLflow may have been unavailable for a while only."""
         for action, future in self._written:
             if future.exception():
                 action(self._tracker, self._run_id)
@@ -64,7 +64,7 @@ class StageRun:
         self._tracker.client.set_terminated(self._run_id, status_after(error))
 
     def submit(self, action: Action) -> None:
-        """Have `action` done after everything submitted before. Raises what kept MLflow from being opened."""
+        """Queue `action`. Raises the error that kept MLflow from being opened."""
         if self._opened.done():
             self._opened.result()
         while self._written and (done := self._written[0][1]).done() and done.exception() is None:
@@ -72,7 +72,7 @@ class StageRun:
         self._written.append((action, self._thread.submit(lambda: action(self._tracker, self._run_id))))
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log numbers of a step, and what the machine does meanwhile."""
+        """Log numbers of a step, with the system metrics."""
 
         def log(tracker: Tracker, run_id: str) -> None:
             machine = self._machine.read() if self._machine else {}
@@ -85,5 +85,5 @@ class StageRun:
         from PIL import Image
 
         with Image.open(path) as picture:
-            picture.load()  # now: the file may change before it is its turn
+            picture.load()  # now: the file may change before the thread reads it
         self.submit(lambda tracker, run_id: tracker.client.log_image(run_id, picture, key=key, step=step))

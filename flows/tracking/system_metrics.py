@@ -1,13 +1,13 @@
-"""What the machine does while a stage trains, by MLflow's own collectors, at the training's own steps.
+"""System metrics while a stage trains, by MLflow's collectors, at the training's steps.
 
-MLflow's monitor counts samples of its own, from 0 in every process; read at the steps that are logged, CPU and GPU
-stand over the same axis as the loss, and go on where a training is resumed.
+MLflow's own monitor numbers its samples from 0 in every process; read at the logged steps, CPU and GPU share the axis
+of the loss and continue after a resume.
 """
 
 import time
 from contextlib import suppress
 
-EVERY = 1.0  # seconds between two readings
+EVERY = 1.0  # seconds between readings
 
 
 class SystemMetrics:
@@ -20,11 +20,11 @@ class SystemMetrics:
         self._monitors = [CPUMonitor()]
         with suppress(ImportError, RuntimeError):  # no nvidia-ml-py, or no GPU
             self._monitors.append(GPUMonitor())
-        self._collect()  # utilisation counts from here
+        self._collect()  # utilisation is measured from here
         self._last = time.monotonic() - EVERY
 
     def read(self) -> dict[str, float]:
-        """Return {system/NAME: number} since the last reading; nothing if that was a moment ago."""
+        """Return {system/NAME: number} since the last reading; empty if that is less than EVERY ago."""
         if time.monotonic() - self._last < EVERY:
             return {}
         self._last = time.monotonic()

@@ -1,7 +1,7 @@
-"""MLflow: a run for every stage that really ran, a parent for every pipeline run, the student as a model.
+"""MLflow: one run per executed stage, a parent per pipeline run, the student as a model.
 
-Everything stands in one place whatever the working directory: MLFLOW_TRACKING_URI, or mlflow.db and mlruns/ at the
-workspace root, where a plain `mlflow ui` shows it. A stage's run is found again by the DVC hash of what it made.
+The store does not depend on the working directory: MLFLOW_TRACKING_URI, or mlflow.db and mlruns/ at the workspace root,
+where a plain `mlflow ui` shows it. The DVC hash of a stage's outputs identifies its run.
 """
 
 import json
@@ -31,10 +31,10 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # where --json has its output
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout is for --json
 }
-MOST_PARAMS = 100  # that MLflow takes at once
-SMALL = 5 * 2**20  # bytes up to which a file is copied to MLflow; DVC keeps the large ones
+MOST_PARAMS = 100  # per request, MLflow's limit
+SMALL = 5 * 2**20  # bytes; larger files stay in DVC and are not copied to MLflow
 SHOWN = {".png", ".json", ".jsonl", ".csv", ".html", ".patch"}
 
 
@@ -51,7 +51,7 @@ class Tracker:
         given = os.environ.get("MLFLOW_TRACKING_URI")
         self.uri = given or f"sqlite:///{shared_root / 'mlflow.db'}"
         mlflow.set_tracking_uri(self.uri)
-        if given is None:  # MLflow also writes it into the environment, where only the user's choice belongs
+        if given is None:  # MLflow writes its own choice into the environment, where only the user's belongs
             os.environ.pop("MLFLOW_TRACKING_URI", None)
         self.client: MlflowClient = mlflow.MlflowClient(self.uri)
         self.experiment_id = self._open_experiment(None if given else (shared_root / "mlruns").as_uri())
@@ -69,18 +69,18 @@ class Tracker:
             raise UserError(f"MLflow at {self.uri}: {' '.join(str(error).split())[:300]}") from error
 
     def find_stage_run(self, stage: str, data_version: str) -> str | None:
-        """Return the id of the newest run of `stage` that made this data version."""
+        """Return the id of the newest run of `stage` that produced this data version."""
         query = f"tags.stage = '{stage}' and tags.`dvc.out` = '{data_version}' and attributes.status = 'FINISHED'"
         runs = self.client.search_runs([self.experiment_id], query, max_results=1)
         return runs[0].info.run_id if runs else None
 
     def data_versions(self) -> set[str]:
-        """Return every DVC hash that a run or a model of any experiment carries; a registered model's too."""
+        """Return every DVC hash on a run or model, registered ones included, of any experiment."""
         experiments = [one.experiment_id for one in self.client.search_experiments()]
         runs = list(all_pages(self.client.search_runs, experiments))
         models = list(all_pages(self.client.search_logged_models, experiments))
         registered = all_pages(self.client.search_model_versions)
-        runs += [self.client.get_run(one.run_id) for one in registered if one.run_id]  # deleted ones among them
+        runs += [self.client.get_run(one.run_id) for one in registered if one.run_id]  # including deleted runs
         tags = [run.data.tags for run in runs] + [model.tags for model in models]
         return {value for one in tags for key, value in one.items() if key.startswith("dvc.")}
 
@@ -101,7 +101,7 @@ class Tracker:
         self.client.log_batch(run_id, metrics)
 
     def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
-        """Log flattened params; what is no text is written as JSON."""
+        """Log flattened params; non-strings as JSON."""
         from mlflow.entities import Param
 
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in params.items()}
@@ -110,7 +110,7 @@ class Tracker:
             self.client.log_batch(run_id, params=entities[start : start + MOST_PARAMS])
 
     def log_dataset(self, run_id: str, facts_file: Path, md5: str, context: str) -> None:
-        """Log the data set that dataset.json describes as an input, with DVC's hash as the digest."""
+        """Log the data set of dataset.json as an input, with DVC's hash as the digest."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         facts = json.loads(facts_file.read_text())
@@ -121,7 +121,7 @@ class Tracker:
         self.client.log_inputs(run_id, [DatasetInput(dataset, tags)])
 
     def log_files(self, run_id: str, files: Mapping[str, Path]) -> None:
-        """Copy files to a run's artifacts, each under the path that is its key."""
+        """Copy files to a run's artifacts, keyed by artifact path."""
         with _folder_of(files) as folder:
             self.client.log_artifacts(run_id, folder)
 
@@ -133,15 +133,15 @@ class Tracker:
         params: Mapping[str, Any],
         mid_sigmas: Sequence[Sequence[float]] = (),
     ) -> str:
-        """Return the id of the logged model with this data version; log `files` {name: path} if there is none yet.
+        """Return the id of the logged model with this data version; log `files` {name: path} if there is none.
 
-        `mid_sigmas` are the noise levels that its recipe samples at.
+        `mid_sigmas` are the sampling levels of its recipe.
         """
         from flows.inference.package import packaged_student
 
         query = f"name = '{MODEL_NAME}' and tags.`dvc.out` = '{data_version}'"
         for known in self.client.search_logged_models([self.experiment_id], query):
-            if known.status == "READY":  # a query for it finds nothing: the store keeps a number
+            if known.status == "READY":  # cannot be filtered by query: the store keeps a number
                 return known.model_id
         model = self.client.create_logged_model(
             self.experiment_id,
@@ -157,7 +157,7 @@ class Tracker:
         return model.model_id
 
     def log_student(self, run_id: str, recipe: "Recipe", weights: Mapping[str, Path], data_version: str) -> str:
-        """Log the weights of a student, {name: path}, unless they are, and show the model among a run's outputs."""
+        """Log a student's weights, {name: path}, unless they are logged, and list the model among a run's outputs."""
         from flows.recipes.overrides import flatten
 
         method = flatten({"method": recipe.student.method.model_dump(mode="json")})
@@ -166,7 +166,7 @@ class Tracker:
         return model_id
 
     def link_model(self, run_id: str, model_id: str) -> None:
-        """Show a model among a run's outputs, once."""
+        """List a model among a run's outputs, once."""
         from mlflow.entities import LoggedModelOutput
 
         if model_id not in [output.model_id for output in self.client.get_run(run_id).outputs.model_outputs]:
@@ -174,7 +174,7 @@ class Tracker:
 
 
 def all_pages(search: Callable[..., Any], *arguments: Any, **query: Any) -> Iterator[Any]:
-    """Yield the items of all pages that one of MLflow's searches returns."""
+    """Yield the items of all pages of an MLflow search."""
     token = None
     while True:
         page = search(*arguments, page_token=token, **query)
@@ -186,7 +186,7 @@ def all_pages(search: Callable[..., Any], *arguments: Any, **query: Any) -> Iter
 
 @contextmanager
 def _folder_of(files: Mapping[str, Path]) -> Iterator[str]:
-    """Yield a folder in which the files stand under their names: objects of a cache are called by their hash."""
+    """Yield a folder with the files under their names: objects of a cache are named by hash."""
     with TemporaryDirectory() as folder:
         for name, path in files.items():
             (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
@@ -195,7 +195,7 @@ def _folder_of(files: Mapping[str, Path]) -> Iterator[str]:
 
 
 def fetch_student(model_uri: str, shared_root: Path) -> Path:
-    """Download a logged student (models:/ID, models:/NAME@ALIAS); return the folder that `load_model` reads."""
+    """Download a logged student (models:/ID, models:/NAME@ALIAS); return its folder for `load_model`."""
     from flows.inference.package import weights_of
 
     Tracker(shared_root)
@@ -212,7 +212,7 @@ def load_student(model_uri: str, shared_root: Path) -> "tuple[ModelSpec, Precond
 
 
 def _dataset_source(source: str) -> tuple[str, dict[str, Any]]:
-    """Return MLflow's (type, fields) of where a data set came from: the first of several addresses."""
+    """Return MLflow's (type, fields) of a data set's source: the first of several addresses."""
     first = source.split(", ")[0]
     if first.startswith(("http://", "https://")):
         return "http", {"url": first}
@@ -224,7 +224,7 @@ def _dataset_source(source: str) -> tuple[str, dict[str, Any]]:
 
 
 def shown_files(files: Mapping[str, Path]) -> dict[str, Path]:
-    """Return those of {name: path} that are worth looking at in MLflow: pictures, tables, reports, and small."""
+    """Return those of {name: path} worth viewing in MLflow: small pictures, tables and reports."""
     return {name: path for name, path in files.items() if Path(name).suffix in SHOWN and path.stat().st_size <= SMALL}
 
 
@@ -249,25 +249,25 @@ def student_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def status_after(error: BaseException | None) -> str:
-    """Return MLflow's status of a run that ended with this error, or with none."""
+    """Return MLflow's status of a run that ended with this error or none."""
     if error is None:
         return "FINISHED"
     return "FAILED" if isinstance(error, Exception) else "KILLED"
 
 
 def error_tags(error: BaseException | None) -> dict[str, str]:
-    """Return the tag that says why a run failed."""
+    """Return the tag that holds a run's error."""
     return {"error": f"{type(error).__name__}: {error}"[:500]} if error else {}
 
 
 def code_tags(tags: Mapping[str, str], command: str) -> dict[str, str]:
-    """Return the tags by which MLflow shows source and commit; its own guess would be the installed script."""
+    """Return the tags of source and commit; MLflow by itself would name the installed script."""
     commit = {"mlflow.source.git.commit": tags["git.revision"]} if "git.revision" in tags else {}
     return {"mlflow.source.name": command, **commit}
 
 
 def describe_run(tags: Mapping[str, str], outs: Mapping[str, str]) -> str:
-    """Return a run's description: what it belongs to and what it made, in markdown, whose links can be clicked."""
+    """Return a run's description in markdown, with links to its context and its results."""
     lines = [f"- recipe: `{tags['recipe']}`"]
     if "git.revision" in tags:
         edits = ", with uncommitted edits" if "git.edits" in tags else ""

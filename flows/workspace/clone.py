@@ -1,7 +1,7 @@
-"""A flow run's own clone of the workspace, and DVC at work in it.
+"""A flow run's own clone of the workspace, and DVC commands in it.
 
-Two runs in one workspace block each other, so each gets a clone at a recorded revision, with the uncommitted edits
-of the workspace as a commit of their own. All clones share that workspace's DVC cache: what one computed, all have.
+DVC locks a workspace per run, so each run gets a clone at a recorded revision, with the workspace's uncommitted edits
+as one commit. All clones share that workspace's DVC cache and hence each other's results.
 """
 
 import fcntl
@@ -29,10 +29,10 @@ from flows.workspace.process import Process
 
 logger = logging.getLogger(__name__)
 CLONE, EDITS_FILE, LIVE_FILE, DONE_FILE = "workspace", "edits.patch", "live", "done"
-KEPT_DONE, KEPT_FAILED = 2, 5  # folders of finished runs; a failed one serves debugging
-MAX_NAME = 60  # characters of a run's name in its folder's; overrides can make it longer than a file system takes
-DVC_EMPTY = "__init__.py' is empty."  # how DVC ends its warning of a package without text
-DVC_CHATTER = (  # advice and bookkeeping that says nothing about the stage
+KEPT_DONE, KEPT_FAILED = 2, 5  # folders of ended runs; a failed one serves debugging
+MAX_NAME = 60  # characters of a run's name in its folder's name: overrides can exceed the file system's limit
+DVC_EMPTY = "__init__.py' is empty."  # end of DVC's warning about an empty package file
+DVC_CHATTER = (  # hints and bookkeeping unrelated to the stage
     "Generating lock file",
     "Updating lock file",
     "To track the changes with git, run:",
@@ -47,7 +47,7 @@ DVC_CHATTER = (  # advice and bookkeeping that says nothing about the stage
 
 @dataclass(frozen=True)
 class StageResult:
-    """What bringing a stage up to date came to."""
+    """The outcome of updating a stage."""
 
     cached: bool
     """Whether DVC had the outputs already, so that nothing ran."""
@@ -82,7 +82,7 @@ def clone(root: Path, run_name: str) -> "Workspace":
 
 
 def _make_folder(runs: Path, run_name: str) -> Path:
-    """Make the run's own folder, after removing those of old runs."""
+    """Create the run's own folder, after removing old runs' folders."""
     runs.mkdir(parents=True, exist_ok=True)
     _clean(runs)
     safe = re.sub(r"[^\w.-]+", "-", run_name).strip("-.")
@@ -90,16 +90,16 @@ def _make_folder(runs: Path, run_name: str) -> Path:
 
 
 def _clean(runs: Path) -> None:
-    """Drop all but the newest folders of runs that ended; a live run holds a lock on its own."""
+    """Drop all but the newest folders of ended runs; a live run holds a lock on its folder."""
     ended = sorted((folder for folder in runs.iterdir() if not is_live(folder)), key=lambda f: -f.stat().st_mtime)
     done = [folder for folder in ended if (folder / DONE_FILE).exists()]
     failed = [folder for folder in ended if folder not in done]
     for folder in done[KEPT_DONE:] + failed[KEPT_FAILED:]:
-        shutil.rmtree(folder, ignore_errors=True)  # two runs may clean at once
+        shutil.rmtree(folder, ignore_errors=True)  # two runs may clean concurrently
 
 
 def is_live(folder: Path) -> bool:
-    """Whether the run of this folder goes on."""
+    """Whether the run of this folder is alive."""
     try:
         with (folder / LIVE_FILE).open("a") as file:
             return not try_lock(file)
@@ -108,9 +108,9 @@ def is_live(folder: Path) -> bool:
 
 
 def _share_dvc(root: Path, target: Path) -> None:
-    """Give the clone the DVC cache and remotes of `root` (its own relative paths would lead elsewhere).
+    """Give the clone the DVC cache and remotes of `root` (its own relative paths would resolve elsewhere).
 
-    What comes from a remote is always verified: DVC would otherwise trust the name of damaged bytes.
+    Downloads from a remote are always verified: by default DVC trusts the name of damaged bytes.
     """
     from dvc.config import Config
 
@@ -124,15 +124,15 @@ def _share_dvc(root: Path, target: Path) -> None:
 
 
 class Workspace:
-    """The clone of one run. Leave it (it is a context manager) and whatever still runs in it is ended."""
+    """The clone of one run, a context manager that stops its remaining commands on exit."""
 
     def __init__(self, folder: Path, shared_root: Path, revision: str) -> None:
         self.folder, self.root, self.shared_root = folder, folder / CLONE, shared_root
         self.revision = revision
         self._live = (folder / LIVE_FILE).open("w")
         fcntl.flock(self._live, fcntl.LOCK_EX)
-        self.seconds: dict[str, float] = {}  # by stage, as long as DVC was at work for it
-        self._unpushed: list[str] = []  # stages whose results the remote did not take
+        self.seconds: dict[str, float] = {}  # DVC's running time by stage
+        self._unpushed: list[str] = []  # stages whose push failed
         self._running: set[Process] = set()
         self._stopping, self._starting = False, threading.Lock()
 
@@ -152,10 +152,10 @@ class Workspace:
         variables: Mapping[str, str] | None = None,
         on_progress: Callable[[dict[str, Any]], None] = lambda progress: None,
     ) -> StageResult:
-        """Bring one stage up to date through DVC, its inputs taken from the cache or the remote where missing.
+        """Update one stage through DVC, fetching missing inputs from the cache or the remote.
 
-        `variables` are added to its environment; its output is logged, `on_progress` gets its progress.
-        Raises UserError where the stage did, StageFailed for any other bad end, RunEnding after `stop`.
+        `variables` extend its environment; its output is logged, `on_progress` gets its progress. Raises UserError if
+        the stage did, StageFailed for any other failure, RunEnding after `stop`.
         """
         progress = _Progress(self.folder / f"progress-{stage}.json", on_progress)
         started = time.monotonic()
@@ -172,19 +172,19 @@ class Workspace:
         return StageResult(cached, read_lock(self.root)[stage])
 
     def push(self, stages: Sequence[str]) -> None:
-        """Give the results of stages to DVC's remote if others share it; say why where that fails, and go on."""
-        url = shared_remote(self.shared_root)  # seen from the clone, a folder of the workspace would look like a remote
+        """Push the results of stages to a shared DVC remote, if there is one; log a failure and continue."""
+        url = shared_remote(self.shared_root)  # from the clone, a folder of the workspace would look like a remote
         if not stages or not url:
             return
         code, lines = self._run([*DVC, "push", "--run-cache", *stages], {}, lambda: None, logged=False)
         errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-        if code or errors:  # where only records of runs fail to travel, DVC says so and exits with 0
+        if code or errors:  # if only the run cache fails to upload, DVC reports it and exits with 0
             self._unpushed += stages
             reason = next(iter(errors), lines[-1:])
             logger.warning("%s: not pushed to %s, tried again later: %s", ", ".join(stages), url, reason)
 
     def push_again(self) -> None:
-        """Try once more to push what the remote did not take; see `push`."""
+        """Retry failed pushes once; see `push`."""
         stages, self._unpushed = self._unpushed, []
         self.push(stages)
 
@@ -212,7 +212,7 @@ class Workspace:
         return process
 
     def edits(self) -> dict[str, Path]:
-        """Return {name: file} of the patch with the uncommitted edits, if there were any."""
+        """Return {name: file} of the patch with the uncommitted edits, if any."""
         patch = self.folder / EDITS_FILE
         return {EDITS_FILE: patch} if patch.exists() else {}
 
@@ -230,11 +230,11 @@ class Workspace:
 
     @property
     def ending(self) -> bool:
-        """Whether the run ends, so that nothing more is to begin."""
+        """Whether the run is ending, so that nothing more may start."""
         return self._stopping
 
     def stop(self) -> None:
-        """End every command that still runs, all at once: SIGTERM, then SIGKILL when the grace is over."""
+        """Stop all running commands at once: SIGTERM, then SIGKILL after the grace period."""
         with self._starting:
             self._stopping, running = True, list(self._running)
         for process in running:
@@ -244,9 +244,9 @@ class Workspace:
 
 
 def take_over(root: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put results that a run left in DVC's cache, by their entries of dvc.lock, in force in the workspace `root`.
+    """Update the workspace `root` with a run's results from DVC's cache, by their entries of dvc.lock.
 
-    Raises UserError where results would be overwritten that are not in the cache.
+    Raises UserError if that would overwrite results that are not in the cache.
     """
     update_lock(root, entries)
     done = subprocess.run(
@@ -260,7 +260,7 @@ def take_over(root: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 class _Progress:
-    """A progress file, passed on when it has changed."""
+    """A progress file, forwarded when it has changed."""
 
     def __init__(self, path: Path, on_progress: Callable[[dict[str, Any]], None]) -> None:
         path.unlink(missing_ok=True)
@@ -274,7 +274,7 @@ class _Progress:
 
 
 def _failure(stage: str, lines: list[str]) -> Exception:
-    """Return the error that the end of DVC's output speaks of."""
+    """Return the error that the end of DVC's output describes."""
     words = [line for line in lines if line.strip()]
     if words and words[-1].endswith(f", exited with {USER_ERROR}"):
         return UserError(words[-2].removeprefix("cm: "))

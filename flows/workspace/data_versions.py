@@ -1,6 +1,6 @@
-"""Data under data/ that DVC versions: `data/NAME.zip` beside `data/NAME.zip.dvc`, which git keeps.
+"""Data under data/ that DVC versions: `data/NAME.zip` beside `data/NAME.zip.dvc`, which git tracks.
 
-A recipe names such a file by its path in the workspace and its version, so that it means the same in every clone.
+A recipe names such a file by its path in the workspace and its version, valid in every clone.
 """
 
 import logging
@@ -28,9 +28,9 @@ def version_of(entry: dict) -> str:
 
 
 def fetch_versioned(root: Path, path: str, version: str) -> dict[str, str]:
-    """Have the file at `path` here if DVC versions it, from the cache or a remote; return {path: version} of it.
+    """Provide the file at `path` from the cache or a remote if DVC versions it; return {path: version} of it.
 
-    Raises UserError where the recipe asks for another version than the workspace points to, or none can be brought.
+    Raises UserError if the recipe asks for another version than the workspace points to, or the file cannot be fetched.
     """
     entry = versions(root).get(Path(path))
     if entry is None:
@@ -48,7 +48,7 @@ def fetch_versioned(root: Path, path: str, version: str) -> dict[str, str]:
 
 
 def add_versioned(root: Path, path: Path, description: str, facts: dict) -> str:
-    """Put a file of the workspace under DVC, with a description for people, and return its version."""
+    """Add a file of the workspace to DVC, with a description, and return its version."""
     from dvc.utils.serialize import modify_yaml
 
     _dvc(root, "add", str(path))
@@ -58,7 +58,7 @@ def add_versioned(root: Path, path: Path, description: str, facts: dict) -> str:
 
 
 def push_versioned(root: Path, path: Path) -> None:
-    """Give a versioned file to DVC's remote."""
+    """Push a versioned file to DVC's remote."""
     _dvc(root, "push", f"{path}.dvc")
 
 

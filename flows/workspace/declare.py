@@ -1,7 +1,7 @@
 """Generate the derived parts of dvc.yaml: `python -m flows.workspace.declare`.
 
-A stage's signature gives params and input artifacts, the static import closure gives the code files;
-outputs are written by hand. Nothing is imported for it, so that the code in a folder is judged, not the installed one.
+A stage's signature gives params and input artifacts, the static import closure gives the code files; outputs are
+written by hand. Nothing is imported, so the code in the folder decides, not the installed one.
 """
 
 import ast
@@ -11,7 +11,7 @@ from pathlib import Path
 from flows.workspace.dvc_files import PARAMS_FILE, STAGES_FILE, files_in
 from flows.workspace.import_closure import import_closure
 
-NOT_DECLARED = ("out_dir", "state_dir", "monitor")  # given to a stage, but no reason to run it again
+NOT_DECLARED = ("out_dir", "state_dir", "monitor")  # arguments that do not affect a stage's results
 
 
 def declare(root: Path, stage: str) -> dict[str, object]:
@@ -27,10 +27,10 @@ def declare(root: Path, stage: str) -> dict[str, object]:
 
 
 def whole_folders(root: Path, files: Sequence[str]) -> list[str]:
-    """Name a folder in place of its files where `files` holds all of them: shorter, and as exact."""
+    """Replace files by their folder if `files` contains all of its files: shorter, and as exact."""
     known, found = set(files), {}
     for file in files:
-        folders = [folder.as_posix() for folder in Path(file).parents][-2::-1]  # from the outermost in
+        folders = [folder.as_posix() for folder in Path(file).parents][-2::-1]  # outermost first
         whole = (folder for folder in folders if {f"{folder}/{name}" for name in files_in(root / folder)} <= known)
         found[next(whole, file)] = None
     return list(found)

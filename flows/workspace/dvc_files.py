@@ -1,4 +1,4 @@
-"""DVC's files, read without starting DVC: declared stages, locked versions, hashes, cached objects."""
+"""DVC's files, read without importing DVC: declared stages, locked versions, hashes, cached objects."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ def upstream(stage: Stage, stages: Mapping[str, Stage]) -> list[Stage]:
 
 
 def ancestors(stage: Stage, stages: Mapping[str, Stage]) -> set[str]:
-    """Return the names of all stages that have to be done before `stage` can begin."""
+    """Return the names of all stages upstream of `stage`."""
     return {name for earlier in upstream(stage, stages) for name in (earlier.name, *ancestors(earlier, stages))}
 
 
@@ -71,7 +71,7 @@ def _names(entries: Iterable[str | Mapping[str, Any]]) -> Iterator[str]:
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """Read YAML as DVC does (1.2: 1e-05 is a number), so that what is read can be written back unchanged."""
+    """Read YAML as DVC does (1.2: 1e-05 is a number), so that it can be written back unchanged."""
     from dvc.utils.serialize import load_yaml
 
     return load_yaml(str(path))
@@ -79,7 +79,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def hold_dvc(root: Path) -> Iterator[None]:
-    """Keep DVC commands in `root` from writing their files; they wait (see --wait-for-lock), as does this."""
+    """Lock `root` against DVC commands, which wait (see --wait-for-lock), as does this function."""
     from dvc.lock import Lock
 
     folder = root / ".dvc" / "tmp"
@@ -89,7 +89,7 @@ def hold_dvc(root: Path) -> Iterator[None]:
 
 
 def read_lock(root: Path) -> dict[str, dict[str, Any]]:
-    """Return the entries of `root`/dvc.lock by stage: what each was last computed from, and what it made."""
+    """Return the entries of `root`/dvc.lock by stage: the inputs and outputs of its last run."""
     with hold_dvc(root):
         return _read_lock(root)
 
@@ -116,19 +116,19 @@ def locked_outs(entry: Mapping[str, Any]) -> dict[str, str]:
 
 
 def version(outs: Mapping[str, str]) -> str:
-    """Name what a stage made by one hash: that of its only output, or a digest of all of them."""
+    """Identify a stage's outputs by one hash: that of its only output, or a digest of all of them."""
     return next(iter(outs.values())) if len(outs) == 1 else _digest(dict(outs))
 
 
 def stage_key(root: Path, stage: Stage, known: Mapping[str, str]) -> str:
-    """Return a digest of all that decides what a stage makes; see `stage_facts`."""
+    """Return a digest of the inputs that determine a stage's results; see `stage_facts`."""
     return _digest(stage_facts(root, stage, known))
 
 
 def stage_facts(root: Path, stage: Stage, known: Mapping[str, str]) -> list[Any]:
-    """Return all that decides what a stage makes: command, dependencies, params, names of outputs.
+    """Return the inputs that determine a stage's results: command, dependencies, params, names of outputs.
 
-    `known` gives hashes of input artifacts that are not, or need not be, read from the workspace.
+    `known` gives hashes of input artifacts, which are then not read from the workspace.
     """
     params = load_yaml(root / PARAMS_FILE)
     deps = {path: known.get(path) or dvc_md5(root / path) for path in stage.deps}
@@ -161,15 +161,15 @@ def _file_md5(path: Path) -> str:
 
 
 class Cache:
-    """The objects in DVC's cache folder, by their hash."""
+    """The objects in DVC's cache folder, by hash."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def files(self, md5: str) -> dict[str, Path]:
-        """Return {path below the output: cached object}; the path of an output that is a file is empty.
+        """Return {path below the output: cached object}; the path is empty if the output is a file.
 
-        Raises FileNotFoundError when the listing of a folder is not in the cache.
+        Raises FileNotFoundError if the listing of a folder is not in the cache.
         """
         if not md5.endswith(".dir"):
             return {"": self._object(md5)}

@@ -1,4 +1,4 @@
-"""Git as a run needs it: the revision, the uncommitted edits, and a page that shows the code."""
+"""Git for a run: the revision, the uncommitted edits, and a web page of the code."""
 
 import os
 import re
@@ -10,13 +10,13 @@ from pathlib import Path
 from flows.errors import UserError
 from flows.workspace.dvc_files import LOCK_FILE, PARAMS_FILE
 
-# What git must know to run the code again; the recipe in force and DVC's record of it are a run's own.
+# Paths that git must track to run the code again; the active recipe and dvc.lock belong to a run.
 SOURCES = ("--", ".", f":(exclude){LOCK_FILE}", f":(exclude){PARAMS_FILE}")
-MAX_UNTRACKED = 50 * 2**20  # bytes of new files that a run may capture
+MAX_UNTRACKED = 50 * 2**20  # bytes of untracked files that a run may capture
 
 
 def describe_code(root: Path) -> dict[str, str]:
-    """Return tags that name the code of a workspace: revision, whether it was edited, a page that shows it."""
+    """Return tags that identify a workspace's code: revision, whether it was edited, its web page."""
     try:
         commit = revision(root)
     except UserError:
@@ -26,14 +26,14 @@ def describe_code(root: Path) -> dict[str, str]:
 
 
 def _code_page(root: Path, revision: str) -> dict[str, str]:
-    """Return the web page of a revision where the remote `origin` has one: https, or git@host:owner/name."""
+    """Return the web page of a revision if the remote `origin` has one: https, or git@host:owner/name."""
     remotes = dict(line.split("\t") for line in git(root, "remote", "-v").decode().splitlines())
     found = re.match(r"(?:https://|git@|ssh://git@)([^/:@]+)[/:](.+?)(?:\.git)?(?: |$)", remotes.get("origin", ""))
     return {"git.url": f"https://{found[1]}/{found[2]}/commit/{revision}"} if found else {}
 
 
 def git(cwd: Path, *arguments: str, **variables: str) -> bytes:
-    """Run git, unimpressed by hooks and by the repository of a surrounding git command."""
+    """Run git, isolated from hooks and from the repository of a surrounding git command."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")} | variables
     command = ["git", "-c", "core.hooksPath=/dev/null", *arguments]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, check=False)
@@ -64,7 +64,7 @@ def uncommitted_patch(root: Path) -> bytes:
             f"{root / largest}: new files of more than {MAX_UNTRACKED // 2**20} MB are neither committed nor ignored; "
             f"put them into .gitignore, or commit them"
         )
-    with tempfile.TemporaryDirectory() as scratch:  # the user's own index stays as it is
+    with tempfile.TemporaryDirectory() as scratch:  # leave the user's index unchanged
         own = git(root, "rev-parse", "--path-format=absolute", "--git-path", "index").decode().strip()
         index = shutil.copy(own, scratch)
         git(root, "add", "--intent-to-add", ".", GIT_INDEX_FILE=index)

@@ -1,4 +1,4 @@
-"""Our files that running a module may need: code from its import statements, and templates that the code names."""
+"""Static import closure of a module: imported project files, and templates that the code names."""
 
 import ast
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ PACKAGES = ("cm_core", "flows")
 
 
 def import_closure(root: Path, module: str) -> list[str]:
-    """Return the files under `root` that running `module` may need, itself and its packages included, sorted."""
+    """Return the project files under `root` that `module` may load, itself and its packages included, sorted."""
     found: dict[str, Path] = {}
     templates: set[Path] = set()
     waiting = [module]
@@ -25,7 +25,7 @@ def import_closure(root: Path, module: str) -> list[str]:
 
 
 def _find(root: Path, module: str) -> Path | None:
-    """Return the file of one of our modules; None for other people's, and for names that are no modules."""
+    """Return the file of a project module; None for other modules and for names that are no modules."""
     if module.split(".")[0] not in PACKAGES:
         return None
     path = root.joinpath(*module.split("."))
@@ -42,7 +42,7 @@ def _parents(module: str) -> list[str]:
 
 
 def _imports(tree: ast.AST, package: str) -> Iterator[str]:
-    """Yield what the code imports, functions included; `from a import b` may mean the module a.b, so both."""
+    """Yield the imports of the code, inside functions too; `from a import b` may mean module a.b, so yield both."""
     for node in _run_time_nodes(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -53,7 +53,7 @@ def _imports(tree: ast.AST, package: str) -> Iterator[str]:
 
 
 def _run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """Walk the tree, leaving out what stands under `if TYPE_CHECKING:`."""
+    """Walk the tree without the code under `if TYPE_CHECKING:`."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             node = ast.Module(node.orelse, [])

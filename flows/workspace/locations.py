@@ -1,4 +1,4 @@
-"""Where a workspace lies, and where the things that all its runs share are: the database, the DVC cache, the remote."""
+"""The root of a workspace, and the locations that its runs share: database, DVC cache, remote."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from flows.workspace.dvc_files import STAGES_FILE, Cache
 
 
 def workspace_root(start: Path | None = None) -> Path:
-    """Return the workspace that the current (or another) folder lies in. Raises UserError where there is none."""
+    """Return the workspace that contains the current (or another) folder. Raises UserError if there is none."""
     start = (start or Path.cwd()).resolve()
     for folder in (start, *start.parents):
         if (folder / STAGES_FILE).is_file() and (folder / "params").is_dir():
@@ -17,12 +17,12 @@ def workspace_root(start: Path | None = None) -> Path:
 
 
 def shared_root(root: Path) -> Path:
-    """Return where the things that all runs share are: mlflow.db, .cm/. A clone's are in the workspace it came from."""
+    """Return the root of shared data (mlflow.db, .cm/): for a clone, the workspace it came from."""
     return (Settings.read().home or root).resolve()
 
 
 def cache_of(root: Path) -> Cache:
-    """Return the DVC cache of a workspace, wherever its configuration puts it."""
+    """Return the DVC cache of a workspace as configured."""
     from dvc.config import Config
 
     folder = Config(str(root / ".dvc")).get("cache", {}).get("dir")
@@ -39,6 +39,6 @@ def remote_address(root: Path) -> str | None:
 
 
 def shared_remote(root: Path) -> str | None:
-    """Return the address of DVC's default remote, unless it lies in the workspace, where nobody else looks."""
+    """Return the address of DVC's default remote, unless it lies in the workspace, where no other machine reads it."""
     url = remote_address(root)
     return None if url is None or ("://" not in url and Path(url).is_relative_to(shared_root(root))) else url

@@ -1,6 +1,6 @@
-"""A command in a process group of its own: followed line by line, and ended so that nothing of it is left behind.
+"""A command in its own process group, followed line by line, and stopped with all its descendants.
 
-Its standard input is a pipe that stays empty, and ends when this process does, in whatever way.
+Its standard input is a pipe that stays empty and closes when this process ends for any reason.
 """
 
 import os
@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-GRACE = 10.0  # seconds between SIGTERM and SIGKILL: time to save a training state
-TICK = 1.0  # seconds between two calls of `on_tick`
+GRACE = 10.0  # seconds between SIGTERM and SIGKILL, enough to save a training state
+TICK = 1.0  # seconds between calls of `on_tick`
 
 
 class Process:
@@ -38,7 +38,7 @@ class Process:
         self._ending = threading.Lock()
 
     def lines(self, on_tick: Callable[[], None] = lambda: None) -> Iterator[str]:
-        """Yield the output line by line until the command has ended; about once a second call `on_tick`."""
+        """Yield the output line by line until the command has ended; call `on_tick` about once a second."""
         ticked = time.monotonic()
         while not self._leader_ended() or self._reader_ends_within(GRACE):
             with suppress(queue.Empty):
@@ -52,7 +52,7 @@ class Process:
         self._leader_ends_within(GRACE)
 
     def end(self) -> int:
-        """End what still runs of the group, with SIGTERM, then SIGKILL after a grace; return the exit code."""
+        """Stop the rest of the group by SIGTERM, then SIGKILL after a grace period; return the exit code."""
         with self._ending:
             if self._popen.returncode is None:
                 if self._reader.is_alive() or not self._leader_ended():
@@ -62,7 +62,7 @@ class Process:
         return self._popen.wait()
 
     def terminate(self) -> None:
-        """Ask the whole group to end, without waiting for it."""
+        """Send SIGTERM to the whole group, without waiting."""
         with self._ending:
             if self._popen.returncode is None:
                 self._signal(signal.SIGTERM)
@@ -73,15 +73,15 @@ class Process:
         self._output.put(None)
 
     def _signal(self, number: int) -> None:
-        # The leader is not reaped before the end, so its group's number cannot have passed to somebody else.
+        # The leader is not reaped before the end, so its process group id cannot have been reused.
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._popen.pid, number)
 
     def _leader_ended(self) -> bool:
-        """Whether the command itself has ended, asked without reaping it."""
+        """Whether the command itself has ended, checked without reaping it."""
         try:
             return os.waitid(os.P_PID, self._popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-        except ChildProcessError:  # another thread has ended and reaped it
+        except ChildProcessError:  # another thread has stopped and reaped it
             return True
 
     def _leader_ends_within(self, seconds: float) -> bool:
