@@ -1,8 +1,8 @@
-"""Non-leaking augmentation: random flips and affine maps whose parameters the network is told (EDM, App. F.2).
+"""Non-leaking augmentation: random flips and affine maps, with their parameters as network input (EDM, App. F.2).
 
-Told zeros when sampling, the network generates images as if none had been transformed. The affine part runs as in
-StyleGAN2-ADA (arXiv:2006.06676, App. B.2): mirror, double the resolution, sample bilinearly, halve it again.
-Differs from EDM: mirror images continue without end, where EDM's padding depends on the batch and may end in zeros.
+Conditioned on zeros when sampling, the network generates untransformed images. The affine part follows StyleGAN2-ADA
+(arXiv:2006.06676, App. B.2): mirror, upsample by 2, sample bilinearly, downsample by 2.
+Differs from EDM: mirrored borders without end; EDM's padding depends on the batch and may end in zeros.
 """
 
 import math
@@ -19,7 +19,7 @@ from cm_core.tensors import expand_like
 
 Transform = Literal["xflip", "yflip", "scale", "rotate", "aniso", "translate"]
 
-LABEL_DIM = 9  # numbers that describe one sample's transforms: 1, 1, 1, 2, 2 and 2 of them
+LABEL_DIM = 9  # conditioning values per sample: 1, 1, 1, 2, 2 and 2 of them
 
 SCALE_STD = 0.2  # of log2 of both scalings (EDM, App. F.2)
 SHIFT_STD = 0.125  # of the translation, in image sizes (EDM, App. F.2)
@@ -30,11 +30,11 @@ SYM6 = (
     *(0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252),
     *(-0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148),
 )
-MARGIN = len(SYM6) // 4  # pixels around the image that the halving filter reaches
+MARGIN = len(SYM6) // 4  # pixels around the image that the downsampling filter reaches
 
 
 class Draws(NamedTuple):
-    """The transforms of a batch, each [B] and zero where it is not applied."""
+    """The transforms of a batch, each [B] and zero if not applied."""
 
     xflip: Tensor  # 0 or 1
     yflip: Tensor  # 0 or 1
@@ -46,13 +46,13 @@ class Draws(NamedTuple):
     shift_y: Tensor
 
     def labels(self) -> Tensor:
-        """Return what the network is told: [B, 9], zeros for an untouched image."""
+        """Return the conditioning of the network: [B, 9], zeros for an untouched image."""
         rotation = self.rotate.cos() - 1, self.rotate.sin()
         aniso = self.aniso * self.aniso_axis.cos(), self.aniso * self.aniso_axis.sin()
         return torch.stack([self.xflip, self.yflip, self.scale, *rotation, *aniso, self.shift_x, self.shift_y], dim=1)
 
     def inverse_map(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Return `linear` [B, 2, 2] and `shift` [B, 2]: the output's pixel p shows the input at linear @ (p - shift).
+        """Return `linear` [B, 2, 2] and `shift` [B, 2]: output pixel p shows the input at linear @ (p - shift).
 
         Coordinates are (x, y) in pixels from the centre of the image.
         """
@@ -64,7 +64,7 @@ class Draws(NamedTuple):
 
 
 class Augment(Params):
-    """Transform each image at random and say how."""
+    """Transform each image at random and return the parameters."""
 
     probability: float = Field(0.12, ge=0, le=1)
     """Probability of each transform, for each image (EDM: 0.12 CIFAR-10, 0.15 FFHQ and AFHQv2)."""
@@ -85,7 +85,7 @@ class Augment(Params):
         return x, draws.labels()
 
     def draw(self, batch: int, generator: torch.Generator) -> Draws:
-        """Draw the transforms of `batch` images; the stream of random numbers is the same for all settings."""
+        """Draw the transforms of `batch` images; the random stream is the same for all settings."""
 
         def uniform() -> Tensor:
             return torch.rand(batch, generator=generator, device=generator.device)
@@ -126,16 +126,16 @@ def warp(x: Tensor, linear: Tensor, shift: Tensor) -> Tensor:
 
 
 def _doubled_positions(size: int, like: Tensor) -> Tensor:
-    """Return where the samples of a doubled axis with its margins lie, in pixels from the centre of the image."""
+    """Return the sample positions of an upsampled axis with margins, in pixels from the centre of the image."""
     samples = torch.arange(2 * (size + 2 * MARGIN), dtype=like.dtype, device=like.device)
     return samples / 2 - MARGIN - (size - 1) / 2
 
 
-@lru_cache  # made once, because copying a matrix from the host would make each step wait for the device
+@lru_cache  # cached: a copy from the host would make each step wait for the device
 def _doubling(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the matrix [6 size - 5, size] that mirrors an axis at both ends and doubles its resolution.
+    """Return the matrix [6 size - 5, size] that mirrors an axis at both ends and upsamples it by 2.
 
-    Its samples reach from the far end of one mirror image to that of the other, where the signal mirrors itself again.
+    Its samples span one mirror image's far end to the other's, where the signal mirrors itself again.
     """
     last = size - 1
     pixels = torch.arange(-last - MARGIN, 2 * last + MARGIN + 1)
@@ -145,13 +145,13 @@ def _doubling(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @lru_cache
 def _halving(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the matrix [size, 2 (size + 2 MARGIN)] that halves the resolution of an axis and drops its margins."""
-    # The filter is orthonormal: halving is the transpose of doubling.
+    """Return the matrix [size, 2 (size + 2 MARGIN)] that downsamples an axis by 2 and drops its margins."""
+    # The filter is orthonormal: downsampling is the transpose of upsampling.
     return _upsample(torch.eye(size + 2 * MARGIN))[MARGIN:-MARGIN].to(device, dtype)
 
 
 def _upsample(rows: Tensor) -> Tensor:
-    """Double the length of `rows` [N, L] with the sym6 filter."""
+    """Upsample `rows` [N, L] by 2 with the sym6 filter."""
     taps = torch.tensor(SYM6)[None, None]
     return F.conv_transpose1d(rows[:, None], taps, stride=2, padding=len(SYM6) // 2 - 1)[:, 0]
 

@@ -40,7 +40,7 @@ def ect_stage(step: int, *, num_steps: int, num_stages: int) -> int:
 
 
 class Halving(NamedTuple):
-    """A round of progressive distillation: the student's steps, and which optimiser steps it lasts."""
+    """A round of progressive distillation: the student's steps, and the optimiser steps of the round."""
 
     num_intervals: int
     first: int
@@ -48,7 +48,7 @@ class Halving(NamedTuple):
 
 
 def pd_halving(step: int, *, num_steps: int, start_steps: int, end_steps: int) -> Halving:
-    """Return the round that `step` is in: intervals halve from start_steps to end_steps (CM, App. C; PD, 2202.00512).
+    """Return the round of `step`: intervals halve from start_steps to end_steps (CM, App. C; PD, 2202.00512).
 
     The rounds of two steps and of one last twice as long as the others, as in the released code (50,000 and 100,000).
     """

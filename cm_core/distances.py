@@ -1,4 +1,4 @@
-"""Distances d(a, b) between images, one number a sample: [B, ...] x [B, ...] -> [B]."""
+"""Distances d(a, b) between images, one number per sample: [B, ...] x [B, ...] -> [B]."""
 
 import math
 import urllib.error
@@ -59,7 +59,7 @@ class PseudoHuber(Params):
 
 
 class Lpips(Params):
-    """Learned perceptual distance on VGG16 features (CM, section 5); weights come with a download or a path."""
+    """Learned perceptual distance on VGG16 features (CM, section 5); weights from a download or a path."""
 
     model_config = ConfigDict(title="lpips")
 
@@ -89,7 +89,7 @@ def pseudo_huber(a: Tensor, b: Tensor, *, c: float) -> Tensor:
 
 
 def check_lpips_shape(image_shape: tuple[int, ...]) -> None:
-    """Raise ValueError where LPIPS means nothing: not RGB, or below 16 x 16 pixels."""
+    """Raise ValueError if LPIPS is undefined: not RGB, or below 16 x 16 pixels."""
     channels, height, width = image_shape
     if channels != 3 or min(height, width) < 16:
         raise ValueError(
@@ -141,7 +141,7 @@ def _load_lpips(vgg16: Path | None) -> nn.Module:
             ) from error
     model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     state = torch.load(vgg16, map_location="cpu", weights_only=True)
-    # torchvision numbers VGG16's layers in one sequence; lpips cuts the same sequence into slices but keeps the numbers
+    # torchvision numbers VGG16's layers in one sequence; lpips cuts it into slices but keeps the numbers
     for name in ("slice1", "slice2", "slice3", "slice4", "slice5"):
         stage = getattr(model.net, name)
         own = {k: state[f"features.{k}"] for k in stage.state_dict()}

@@ -1,6 +1,6 @@
-"""Zero-shot editing with a consistency model: fill in, repaint, denoise, interpolate (CM, 2303.01469, Algorithm 4).
+"""Zero-shot editing with a consistency model: inpaint, repaint, denoise, interpolate (CM, 2303.01469, Algorithm 4).
 
-An edit that keeps what is known is an orthogonal map A of the image and a mask of the coefficients to invent.
+An edit is an orthogonal map A of the image and a mask of the coefficients to invent; the others are known.
 Differs from the paper's code, which starts from another noise level: x ~ N(y, t_1^2 I), as the algorithm says.
 """
 
@@ -16,13 +16,13 @@ from cm_core.noise import Noise
 from cm_core.sampling import check_levels
 from cm_core.solvers import Denoiser
 
-NOT_CONSISTENT = ("denoiser", "euler")  # forms of a model that are no consistency functions
+NOT_CONSISTENT = ("denoiser", "euler")  # model forms that are not consistency functions
 LUMINANCE = (0.2989, 0.5870, 0.1140)  # of red, green, blue (CM, App. D)
 STROKE_SIGMAS = (5.38, 2.24)  # (CM, App. D, after SDEdit, 2108.01073)
 
 
 class Draws(Protocol):
-    """Where noise comes from, one image after another: sampling.ImageNoise, or InterpolatedNoise."""
+    """A source of noise per image: sampling.ImageNoise or InterpolatedNoise."""
 
     def draw(self) -> Tensor:
         """Return fresh unit Gaussian noise, [B, C, H, W]."""
@@ -41,7 +41,7 @@ class Operator:
         return self.inverse(torch.where(self.unknown, self.forward(invented), self.forward(known)))
 
     def given(self, y: Tensor) -> Tensor:
-        """Return what is known of images y, the rest 0, [B, C, H, W]."""
+        """Return images y with their unknown coefficients set to zero, [B, C, H, W]."""
         return self.combine(y, torch.zeros_like(y))
 
 
@@ -51,7 +51,7 @@ def inpaint(mask: Tensor) -> Operator:
 
 
 def colorize(*, device: torch.device | str = "cpu") -> Operator:
-    """Invent the two chroma coefficients of RGB images, keep the luminance."""
+    """Invent the two chroma coefficients of RGB images; keep the luminance."""
     q = orthogonal(LUMINANCE).to(device)
     return Operator(
         forward=lambda x: torch.einsum("bchw,ck->bkhw", x, q.to(x.dtype)),
@@ -61,7 +61,7 @@ def colorize(*, device: torch.device | str = "cpu") -> Operator:
 
 
 def superres(factor: int, *, device: torch.device | str = "cpu") -> Operator:
-    """Invent everything but the mean of each patch of factor x factor pixels, channel by channel."""
+    """Invent all but the mean of each patch of factor x factor pixels, per channel."""
     q = orthogonal((1.0,) * factor**2).to(device)
     return Operator(
         forward=lambda x: to_patches(x, factor) @ q.to(x.dtype),
@@ -73,7 +73,7 @@ def superres(factor: int, *, device: torch.device | str = "cpu") -> Operator:
 def orthogonal(direction: Sequence[float]) -> Tensor:
     """Return an orthogonal matrix whose first column is `direction`, all positive, normalised; float64 [n, n].
 
-    The identity with that column, made orthogonal by QR; which sign QR picks is mended (CM, App. D).
+    QR of the identity with that column, its sign corrected (CM, App. D).
     """
     matrix = torch.eye(len(direction), dtype=torch.float64)
     matrix[:, 0] = torch.tensor(direction, dtype=torch.float64)
@@ -91,14 +91,14 @@ def to_patches(x: Tensor, factor: int) -> Tensor:
 
 
 def from_patches(patches: Tensor, factor: int) -> Tensor:
-    """Put together what `to_patches` cut."""
+    """Invert `to_patches`."""
     batch, channels, rows, columns, _ = patches.shape
     cut = patches.reshape(batch, channels, rows, columns, factor, factor)
     return cut.transpose(3, 4).reshape(batch, channels, rows * factor, columns * factor)
 
 
 def to_grey(x: Tensor) -> Tensor:
-    """Return RGB images without their colours, [B, 3, H, W]: what a colouriser is given to see."""
+    """Return RGB images without their colours, [B, 3, H, W]: the input of colourisation."""
     weights = torch.tensor(LUMINANCE, dtype=x.dtype, device=x.device)
     luminance = torch.einsum("bchw,c->bhw", x, weights / weights.sum())
     return luminance[:, None].expand_as(x).clone()
@@ -115,7 +115,7 @@ def _unchanged(x: Tensor) -> Tensor:
 def fill_in(
     f: Denoiser,
     noise: Draws,
-    y: Tensor,  # [B, C, H, W] in -1..1; its unknown coefficients have no influence
+    y: Tensor,  # [B, C, H, W] in -1..1; its unknown coefficients are ignored
     operator: Operator,
     sigmas: Sequence[float],
     *,
@@ -123,7 +123,7 @@ def fill_in(
 ) -> Tensor:
     """Invent the unknown coefficients of images y at decreasing `sigmas`, one network call each (CM, Algorithm 4).
 
-    The known coefficients are those of y, also where pixels then leave -1..1. The paper's last level, sigma_min, adds
+    The known coefficients remain those of y, even if pixels then leave -1..1. The paper's last level, sigma_min, adds
     no noise and needs no call. Raises ValueError unless the levels decrease and stay above sigma_min.
     """
     start = operator.given(y)
@@ -131,28 +131,28 @@ def fill_in(
 
 
 def repaint(f: Denoiser, noise: Draws, y: Tensor, sigmas: Sequence[float], *, sigma_min: float) -> Tensor:
-    """Let images y, such as strokes, guide images that keep what survives noise of the first level (SDEdit)."""
+    """Return images guided by y, such as strokes, keeping what survives noise of the first level (SDEdit)."""
     return _walk(f, noise, y, sigmas, sigma_min=sigma_min)
 
 
 def denoise(f: Denoiser, noise: Draws, x: Tensor, sigmas: Sequence[float], *, sigma_min: float) -> Tensor:
-    """Return clean images of x, whose noise has the standard deviation sigmas[0]; later levels add noise again."""
+    """Return clean images of x, whose noise has standard deviation sigmas[0]; later levels add noise again."""
     return _walk(f, noise, x, sigmas, sigma_min=sigma_min, noisy=True)
 
 
 def interpolate_samples(
     f: Denoiser, a: Draws, b: Draws, weights: Tensor, sigmas: Sequence[float], *, sigma_min: float
 ) -> Tensor:
-    """Return samples on the way from what noise a is drawn to, weight 0, to what noise b is, weight 1, [F, C, H, W].
+    """Return samples that interpolate from noise a's sample, weight 0, to noise b's, weight 1, [F, C, H, W].
 
-    Both ends are the images that `multistep` draws at the same levels.
+    The end points are the images that `multistep` draws at the same levels.
     """
     return _walk(f, InterpolatedNoise(a, b, weights), torch.zeros(()), sigmas, sigma_min=sigma_min)
 
 
 def interpolate_images(
     f: Denoiser,
-    noise: Draws,  # of one image
+    noise: Draws,  # of a single image
     a: Tensor,  # [1, C, H, W]
     b: Tensor,
     weights: Tensor,  # [F] in 0..1
@@ -160,9 +160,9 @@ def interpolate_images(
     *,
     sigma_min: float,
 ) -> Tensor:
-    """Return images on the way between two, [F, C, H, W], which keep what survives noise of the first level.
+    """Return images that interpolate between two, [F, C, H, W], keeping what survives noise of the first level.
 
-    Both get the same noise, so that the great circle between the two noisy images keeps its level in between.
+    Both get the same noise, so that the great circle between the noisy images keeps their noise level.
     """
     frames = SharedNoise(noise, len(weights))
     eps = sigmas[0] * frames.draw()
@@ -179,12 +179,12 @@ def _walk(
     keep: Callable[[Tensor], Tensor] = _unchanged,
     noisy: bool = False,
 ) -> Tensor:
-    """Add noise and remove it, level after level; `keep` puts back what is known, `noisy` spares the first noise."""
+    """Add and remove noise at each level; `keep` restores the known part, `noisy` input skips the first noise."""
     check_levels(sigmas, sigma_min=sigma_min)
     x = start
     for position, sigma in enumerate(sigmas):
         if position > 0 or not noisy:
-            # An estimate is already a sample at level sigma_min, so only the rest of the variance is added.
+            # An estimate is already a sample at level sigma_min: add only the rest of the variance.
             std = sigma if position == 0 else math.sqrt(sigma**2 - sigma_min**2)
             x = x + std * noise.draw()
         level = torch.full((len(x),), sigma, device=x.device)
@@ -198,9 +198,9 @@ def filling_sigmas(levels: Noise, num_steps: int) -> list[float]:
 
 
 def falling_sigmas(levels: Noise, sigma: float, num_steps: int) -> list[float]:
-    """Return levels from `sigma` on, each the same part of the one before as in the paper's pair for strokes.
+    """Return levels down from `sigma` by the constant ratio of the paper's pair for strokes.
 
-    Raises ValueError where they leave the range that the model knows.
+    Raises ValueError if they leave the model's range.
     """
     ratio = STROKE_SIGMAS[1] / STROKE_SIGMAS[0]
     sigmas = [sigma * ratio**step for step in range(num_steps)]
@@ -212,7 +212,7 @@ def falling_sigmas(levels: Noise, sigma: float, num_steps: int) -> list[float]:
 
 
 class InterpolatedNoise:
-    """Noise on the great circle between the noises of two images, a frame an entry of `weights`, at every draw."""
+    """Noise on the great circle between two images' noises, one frame per entry of `weights`, at every draw."""
 
     def __init__(self, a: Draws, b: Draws, weights: Tensor) -> None:
         self.a, self.b, self.weights = a, b, weights
@@ -224,7 +224,7 @@ class InterpolatedNoise:
 
 
 class SharedNoise:
-    """One image's noise for a number of frames, so that they differ by what they start from alone."""
+    """One image's noise for several frames, which then differ by their starting points alone."""
 
     def __init__(self, noise: Draws, count: int) -> None:
         self.noise, self.count = noise, count
@@ -235,10 +235,9 @@ class SharedNoise:
 
 
 def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    """Move from a to b, [B, ...], along the great circle of each sample, by weight [B] in 0..1 (CM, App. D).
+    """Interpolate from a to b, [B, ...], along each sample's great circle, by weight [B] in 0..1 (CM, App. D).
 
-    The norm stays that of noise, where the straight line passes through shorter vectors. Parallel samples have no
-    great circle: there it is the straight line.
+    The norm stays that of noise; a straight line would shorten it, and serves only parallel samples (no great circle).
     """
     flat_a, flat_b = a.flatten(1).double(), b.flatten(1).double()
     cosine = (flat_a * flat_b).sum(1) / (flat_a.norm(dim=1) * flat_b.norm(dim=1))

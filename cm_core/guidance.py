@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho and Salimans, 2207.12598): away from what a denoiser makes of no label at all."""
+"""Classifier-free guidance (Ho and Salimans, 2207.12598)."""
 
 from collections.abc import Callable
 
@@ -12,8 +12,8 @@ NO_LABEL = -1
 def guided(denoiser: LabelledDenoiser, guidance: float) -> LabelledDenoiser:
     """Return D_uncond + guidance * (D_cond - D_uncond), which is the denoiser itself at 1.
 
-    Both are taken in one pass of twice the batch, the two of an image side by side: a pass that is divided by rows must
-    not part them. The denoiser must have been trained with label dropout.
+    One pass of twice the batch computes both, an image's two rows adjacent: a split by rows must not separate them.
+    The denoiser must have been trained with label dropout.
     """
     if guidance == 1:
         return denoiser

@@ -1,4 +1,4 @@
-"""A learned weight of the noise levels: the uncertainty of a multi-task loss (EDM2, 2312.02696)."""
+"""A learned weight of noise levels: the uncertainty of a multi-task loss (EDM2, 2312.02696)."""
 
 import math
 
@@ -11,7 +11,7 @@ FEATURES = 128  # EDM2
 class LogWeight(nn.Module):
     """w(sigma): random Fourier features of ln(sigma) / 4 and one linear layer, zero at the start.
 
-    exp(w) * error - w is least where exp(-w) is the mean error of the level, so all levels come to weigh alike.
+    exp(w) * error - w is minimal where exp(-w) is the mean error of the level, so all levels get equal weight.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a trained model is: everything needed to build it again, and its weights."""
+"""The description of a trained model, from which it can be rebuilt, and its weights."""
 
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,7 @@ SPEC_FILE, WEIGHTS_FILE = "model.json", "ema.safetensors"
 
 
 class ModelSpec(Params):
-    """A network, how it is wrapped, and the images it makes; stored beside the weights as model.json."""
+    """A network, its preconditioning, and its images; stored beside the weights as model.json."""
 
     form: Literal["denoiser", "skip", "unshifted", "piecewise", "euler"]
     """denoiser: EDM's scalings; skip, piecewise: a consistency function, its boundary at sigma_min (CM, eq. 5, 4);
@@ -63,7 +63,7 @@ def build_seeded(spec: ModelSpec, seed: int, *, autocast: torch.dtype | None = N
 
 
 def save_model(folder: Path, spec: ModelSpec, weights: dict[str, torch.Tensor]) -> None:
-    """Write the weights (and buffers), then model.json, so that a folder with model.json is complete."""
+    """Write the weights (and buffers), then model.json, whose presence marks the folder complete."""
     save_tensors(folder / WEIGHTS_FILE, weights)
     (folder / SPEC_FILE).write_text(spec.model_dump_json(indent=2) + "\n")
 
@@ -71,10 +71,7 @@ def save_model(folder: Path, spec: ModelSpec, weights: dict[str, torch.Tensor]) 
 def load_model(
     folder: Path, *, device: torch.device | str = "cpu", autocast: torch.dtype | None = None
 ) -> tuple[ModelSpec, Precond]:
-    """Load a model that `save_model` wrote, in evaluation mode and without gradients.
-
-    Raises FileNotFoundError when the folder holds none.
-    """
+    """Load a model from `save_model`, in eval mode, without gradients; raise FileNotFoundError if there is none."""
     spec = load_spec(folder)
     model = spec.build(autocast=autocast)
     load_weights(model, folder / WEIGHTS_FILE)
@@ -82,14 +79,14 @@ def load_model(
 
 
 def load_spec(folder: Path) -> ModelSpec:
-    """Read what a model is; raises FileNotFoundError when the folder holds none."""
+    """Read the spec of a model; raise FileNotFoundError if the folder holds none."""
     if not (folder / SPEC_FILE).is_file():
         raise FileNotFoundError(f"{folder} holds no model: {SPEC_FILE} is missing")
     return ModelSpec.model_validate_json((folder / SPEC_FILE).read_text())
 
 
 def load_weights(model: torch.nn.Module, path: Path) -> None:
-    """Copy the weights and buffers in `path` into `model`; raises ValueError unless names and shapes agree."""
+    """Copy the weights and buffers in `path` into `model`; raise ValueError unless names and shapes agree."""
     weights, own = load_tensors(path), model.state_dict()
     if weights.keys() != own.keys():
         odd = min(weights.keys() ^ own.keys())

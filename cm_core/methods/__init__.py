@@ -1,1 +1,1 @@
-"""Training methods, one paper a file; none imports a sibling."""
+"""Training methods, one paper per file; none imports a sibling."""

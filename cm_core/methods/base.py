@@ -1,4 +1,4 @@
-"""What the papers share: the interface of a method and the consistency loss between two points of a trajectory."""
+"""Shared parts of the methods: their interface and the consistency loss between two points of a trajectory."""
 
 import functools
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from cm_core.types import Batch, Loss, Models, StepContext
 class Method(Params):
     """A training method: its fields are its hyperparameters, `loss` is the paper's algorithm.
 
-    Every method has a `kind` and a `form` (how the raw network becomes the model, see ModelSpec), fixed or a field;
-    one that compares images has a field `distance`. What differs from the plain case is overridden here, one hook each.
+    Every method has a `kind` and a `form` (how the raw network becomes the model, see ModelSpec), fixed or a field; one
+    that compares images has a field `distance`. Methods override the hooks below where they differ from the defaults.
     """
 
     starts_from: ClassVar[Literal["teacher", "random"]] = "random"
@@ -28,24 +28,24 @@ class Method(Params):
     """Whether the loss takes forward-mode derivatives of the network."""
 
     def loss(self, models: Models, batch: Batch, context: StepContext) -> Loss:
-        """Return the losses of one batch, each from its own row of what the networks return (parallel/ranks.py).
+        """Return the losses of one batch, each computed from its own row of the networks' outputs (parallel/ranks.py).
 
-        Where a network is given several rows for each image, those of an image lie side by side.
+        A network that gets several rows per image gets them adjacent.
         """
         raise TypeError(f"{type(self).__name__} defines no loss")
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the loss asks a teacher."""
+        """Whether the loss uses a teacher."""
         return False
 
     def target_decay_at(self, step: int, num_steps: int) -> float:
-        """Return mu of the target's average after `step`; 0 means that the target is the student itself."""
+        """Return the target EMA's decay mu after `step`; 0 means that the target is the student itself."""
         return 0.0
 
     @property
     def keeps_target(self) -> bool:
-        """Whether an averaged copy of the student is kept as regression target."""
+        """Whether an EMA of the student is kept as regression target."""
         return False
 
     def build_weighting(self) -> nn.Module | None:
@@ -54,19 +54,19 @@ class Method(Params):
 
     @property
     def replaces_teacher(self) -> bool:
-        """Whether the student takes the teacher's place in the course of the training."""
+        """Whether the student replaces the teacher during training."""
         return False
 
     def replaces_teacher_at(self, step: int, num_steps: int) -> bool:
-        """Whether it does so before `step`: optimiser and averages then start afresh."""
+        """Whether it does so before `step`; optimiser and EMAs are then reset."""
         return False
 
     def learning_rate_factor(self, step: int, num_steps: int) -> float:
-        """Return the method's own schedule, a factor on the learning rate."""
+        """Return the method's own learning-rate schedule, a factor."""
         return 1.0
 
     def euler_steps_at(self, step: int, num_steps: int) -> int:
-        """Return in how many Euler steps a student of form euler makes images after `step` training steps."""
+        """Return the number of Euler steps of a student of form euler after `step` training steps."""
         return 1
 
 
@@ -82,7 +82,7 @@ def draw_eps(x0: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def teacher_of(models: Models, batch: Batch, guidance: float) -> Denoiser:
-    """Return the teacher as a function of (x, sigma) alone, told the batch's labels and guided by them."""
+    """Return the teacher as a function of (x, sigma), with the batch's labels and guidance."""
     assert models.teacher is not None, "the caller loads the teacher that the method needs"
     return functools.partial(guided(models.teacher, guidance), labels=batch.labels)
 

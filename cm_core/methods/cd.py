@@ -53,10 +53,10 @@ class CD(Method):
         return Loss(consistency_distance(models, batch, context, x_t=x_t, t=t, x_r=x_r, r=r), t)
 
     def target_decay_at(self, step: int, num_steps: int) -> float:
-        """Return mu, the same at every step."""
+        """Return mu, constant over steps."""
         return self.target_decay
 
     @property
     def keeps_target(self) -> bool:
-        """Whether the target is an average of its own."""
+        """Whether the target is an EMA of its own."""
         return self.target_decay > 0

@@ -18,7 +18,7 @@ from cm_core.types import Batch, Loss, Models, StepContext
 
 
 class CMInf(Method):
-    """Make df/dsigma vanish along trajectories directly, or in the direction that the discrete gradient tends to."""
+    """Make df/dsigma vanish along trajectories directly, or along the limit of the discrete gradient."""
 
     model_config = ConfigDict(title="cm_inf")
     starts_from: ClassVar[Literal["teacher", "random"]] = "teacher"
@@ -77,7 +77,7 @@ class CMInf(Method):
         return Loss((f(x_t, t) * pull).flatten(1).sum(1), t)
 
     def _draw_t(self, batch_size: int, context: StepContext) -> Tensor:
-        """Draw sigma uniform in sigma^(1/rho), [B]: the density of the Karras grid in the limit."""
+        """Draw sigma uniform in sigma^(1/rho), [B]: the Karras grid's density in the limit."""
         noise, generator = context.noise, context.generator
         u = torch.rand(batch_size, generator=generator, device=generator.device)
         return warp(u, noise)

@@ -72,5 +72,5 @@ class CT(Method):
 
     @property
     def keeps_target(self) -> bool:
-        """Always: the target is an average of its own."""
+        """Always: the target is an EMA of its own."""
         return True

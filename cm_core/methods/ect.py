@@ -1,6 +1,6 @@
 """Easy consistency tuning (Geng et al. 2024, arXiv 2406.14548), and its distilling variant.
 
-Differs from the released code: the network is never asked at r = 0, where f(x, 0) = x needs no network; the distance
+Differs from the released code: the network is never evaluated at r = 0, where f(x, 0) = x needs none; the distance
 keeps a tiny c, so that equal images have a gradient; the same preconditioning trains and samples.
 """
 
@@ -20,7 +20,7 @@ from cm_core.types import Batch, Loss, Models, StepContext
 
 
 class ECT(Method):
-    """Tune a denoiser into a consistency function: pairs (t, r) that start as denoising and close up by stages."""
+    """Tune a denoiser into a consistency function: pairs (t, r) start as denoising and close up in stages."""
 
     model_config = ConfigDict(title="ect")
     starts_from: ClassVar[Literal["teacher", "random"]] = "teacher"
@@ -57,7 +57,7 @@ class ECT(Method):
         return self.solver is not None
 
     def loss(self, models: Models, batch: Batch, context: StepContext) -> Loss:
-        """Return w(t, r) d(f(x_t, t), stopgrad f(x_r, r)), the target x_r itself where r = 0 (ECT, section 3)."""
+        """Return w(t, r) d(f(x_t, t), stopgrad f(x_r, r)), the target x_r itself if r = 0 (ECT, section 3)."""
         x0, stage = batch.x0, ect_stage(context.step, num_steps=context.num_steps, num_stages=self.num_stages)
         t = draw_lognormal(len(x0), p_mean=self.p_mean, p_std=self.p_std, generator=context.generator, device=x0.device)
         r, eps = self.closer(t, stage), draw_eps(x0, context.generator)
@@ -65,7 +65,7 @@ class ECT(Method):
         x0_hat = models.student(x_t, t, batch.labels)
         with torch.no_grad():
             x_r = self._earlier(models, batch, x_t, t, r) if self.needs_teacher else add_noise(x0, eps, r)
-            asked = r.clamp(min=context.noise.sigma_min)  # at 0 the network has no value, and none is needed
+            asked = r.clamp(min=context.noise.sigma_min)  # at 0 the network is undefined, and not needed
             target = torch.where(expand_like(r > 0, x0), models.target(x_r, asked, batch.labels), x_r)
         scalars = {"stage": stage, "gap": self.q ** -(stage + 1)}
         return Loss(self.weight(t, r, context.noise.sigma_data) * models.distance(x0_hat, target), t, scalars)
@@ -86,6 +86,6 @@ class ECT(Method):
         euler = STEPS["euler"](teacher, x_t, t, r)
         if self.solver == "euler":
             return euler
-        # Heun's second slope has no value at r = 0: there the step stays Euler's, as in EDM's sampler.
+        # Heun's second slope is undefined at r = 0: there the step stays Euler's, as in EDM's sampler.
         heun = STEPS["heun"](teacher, x_t, t, torch.where(r > 0, r, t))
         return torch.where(expand_like(r > 0, x_t), heun, euler)

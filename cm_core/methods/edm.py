@@ -1,6 +1,6 @@
 """EDM: training a denoiser, the teacher (Karras et al. 2022, arXiv 2206.00364, section 5).
 
-Differs from the paper: the squared error is averaged over the pixels, not summed; Adam does not see the factor.
+Differs from the paper: the squared error is averaged over pixels, not summed; Adam is invariant to the factor.
 """
 
 from typing import ClassVar, Literal

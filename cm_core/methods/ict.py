@@ -16,7 +16,7 @@ from cm_core.types import Batch, Loss, Models, StepContext
 
 
 class ICT(Method):
-    """Consistency training with a pseudo-Huber distance, lognormal pairs, doubling grids and no target average."""
+    """Consistency training with a pseudo-Huber distance, lognormal pairs, doubling grids and no target EMA."""
 
     model_config = ConfigDict(title="ict")
 

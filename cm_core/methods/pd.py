@@ -19,7 +19,7 @@ from cm_core.types import Batch, Loss, Models, StepContext
 
 
 class PD(Method):
-    """Halve the steps again and again: one Euler step of the student lands where two of the teacher land."""
+    """Halve the steps repeatedly: one Euler step of the student lands where two of the teacher land."""
 
     model_config = ConfigDict(title="pd")
     starts_from: ClassVar[Literal["teacher", "random"]] = "teacher"
@@ -55,13 +55,13 @@ class PD(Method):
 
     @property
     def replaces_teacher(self) -> bool:
-        """Always: a halving's student is the next one's teacher."""
+        """Always: the student of one halving is the teacher of the next."""
         return True
 
     def loss(self, models: Models, batch: Batch, context: StepContext) -> Loss:
         """Return max(1 / t^2, 1) d(D(x_t, t), the x0 whose single Euler step lands where two of the teacher land)."""
         x0, halving = batch.x0, self.halving_at(context.step, context.num_steps)
-        n, guidance = halving.num_intervals, self.guidance if halving.first == 0 else 1.0  # later teachers have it in
+        n, guidance = halving.num_intervals, self.guidance if halving.first == 0 else 1.0  # later teachers include it
         sigmas = grid_on(context.noise, 2 * n + 1, x0.device)
         i = 2 * torch.randint(n, (len(x0),), generator=context.generator, device=x0.device)
         t, middle, r = sigmas[i], sigmas[i + 1], sigmas[i + 2]
@@ -73,19 +73,19 @@ class PD(Method):
         return Loss(weight * models.distance(x0_hat, target), t, {"num_intervals": n})
 
     def halving_at(self, step: int, num_steps: int) -> Halving:
-        """Return the round that a step is in."""
+        """Return the round of a step."""
         return pd_halving(step, num_steps=num_steps, start_steps=self.start_steps, end_steps=self.end_steps)
 
     def euler_steps_at(self, step: int, num_steps: int) -> int:
-        """Return the steps of the halving that the last training step was in."""
+        """Return the student's Euler steps in the round of the last training step."""
         return self.halving_at(max(step - 1, 0), num_steps).num_intervals
 
     def replaces_teacher_at(self, step: int, num_steps: int) -> bool:
-        """Whether a halving begins with `step`; the first begins with the diffusion model as it is."""
+        """Whether a halving begins with `step`; the first uses the diffusion model as its teacher."""
         return step > 0 and step == self.halving_at(step, num_steps).first
 
     def learning_rate_factor(self, step: int, num_steps: int) -> float:
-        """Return the linear descent within the halving."""
+        """Return the linear decay within the halving."""
         _, first, end = self.halving_at(step, num_steps)
         return 1 - (step - first) / (end - first) if self.anneal else 1.0
 

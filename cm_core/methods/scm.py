@@ -1,7 +1,7 @@
 """sCM: continuous-time consistency models in TrigFlow (Lu and Song 2024, arXiv 2410.11081, Algorithm 1); sCT and sCD.
 
 TrigFlow's angle is arctan(sigma / sigma_data), its x is cos(angle) x_sigma and its F is minus the raw network behind
-EDM's scalings, so a model trained here is sampled as any other; `noise.c_noise: angle` is the paper's embedding.
+EDM's scalings, so samplers treat a model trained here like any other; `noise.c_noise: angle` is the paper's embedding.
 Differs from the paper: nothing. As d/d(ln sigma) = cos sin d/d(angle), its rearranged tangent of sigma is sigma itself.
 """
 

@@ -1,7 +1,7 @@
 """DINOv2 vision transformer (Oquab et al., arXiv 2304.07193), inference only, for FD-DINOv2.
 
-Parameters carry the names of the published checkpoints. torch-fidelity's own extractor runs code fetched at run
-time and takes no weights file; this one needs the checkpoint alone.
+Parameter names are those of the published checkpoints. torch-fidelity's own extractor runs code fetched at run time
+and takes no weights file; this one needs only the checkpoint.
 """
 
 from typing import NamedTuple
@@ -32,7 +32,7 @@ class DinoV2(nn.Module):
     def __init__(self, size: Size) -> None:
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.dim))
-        self.mask_token = nn.Parameter(torch.zeros(1, size.dim))  # in the checkpoints; used in their training only
+        self.mask_token = nn.Parameter(torch.zeros(1, size.dim))  # in the checkpoints, used in their training only
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + PRETRAINED_GRID**2, size.dim))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, size.dim, PATCH, stride=PATCH)})
         self.blocks = nn.ModuleList([Block(size.dim, size.num_heads) for _ in range(size.depth)])
@@ -48,9 +48,9 @@ class DinoV2(nn.Module):
         return self.norm(tokens)[:, 0]
 
     def position_at(self, height: int, width: int) -> Tensor:
-        """Resample the position embedding to a grid of patches, as the published code does it.
+        """Resample the position embedding to a grid of patches, as the published code does.
 
-        The 0.1 once guarded a rounding of sizes; it shifts the sampling points a little, so the numbers need it.
+        The 0.1 once guarded against rounding; it shifts the sampling points slightly, so matching numbers need it.
         """
         grid = self.pos_embed[:, 1:].unflatten(1, (PRETRAINED_GRID, PRETRAINED_GRID)).permute(0, 3, 1, 2)
         scale = ((height + 0.1) / PRETRAINED_GRID, (width + 0.1) / PRETRAINED_GRID)
@@ -60,7 +60,7 @@ class DinoV2(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each scaled by a learnt vector (LayerScale)."""
+    """Pre-norm attention and MLP, each scaled by a learned vector (LayerScale)."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers, four times as wide between them."""
+    """Two linear layers with a hidden width of four times `dim`."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Mlp(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """Multiply each channel by a learnt factor."""
+    """Multiply each channel by a learned factor."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """FID, Inception score, KID, precision and recall of generated images, computed by torch-fidelity.
 
 FID: Heusel et al. 2017; IS: Salimans et al. 2016; KID: Binkowski et al. 2018; precision and recall: Kynkaanniemi
-et al. 2019. The features of the reference are extracted once and compared with every set of generated images.
+et al. 2019. Reference features are extracted once and compared with every set of generated images.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from cm_core.params import Params
 
 
 class MetricParams(Params):
-    """How the metrics are computed."""
+    """The metrics and their settings."""
 
     beside_fid: tuple[Literal["is", "kid", "precision_recall"], ...] = ("is", "kid", "precision_recall")
     """Metrics that are computed beside FID."""
@@ -36,11 +36,7 @@ class MetricParams(Params):
     """Precision and recall: images of each set, spread evenly over it; time and memory grow with the square."""
 
     def adapted_to(self, num_images: int) -> "MetricParams":
-        """Shrink parts and subsets to what `num_images` allow.
-
-        Raises:
-            ValueError: so few images that a metric does not exist.
-        """
+        """Shrink parts and subsets to fit `num_images`; raise ValueError if a metric needs more images."""
         needed = self.prc_neighbourhood + 1
         if num_images < needed:
             raise ValueError(
@@ -53,14 +49,14 @@ class MetricParams(Params):
 
 @dataclass(frozen=True)
 class Reference:
-    """Features of the real images that everything is compared with, and their mean and covariance."""
+    """Features of the real reference images, and their mean and covariance."""
 
     features: Tensor  # float32 [M, D]
     statistics: dict[str, Any]
 
     @classmethod
     def of(cls, features: Tensor) -> "Reference":
-        """Compute the statistics once: for 50,000 x 2048 features that takes seconds."""
+        """Compute the statistics once: it takes seconds for 50,000 x 2048 features."""
         return cls(features, _statistics(features))
 
 
@@ -74,10 +70,9 @@ def evaluate_images(
     device: torch.device,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
-    """Return fid and, as `params` ask, is, is_std (where the network scores classes), kid, kid_std, precision, recall.
+    """Return fid and, as `params` ask, is, is_std (if the network scores classes), kid, kid_std, precision, recall.
 
-    Raises:
-        ValueError: too few images.
+    Raises ValueError for too few images.
     """
     params = params.adapted_to(min(len(generated), len(reference.features)))
     found = extract_features(generated, extractor, batch_size=batch_size, device=device, on_batch=on_batch)
@@ -85,7 +80,7 @@ def evaluate_images(
 
 
 def compare(generated: ImageFeatures, reference: Reference, params: MetricParams) -> dict[str, float]:
-    """Compute the metrics from features; `params` are adapted to the number of images already."""
+    """Compute the metrics from features; `params` already fit the number of images."""
     metrics = {"fid": frechet_distance(generated.features, reference)}
     if "is" in params.beside_fid and generated.logits is not None:
         metrics |= _inception_score(generated.logits, params)
@@ -122,7 +117,7 @@ def _kernel_distance(generated: Tensor, reference: Tensor, params: MetricParams)
 def _precision_recall(generated: Tensor, reference: Tensor, params: MetricParams) -> dict[str, float]:
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    # The order is torch-fidelity's: generated first. Releases before 0.4 had it the other way round.
+    # torch-fidelity's order: generated first. Releases before 0.4 had the reverse.
     found = prc_features_to_metric(
         spread(generated, params.prc_images),
         spread(reference, params.prc_images),

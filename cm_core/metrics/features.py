@@ -1,7 +1,7 @@
-"""Networks whose features FID, KID, precision and recall compare, behind torch-fidelity's extractor interface.
+"""Feature networks of FID, KID, precision and recall, behind torch-fidelity's extractor interface.
 
-`classifier` is trained on the data set's own labels: it needs no download, and it knows 8x8 scans, which mean
-nothing to Inception. The others are pretrained; their numbers compare with published ones.
+`classifier` is trained on the data set's own labels: it needs no download and fits 8x8 scans, which mean nothing to
+Inception. The others are pretrained, so their numbers compare with published ones.
 """
 
 import functools
@@ -24,11 +24,11 @@ from cm_core.tensors import from_pixels
 
 @dataclass(frozen=True)
 class NetworkFacts:
-    """What the metrics have to know about an extractor."""
+    """Properties of an extractor that the metrics need."""
 
     short_name: str  # in names of metrics: fid_<short name>
     layer: str  # compared by FID, KID, precision and recall
-    logits_layer: str | None  # class scores for the Inception score; None: the network has none
+    logits_layer: str | None  # class scores for the Inception score; None: no such layer
     needs_rgb: bool = True
 
 
@@ -43,7 +43,7 @@ NETWORKS = {
 
 
 class ClassifierFeatures(Params):
-    """A small network trained on the labels of the data set; for any images, without a download."""
+    """A small network trained on the data set's labels: any images, no download."""
 
     model_config = ConfigDict(title="classifier")
 
@@ -80,7 +80,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(4 * width, num_classes)
 
     def features(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, 4 width]
-        """Return the averages over the image of the last level."""
+        """Return the last level's averages over the image."""
         return self.levels(x).mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,10 +103,9 @@ def train_classifier(
     device: torch.device,
     on_step: Callable[[int, Tensor], None] = lambda step, loss: None,
 ) -> Classifier:
-    """Train a classifier by cross-entropy; `on_step` sees the steps taken and the loss.
+    """Train a classifier by cross-entropy; `on_step` gets the steps taken and the loss.
 
-    Raises:
-        ValueError: fewer than two classes occur among the labels.
+    Raises ValueError if fewer than two classes occur among the labels.
     """
     (labelled,) = np.nonzero(labels >= 0)
     if len(np.unique(labels[labelled])) < 2:
@@ -136,7 +135,7 @@ def _initialised(image_shape: tuple[int, int, int], num_classes: int, width: int
 
 
 def _augment(x0: Tensor, *, max_shift: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Move the batch by one random offset, its border repeated, and mirror a random half of it."""
+    """Shift the batch by one random offset, repeating its border, and mirror a random half."""
     height, width = x0.shape[2:]
     top, left = torch.randint(2 * max_shift + 1, (2,), generator=generator).tolist()
     x0 = F.pad(x0, (max_shift,) * 4, mode="replicate")[:, :, top : top + height, left : left + width]
@@ -165,16 +164,12 @@ def save_classifier(net: Classifier, path: Path) -> None:
     from safetensors.torch import save_file
 
     tensors = {name: tensor.cpu().contiguous() for name, tensor in net.state_dict().items()}
-    # One entry: safetensors orders several at random, and the bytes are to be the same each time.
+    # One entry: safetensors orders several at random, and the bytes must be deterministic.
     save_file(tensors, path, metadata={"classifier": json.dumps(net.hyperparameters)})
 
 
 def load_classifier(path: Path) -> Classifier:
-    """Read what `save_classifier` wrote.
-
-    Raises:
-        ValueError: the file holds no classifier.
-    """
+    """Read the output of `save_classifier`; raise ValueError if the file holds no classifier."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -190,7 +185,7 @@ def load_classifier(path: Path) -> Classifier:
 
 @functools.cache
 def register_extractors() -> None:
-    """Make `classifier` and the DINOv2 models known to torch-fidelity, once a process."""
+    """Register `classifier` and the DINOv2 models with torch-fidelity, once per process."""
     from cm_core.metrics.torchvision_shim import ensure_torchvision
 
     ensure_torchvision()
@@ -240,7 +235,7 @@ class _ClassifierReader(nn.Module):
 
 
 class _DinoReader(nn.Module):
-    """uint8 [B, 3, H, W] -> class token; resized and normalised as torch-fidelity's extractor does it."""
+    """uint8 [B, 3, H, W] -> class token; resized and normalised like torch-fidelity's extractor."""
 
     def __init__(self, weights: Path, size: str) -> None:
         from cm_core.metrics.dinov2 import SIZES, DinoV2
@@ -248,7 +243,7 @@ class _DinoReader(nn.Module):
         super().__init__()
         self.net = DinoV2(SIZES[size])
         self.net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        for name, values in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):  # of ImageNet
+        for name, values in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):  # ImageNet's
             self.register_buffer(name, 255 * torch.tensor(values)[:, None, None])
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -265,10 +260,9 @@ _READERS: dict[str, Callable[[Path], nn.Module]] = {
 
 
 def build_extractor(name: str, weights: Path, device: torch.device) -> nn.Module:
-    """Return torch-fidelity's extractor `name` with its weights read from a file, on `device`.
+    """Return torch-fidelity's extractor `name` with its weights from a file, on `device`.
 
-    Raises:
-        ValueError: no such extractor, or the file holds other weights.
+    Raises ValueError for an unknown extractor or a file with other weights.
     """
     if name not in NETWORKS:
         raise ValueError(f"feature extractor {name!r} is unknown; allowed: {', '.join(NETWORKS)}")
@@ -299,7 +293,7 @@ def _require_plain_tensors(weights: Path) -> None:
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What an extractor says about N images."""
+    """An extractor's outputs for N images."""
 
     features: Tensor  # float32 [N, D]
     logits: Tensor | None  # float32 [N, K]
@@ -314,10 +308,9 @@ def extract_features(
     device: torch.device,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> ImageFeatures:
-    """Run images through an extractor; grey is repeated where the network wants colour.
+    """Run images through an extractor, grey repeated for networks that take colour.
 
-    Raises:
-        ValueError: images that are not uint8 [N, H, W, C].
+    Raises ValueError for images that are not uint8 [N, H, W, C].
     """
     if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
         raise ValueError(f"images must be uint8 [N, H, W, C] with N > 0, got {images.dtype} {list(images.shape)}")

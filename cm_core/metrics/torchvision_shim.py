@@ -1,7 +1,7 @@
-"""Import torchvision where its compiled operators cannot be loaded, as the CUDA wheel beside CPU PyTorch.
+"""Import torchvision when its compiled operators cannot be loaded, e.g. the CUDA wheel beside CPU PyTorch.
 
-lpips and torch-fidelity import torchvision but use only its Python parts. The import itself fails because it
-registers two operators without asking whether they exist; declaring their names is enough.
+lpips and torch-fidelity use only its Python parts. The import fails because torchvision registers two operators
+without checking that they exist; declaring their names is enough.
 """
 
 import importlib
@@ -19,12 +19,9 @@ _declarations: list[torch.library.Library] = []  # the declarations last as long
 
 
 def ensure_torchvision() -> bool:
-    """Import torchvision, and say whether its operators had to be declared without code.
+    """Import torchvision; return whether its operators had to be declared without code.
 
-    Call it before the first import of torchvision, lpips or torch_fidelity.
-
-    Raises:
-        ModuleNotFoundError: torchvision is not installed.
+    Call it before the first import of torchvision, lpips or torch_fidelity. Raises ModuleNotFoundError without it.
     """
     if "torchvision" not in sys.modules:
         if not _load_compiled_operators():
@@ -41,14 +38,14 @@ def _load_compiled_operators() -> bool:
     for library in Path(spec.submodule_search_locations[0]).glob("_C*.so"):
         try:
             torch.ops.load_library(str(library))
-        except OSError:  # built for a CUDA that is not here, or another PyTorch
+        except OSError:  # built for an absent CUDA or another PyTorch
             continue
     return hasattr(torch.ops.torchvision, "nms")
 
 
 @contextmanager
 def _without_compiler() -> Iterator[None]:
-    """Let torchvision's `roi_align` import PyTorch's compiler when it is called: it takes longer than all the rest."""
+    """Defer the import of PyTorch's compiler by torchvision's `roi_align`: it takes longer than all the rest."""
     package, module = "torch._dynamo", "torch._dynamo.utils"
     if package in sys.modules:
         yield
