@@ -1,7 +1,7 @@
-"""The base of every set of hyperparameters: frozen, closed, described.
+"""The base of all hyperparameters: frozen, closed, described.
 
-One class serves YAML, the Prefect form, MLflow's params and the object that runs. The string under
-a field is its description (unit, range, source), so a field is documented where it is defined.
+One class serves YAML, the Prefect form, MLflow's params and the object that runs. The string under a field is its
+description (unit, range, source), so a field is documented where it is defined.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Params(BaseModel):
-    """A frozen section of a recipe that refuses keys it does not know."""
+    """A frozen section of a recipe that rejects unknown keys."""
 
     model_config = ConfigDict(
         frozen=True,

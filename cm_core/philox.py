@@ -1,6 +1,6 @@
 """Random numbers from a counter: Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
 
-Every number is a function of its place alone, so any part of a stream is computed at once on any device.
+Every number is a function of its position alone: any part of a stream can be computed directly, on any device.
 """
 
 import math
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # of Philox-4x32
-WEYL = (0x9E3779B9, 0xBB67AE85)  # what the two key words grow by in each round
+WEYL = (0x9E3779B9, 0xBB67AE85)  # increments of the two key words per round
 ROUNDS = 10
 WORD = 0xFFFFFFFF  # the lower 32 bits; words are held in int64, which knows no unsigned overflow
 
@@ -35,7 +35,7 @@ def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
 def normals(indices: Tensor, draw: int, count: int, seed: int) -> Tensor:
     """Return `count` unit Gaussian numbers for each index, float32 [N, count]: draw number `draw` of (seed, index).
 
-    Box-Muller in float64, whose last digits differ between devices: rounded to float32 the numbers hardly do.
+    Box-Muller in float64: its last digits differ between devices, but hardly survive rounding to float32.
     """
     block = torch.arange((count + 3) // 4, device=indices.device)
     zero = torch.zeros_like(block)

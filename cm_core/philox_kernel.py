@@ -1,4 +1,4 @@
-"""Gaussian numbers of `philox.normals` by one kernel, where PyTorch passes over memory for every operation."""
+"""The Gaussian numbers of `philox.normals` in one kernel, where PyTorch passes over memory for every operation."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cm_core.philox import MULTIPLIERS, ROUNDS, WEYL, WORD
 
-TILE, WARPS = 256, 4  # counters a program takes, four numbers each, and its warps
+TILE, WARPS = 256, 4  # counters per program, four numbers each, and its warps
 MULTIPLIER0, MULTIPLIER1 = (tl.constexpr(factor) for factor in MULTIPLIERS)
 WEYL0, WEYL1 = (tl.constexpr(step) for step in WEYL)
 TWO_PI, WORDS = tl.constexpr(2 * math.pi), tl.constexpr(2.0**32)
@@ -25,7 +25,7 @@ def normals(indices: Tensor, draw: int, count: int, seed: int) -> Tensor:
     return out[:, :count]
 
 
-@triton.jit(do_not_specialize=["draw", "key0", "key1"])  # a kernel for all seeds
+@triton.jit(do_not_specialize=["draw", "key0", "key1"])  # one kernel for all seeds
 def _normals(index_ptr, out_ptr, blocks, draw, key0, key1, rounds: tl.constexpr, tile: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * tile + tl.arange(0, tile)

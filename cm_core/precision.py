@@ -1,4 +1,4 @@
-"""In which precision a network's body computes; weights, preconditioning, losses and averages are always float32."""
+"""Precision of a network's body; weights, preconditioning, losses and EMAs are always float32."""
 
 from typing import Literal
 
@@ -11,12 +11,12 @@ _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast_dtype(precision: Precision) -> torch.dtype | None:
-    """Return the dtype under which autocast runs the body; None where it runs in float32."""
+    """Return the autocast dtype of the body; None for float32."""
     return _HALF.get(precision)
 
 
 def set_float32_products(precision: Precision) -> None:
-    """Let float32 matrix products and convolutions of this process be TF32 where `precision` says so, else IEEE."""
+    """Let this process's float32 matrix products and convolutions use TF32 if `precision` says so, else IEEE."""
     kind = "tf32" if precision == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = kind
     torch.backends.cudnn.conv.fp32_precision = kind

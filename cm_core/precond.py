@@ -31,7 +31,7 @@ class Precond(nn.Module):
         self.net, self.sigma_min, self.sigma_data = net, sigma_min, sigma_data
         self.c_noise, self.noise_scale = c_noise, noise_scale
         self.piecewise, self.autocast = piecewise, autocast
-        self.network_pass: Callable[..., Tensor] | None = None  # what a training puts around `net` (parallel/passes.py)
+        self.network_pass: Callable[..., Tensor] | None = None  # a training's wrapper of `net` (training/passes.py)
 
     def forward(
         self,
@@ -47,8 +47,8 @@ class Precond(nn.Module):
     def raw(
         self, x_in: Tensor, sigma: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
     ) -> Tensor:
-        """Return the network's own output for its own, scaled input, in the dtype of that."""
-        # Only the network's body may run in half precision: scalings and combination stay in x's own dtype.
+        """Return the network's raw output for its own, scaled input, in that input's dtype."""
+        # Only the body may run in half precision: scalings and combination stay in x's dtype.
         with torch.autocast(x_in.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             network_pass = self.network_pass or self.net
             return network_pass(x_in, self.noise_labels(sigma), labels, augment_labels).to(x_in.dtype)
@@ -66,6 +66,6 @@ class Precond(nn.Module):
         return c_skip, c_out, 1 / total_std
 
     def noise_labels(self, sigma: Tensor) -> Tensor:
-        """Return c_noise, what the network is told of the noise level, [B]."""
+        """Return c_noise, the network's input for the noise level, [B]."""
         told = (sigma / self.sigma_data).atan() if self.c_noise == "angle" else sigma.log() / 4
         return self.noise_scale * told

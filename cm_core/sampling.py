@@ -22,7 +22,7 @@ from cm_core.tensors import expand_like
 
 
 class ImageNoise:
-    """Unit Gaussian noise for a batch of images, each image's own."""
+    """Unit Gaussian noise for a batch of images, independent per image."""
 
     def __init__(self, seed: int, indices: Sequence[int], image_shape: tuple[int, ...], device: torch.device) -> None:
         self.image_shape, self.device = image_shape, device
@@ -55,7 +55,7 @@ def multistep(f: Denoiser, noise: ImageNoise, sigmas: Sequence[float], *, sigma_
     check_levels(sigmas, sigma_min=sigma_min)
     x = torch.zeros(len(noise), *noise.image_shape, device=noise.device)
     for position, sigma in enumerate(sigmas):
-        # An estimate is already a sample at level sigma_min, so only the rest of the variance is added.
+        # An estimate is already a sample at level sigma_min: add only the rest of the variance.
         std = sigma if position == 0 else math.sqrt(sigma**2 - sigma_min**2)
         level = torch.full((len(x),), sigma, device=x.device)
         x = f(x + std * noise.draw(), level).clamp(-1, 1)
@@ -63,7 +63,7 @@ def multistep(f: Denoiser, noise: ImageNoise, sigmas: Sequence[float], *, sigma_
 
 
 def euler_steps(denoiser: Denoiser, noise: ImageNoise, sigmas: Sequence[float]) -> Tensor:
-    """Sample a denoiser that was distilled to take one Euler step between each two `sigmas`, [B, C, H, W] (PD)."""
+    """Sample a denoiser distilled to take one Euler step between consecutive `sigmas`, [B, C, H, W] (PD)."""
     x = noise.draw().double() * sigmas[0]
     for t, r in zip(sigmas[:-1], sigmas[1:], strict=True):
         x = euler_step(_in_float32(denoiser), x, *_levels(x, t, r))
@@ -78,7 +78,7 @@ def check_levels(sigmas: Sequence[float], *, sigma_min: float) -> None:
 
 
 class TeacherSampler(Params):
-    """Sampling a denoiser along its ODE, or with churn along its SDE (EDM, Algorithms 1 and 2)."""
+    """Sampling of a denoiser along its ODE, or with churn along its SDE (EDM, Algorithms 1 and 2)."""
 
     solver: Literal["euler", "heun", "dpm2", "ancestral"] = "heun"
     """One step: Euler, Heun (EDM, Alg. 1), DPM-Solver-2-like midpoint, Euler with ancestral noise."""
@@ -97,7 +97,7 @@ class TeacherSampler(Params):
 
     @property
     def nfe(self) -> int:
-        """Network calls an image."""
+        """Network calls per image."""
         calls = {"heun": 2 * self.num_steps - 1, "dpm2": 2 * self.num_steps}.get(self.solver, self.num_steps)
         return calls if self.guidance == 1 else 2 * calls
 
@@ -106,7 +106,7 @@ class TeacherSampler(Params):
     ) -> Tensor:
         """Return images, [B, C, H, W], from noise at sigma_max; the state is float64 (EDM, generate).
 
-        Raises ValueError where there are no labels [B] to guide by.
+        Raises ValueError if guidance lacks labels [B].
         """
         if labels is not None:
             denoiser = partial(guided(denoiser, self.guidance), labels=labels)
@@ -127,7 +127,7 @@ class TeacherSampler(Params):
 
 
 def _in_float32(denoiser: Denoiser) -> Denoiser:
-    """The state of a sampler is float64, the network sees float32."""
+    """Denoiser for a float64 sampler state: the network sees float32."""
     return lambda x, sigma: denoiser(x.float(), sigma.float()).double()
 
 
@@ -140,7 +140,7 @@ def _euler(denoiser: Denoiser, x: Tensor, t: float, r: float, noise: ImageNoise)
 
 
 def _heun(denoiser: Denoiser, x: Tensor, t: float, r: float, noise: ImageNoise) -> Tensor:
-    step = heun_step if r > 0 else euler_step  # the slope has no value at 0
+    step = heun_step if r > 0 else euler_step  # the slope is undefined at 0
     return step(denoiser, x, *_levels(x, t, r))
 
 
@@ -153,7 +153,7 @@ def _dpm2(denoiser: Denoiser, x: Tensor, t: float, r: float, noise: ImageNoise) 
 
 
 def _ancestral(denoiser: Denoiser, x: Tensor, t: float, r: float, noise: ImageNoise) -> Tensor:
-    """Euler to a lower level than asked for, the rest of the variance as fresh noise."""
+    """Euler to a lower level than `r`, the rest of the variance as fresh noise."""
     up = math.sqrt(r**2 * (t**2 - r**2) / t**2)
     down = math.sqrt(r**2 - up**2)
     x = euler_step(denoiser, x, *_levels(x, t, down))

@@ -1,26 +1,26 @@
 """Time points of multistep sampling by greedy ternary search (CM, 2303.01469, section 4 and App. C).
 
-Points of a decreasing grid are added one at a time, each where the score, say FID, is lowest while the others stay;
-the score is taken to have one minimum between two neighbours. Differs from the paper's code: every gap between
-points is searched, gaps of fewer than three intervals too, and no candidate is scored twice.
+Points of a decreasing grid are added one at a time, each where the score, e.g. FID, is lowest with the others fixed;
+the score is assumed unimodal between two neighbours. Differs from the paper's code: every gap between points is
+searched, gaps of fewer than three intervals too, and no candidate is scored twice.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-Indices = tuple[int, ...]  # of the grid, increasing: decreasing noise levels
+Indices = tuple[int, ...]  # grid indices, increasing: decreasing noise levels
 
 
 @dataclass
 class Search:
-    """Scores of the candidates seen so far, in the order in which they were asked for; lower is better."""
+    """Scores of the candidates so far, in order of evaluation; lower is better."""
 
     score: Callable[[Indices], float]
     scores: dict[Indices, float] = field(default_factory=dict)
 
     def __call__(self, indices: Indices) -> float:
-        """Return the score of a candidate, computed once. Raises ValueError where it is no number."""
+        """Return the score of a candidate, computed once. Raises ValueError if it is not finite."""
         if indices not in self.scores:
             value = self.score(indices)
             if not math.isfinite(value):
@@ -29,9 +29,9 @@ class Search:
         return self.scores[indices]
 
     def run(self, *, num_scales: int, nfe: int) -> Indices:
-        """Return the best indices of `nfe` points, the first of them 0, on a grid whose last point is left out.
+        """Return the best indices of `nfe` points, the first of them 0, on a grid without its last point.
 
-        Raises ValueError where the grid has no such number of points to choose from.
+        Raises ValueError if the grid has too few points.
         """
         if not 2 <= nfe < num_scales:
             raise ValueError(f"nfe={nfe} must lie between 2 and num_scales - 1 = {num_scales - 1}")
@@ -52,5 +52,5 @@ class Search:
                 hi = right
             else:
                 lo = left
-        self(with_point[lo + 1])  # the one that is left
-        return min((one for one in with_point.values() if one in self.scores), key=self)  # of all seen: noise has dips
+        self(with_point[lo + 1])  # the remaining candidate
+        return min((one for one in with_point.values() if one in self.scores), key=self)  # all seen: noise has dips

@@ -1,4 +1,4 @@
-"""Files of tensors, written so that a reader sees a whole file or none. safetensors: nothing runs on load."""
+"""Atomic files of tensors: a reader sees a whole file or none. safetensors: loading runs no code."""
 
 import os
 from pathlib import Path

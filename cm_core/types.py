@@ -1,4 +1,4 @@
-"""What a training step passes around: a batch, the networks, the place in the training, the losses."""
+"""Types passed around in a training step: a batch, the networks, the position in the training, the losses."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Models:
-    """The networks of one training step. Gradients reach the student and the weighting alone."""
+    """The networks of one training step. Only the student and the weighting get gradients."""
 
     student: nn.Module
-    target: nn.Module  # the student itself where the method keeps no averaged copy
+    target: nn.Module  # the student itself if the method keeps no EMA
     teacher: nn.Module | None = None
     distance: Callable[[Tensor, Tensor], Tensor] | None = None
     weighting: nn.Module | None = None  # sigma [B] -> log-weight [B], learned with the student
@@ -30,7 +30,7 @@ class Models:
 
 @dataclass(frozen=True)
 class StepContext:
-    """Where in the training a step is, and its randomness."""
+    """The position of a step in the training, and its randomness."""
 
     step: int
     num_steps: int
@@ -39,8 +39,8 @@ class StepContext:
 
 
 class Loss(NamedTuple):
-    """Weighted losses and what the method wants logged."""
+    """Weighted losses and extra values to log."""
 
     per_sample: Tensor  # [B]
-    sigma: Tensor  # [B], the (larger) noise level of each sample
+    sigma: Tensor  # [B], each sample's (larger) noise level
     scalars: Mapping[str, float] = {}

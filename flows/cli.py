@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _complain(error, BAD_INPUT)
     except StageFailed as error:
-        kept = f"\nIts clone is kept in {workspace_root() / '.cm' / 'runs'}; run again, a training goes on"
+        kept = f"\nIts clone is kept in {workspace_root() / '.cm' / 'runs'}; run again, a training resumes"
         return _complain(f"{error}{'' if 'in_place' in args else kept}", FAILED)
     except KeyboardInterrupt:
         return _complain("stopped", INTERRUPTED)

@@ -113,7 +113,7 @@ def _flow_tags() -> dict[str, str]:
 
 def bring_up_all(workspace: Workspace, parent: PipelineRun) -> dict[str, dict[str, Any]]:
     """Update all stages, concurrently where dvc.yaml allows; return the outcome of each."""
-    stages, variables = read_stages(workspace.root), parent.belonging().variables()
+    stages, variables = read_stages(workspace.root), parent.context().variables()
     futures: dict[str, PrefectFuture] = {}
     for stage in stages.values():
         inputs = {earlier.name: futures[earlier.name] for earlier in upstream(stage, stages)}

@@ -26,7 +26,7 @@ def _count_of(things: str) -> Callable[[str], int]:
 
 def _switch(text: str) -> bool:
     if text not in ("0", "1"):
-        raise ValueError("must be 1, to divide weights among processes, or 0")
+        raise ValueError("must be 1, to shard weights over processes, or 0")
     return text == "1"
 
 

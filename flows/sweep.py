@@ -45,10 +45,10 @@ def run_sweep(name: str, overrides: Sequence[str], root: Path) -> dict[str, Any]
 
 @flow(flow_run_name="{name}")
 def sweep(name: str, overrides: list[str] | None = None, root: Path = Path()) -> dict[str, Any]:
-    """Run the pipeline on every point of a page of params/sweeps, and compare them in one table.
+    """Run the pipeline on every point of a sweep file, and compare them in one table.
 
     Args:
-        name: A page of params/sweeps.
+        name: A sweep in params/sweeps.
         overrides: Values over its recipe, such as student.train.num_steps=100.
         root: The workspace, or a folder in it.
     """
@@ -73,7 +73,7 @@ def run_points(
     for number, point in enumerate(planned.points, 1):
         logger.info("sweep: point %s of %s, %s", number, len(planned.points), point.name)
         try:
-            with parent.belonging().in_environment():
+            with parent.context().in_environment():
                 results = consistency(point.recipe, f"{planned.name} {point.name}", root)
         except Exception as error:  # one point's failure does not stop the others; the sweep reports it at the end
             failed[point.name] = next(iter(str(error).splitlines()[-1:]), type(error).__name__)

@@ -45,7 +45,7 @@ class DhariwalUNetParams(Params):
     """The noise level scales and shifts each block's second norm (ImageNet-64), rather than being added (LSUN-256)."""
 
     def build(self, image_shape: Sequence[int], num_classes: int, augment_dim: int = 0) -> nn.Module:
-        """Return the network for images [C, H, W]; raise ValueError if sizes or heads do not come out even."""
+        """Return the network for images [C, H, W]; raise ValueError if sizes or heads do not divide evenly."""
         return DhariwalUNet(self, image_shape, num_classes, augment_dim)
 
 
@@ -86,7 +86,7 @@ class DhariwalUNet(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Noise level and augmentation through two layers; the class joins before the last SiLU."""
+    """Noise level and augmentation through two layers; the class is added before the last SiLU."""
 
     def __init__(self, channels: int, num_classes: int, augment_dim: int) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Embedding(nn.Module):
         if self.augment is not None:
             nn.init.zeros_(self.augment.weight)
         if self.label is not None:
-            nn.init.normal_(self.label.weight)  # one unit-variance row a class, like an embedding table
+            nn.init.normal_(self.label.weight)  # one unit-variance row per class, like an embedding table
 
     def forward(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         angles = noise_labels[:, None] * self.frequencies  # [B, channels / 2]

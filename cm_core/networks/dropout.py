@@ -1,7 +1,7 @@
 """Dropout whose mask is a function of (seed, layer, row, element) alone.
 
-So the mask does not depend on how a batch passes through a network: whole or in parts, on one device or several,
-recorded, recomputed or in forward mode, in whatever layout and precision.
+The mask does not depend on how a batch passes through a network: whole or split, on one device or several, captured in
+a CUDA graph, recomputed or in forward mode, in any memory layout and precision.
 """
 
 import functools
@@ -15,27 +15,27 @@ from torch import Tensor
 
 from cm_core.philox import WORD, philox
 
-LEVELS = 2**16  # steps in which the share of kept activations is drawn: 16 random bits for each
-PER_COUNTER = 8  # such numbers that Philox makes of one counter
+LEVELS = 2**16  # resolution of the keep probability: 16 random bits per activation
+PER_COUNTER = 8  # 16-bit numbers that Philox makes of one counter
 
 _first_row: ContextVar[int] = ContextVar("first_row", default=0)
 
 
 @functools.cache
 def _seed_on(device: torch.device) -> Tensor:
-    """Return the seed of all masks on a device: in its memory, where recorded passes read it."""
+    """Return the seed of all masks on a device, in device memory, where CUDA graphs read it."""
     return torch.zeros((), dtype=torch.int64, device=device)
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:
-    """Set the seed of all masks on `device`, of forward and backward passes, until it is set again."""
-    # A tensor's device has an index, "cuda" has none: they would have a seed each.
+    """Set the seed of all masks on `device`, for forward and backward passes, until the next call."""
+    # A tensor's device has an index, "cuda" has none: they would get separate seeds.
     _seed_on(torch.empty((), device=device).device).fill_(seed)
 
 
 @contextmanager
 def rows_from(first: int) -> Iterator[None]:
-    """Let the rows of a pass within this context be those from `first` on of what the caller's pass holds."""
+    """Number the rows of a pass within this context from `first` on, among those of the caller's pass."""
     token = _first_row.set(_first_row.get() + first)
     try:
         yield
@@ -44,7 +44,7 @@ def rows_from(first: int) -> Iterator[None]:
 
 
 def of_these_rows(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return `function` as it computes for the rows of this pass, also when it is called again in the backward pass."""
+    """Return `function` bound to this pass's rows, also when it is recomputed in the backward pass."""
     first = _first_row.get()
 
     def of_rows(*args: Any) -> Tensor:
@@ -66,7 +66,7 @@ def dropout(h: Tensor, p: float, *, layer: int) -> Tensor:
 
 
 class _Dropout(torch.autograd.Function):
-    """A product with a mask that is drawn again wherever it is needed."""
+    """A product with a mask that is regenerated where needed."""
 
     @staticmethod
     def forward(h: Tensor, kept: int, layer: int, first: int) -> Tensor:
@@ -82,7 +82,7 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, d_h: Tensor, *_: None) -> Tensor:
-        return _Dropout.apply(d_h, *ctx.mask)  # which unwraps what torch.func has wrapped; a kernel could not
+        return _Dropout.apply(d_h, *ctx.mask)  # apply unwraps torch.func's tensors; a kernel could not
 
 
 def _masked(h: Tensor, kept: int, layer: int, first: int) -> Tensor:
@@ -95,7 +95,7 @@ def _masked(h: Tensor, kept: int, layer: int, first: int) -> Tensor:
 
 
 def keep_mask(like: Tensor, seed: Tensor, kept: int, layer: int, first: int) -> Tensor:
-    """Return which activations stay, bool of the shape of `like` [B, C, H, W]; `kept` of LEVELS on average.
+    """Return the mask of kept activations, bool in the shape of `like` [B, C, H, W]; `kept` of LEVELS on average.
 
     A row's activations, channels last, are cut into PER_COUNTER runs; counter i draws the i-th of each run.
     """

@@ -1,4 +1,4 @@
-"""A small multi-layer perceptron for data of any shape: oracles, toy data, tests of seconds."""
+"""A small multi-layer perceptron for data of any shape: oracles, toy data, fast tests."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from cm_core.params import Params
 
 
 class MLPParams(Params):
-    """Flattens its input; the noise level scales and shifts every hidden layer. Smooth, so it has all derivatives."""
+    """Flattens its input; the noise level scales and shifts every hidden layer. Smooth, so all derivatives exist."""
 
     model_config = ConfigDict(title="MLP (toy data)")
 
@@ -33,7 +33,7 @@ class MLPParams(Params):
 class MLP(nn.Module):
     """F(x, noise_labels, class_labels, augment_labels) -> like x; class label -1 means no label."""
 
-    num_octaves = 4  # of the noise features: cos and sin of 1, 2, 4, 8 times the label
+    num_octaves = 4  # noise features: cos and sin of 1, 2, 4, 8 times the label
 
     def __init__(self, params: MLPParams, image_shape: Sequence[int], num_classes: int, augment_dim: int) -> None:
         super().__init__()

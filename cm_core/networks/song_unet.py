@@ -1,6 +1,6 @@
 """DDPM++ and NCSN++ (Song et al., arXiv:2011.13456) in the form of EDM (arXiv:2206.00364, App. F.1).
 
-The published networks are three choices apart: embedding, encoder and resampling filter.
+The published networks differ in three choices: embedding, encoder and resampling filter.
 """
 
 import math
@@ -60,7 +60,7 @@ class SongUNetParams(Params):
 class SongUNet(nn.Module):
     """F(x, noise_labels, class_labels, augment_labels) -> [B, C, H, W]; class label -1 means no label.
 
-    EDM's checkpoints name the same weights otherwise: map_* is `embed.*` (frequencies without the factor 2 pi), enc and
+    EDM's checkpoints use other names: map_* is `embed.*` (frequencies without the factor 2 pi), enc and
     dec are `unet.encoder` and `unet.decoder` with RxR for `levelL`, RxR_conv is `input`, aux_residual `pyramid`,
     in0 and in1 `middle`, aux_norm and aux_conv `output_norm` and `output`; a block's norm2, qkv and proj belong to
     `attention`, and the rows of qkv are there in the order (head, channel, 3) rather than (3, head, channel).
@@ -106,7 +106,7 @@ class SongUNet(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Noise level, class and augmentation, summed as features and passed through two layers, each with SiLU."""
+    """Noise level, class and augmentation, summed as features, then two layers, each with SiLU."""
 
     def __init__(self, params: SongUNetParams, num_classes: int, augment_dim: int) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ def _frequencies(params: SongUNetParams) -> Tensor:
     """Return the angular frequencies: a geometric series, or twice as many random ones."""
     if params.fourier_scale is None:
         return positional_frequencies(params.channels // 2, endpoint=True)
-    # Computed on the CPU: arithmetic on "meta", where shapes are checked, imports PyTorch's compiler, a second's work.
+    # On the CPU: arithmetic on "meta", where shapes are checked, would import PyTorch's compiler for a second.
     random = 2 * math.pi * params.fourier_scale * torch.randn(params.channels, device="cpu")
     return random.to(torch.get_default_device())
 

@@ -1,4 +1,4 @@
-"""Gradients summed over processes, in buckets, while the backward pass goes on."""
+"""Gradients summed over ranks in buckets, overlapping the backward pass."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,35 +10,35 @@ from torch import Tensor, nn
 
 from cm_core.parallel import ranks
 
-BUCKET_BYTES = 64 * 2**20  # bytes of gradients that are exchanged at a time, at least
+BUCKET_BYTES = 64 * 2**20  # minimum bytes of gradients per all-reduce
 
 
 @contextmanager
 def summed_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Sum over the processes the gradients that one backward pass within this context computes of divided passes.
+    """All-reduce the gradients that one backward pass within this context computes, in buckets while it runs.
 
-    They are exchanged in pieces while it goes on. There must be none before.
+    The passes are split by rows over the ranks. There must be no gradients before.
     """
     with exchanges() as begin:
-        pieces = GradientBuckets(begin)
-        with pieces.taken_from(parameters):
+        buckets = GradientBuckets(begin)
+        with buckets.taken_from(parameters):
             yield
-        rest = pieces.rest()
-        if rest is not None:  # else there are no others, or the pass was recorded and exchanges by itself (graphs.py)
+        rest = buckets.rest()
+        if rest is not None:  # None: a single rank, or a CUDA graph that exchanges its gradients itself (graphs.py)
             begin(rest)
 
 
 @contextmanager
 def exchanges() -> Iterator[Callable[[Tensor], None]]:
-    """Yield what begins to sum a tensor over the processes in its place; afterwards all that was begun is done.
+    """Yield a function that starts an in-place all-reduce of a tensor; on exit all that were started are complete.
 
-    On a GPU it will be done before what is launched next.
+    On a GPU they complete before the work launched next.
     """
     under_way = []
 
-    def begin(piece: Tensor) -> None:
+    def begin(bucket: Tensor) -> None:
         with ranks.exchange():
-            under_way.append(dist.all_reduce(piece, async_op=True))
+            under_way.append(dist.all_reduce(bucket, async_op=True))
 
     yield begin
     with ranks.exchange():
@@ -47,23 +47,23 @@ def exchanges() -> Iterator[Callable[[Tensor], None]]:
 
 
 class GradientBuckets:
-    """Brings gradients together in pieces of memory, to be exchanged; they are parts of these from then on."""
+    """Collects gradients into contiguous buckets for the exchange; the gradients become views of their bucket."""
 
     def __init__(self, on_full: Callable[[Tensor], None]) -> None:
         self._on_full, self._waiting, self._bytes = on_full, [], 0
 
     @contextmanager
     def taken_from(
-        self, parameters: Iterable[nn.Parameter], stand_ins: Mapping[nn.Parameter, nn.Parameter] | None = None
+        self, parameters: Iterable[nn.Parameter], half_weights: Mapping[nn.Parameter, nn.Parameter] | None = None
     ) -> Iterator[None]:
-        """Take the gradients of one backward pass within this context, as it computes them.
+        """Collect the gradients of one backward pass within this context, as it computes them.
 
-        The order is that of the pass, the same in every process. `stand_ins` are copies in another precision, with
-        which the pass was computed: their gradients become those of the parameters, also in a process that is alone.
+        Their order is that of the pass, the same on every rank. `half_weights` are copies in another precision, with
+        which the pass was computed: their gradients become those of the parameters, even with one rank.
         """
-        stand_ins = stand_ins or {}
-        taken = [p for p in (parameters if ranks.world_size() > 1 else stand_ins) if p.requires_grad]
-        leaves = [stand_ins.get(p, p) for p in taken]
+        half_weights = half_weights or {}
+        taken = [p for p in (parameters if ranks.world_size() > 1 else half_weights) if p.requires_grad]
+        leaves = [half_weights.get(p, p) for p in taken]
         hooks = [
             leaf.register_post_accumulate_grad_hook(functools.partial(self._take, p))
             for p, leaf in zip(taken, leaves, strict=True)
@@ -75,24 +75,24 @@ class GradientBuckets:
                 hook.remove()
 
     def _take(self, p: nn.Parameter, leaf: nn.Parameter) -> None:
-        """Take a parameter's gradient; what was there before is handed on if it is large enough to be exchanged."""
+        """Collect a parameter's gradient; first hand on the current bucket if it is large enough to exchange."""
         if self._bytes >= BUCKET_BYTES and ranks.world_size() > 1:
-            self._on_full(self._brought_together())
+            self._on_full(self._flushed())
         self._waiting.append((p, leaf))
         self._bytes += p.nbytes
 
     def rest(self) -> Tensor | None:
-        """Return the last piece; None where there is nobody to exchange it with, or no gradient came."""
-        last = self._brought_together() if self._waiting else None
+        """Return the last bucket; None with one rank, or if no gradient came."""
+        last = self._flushed() if self._waiting else None
         return last if ranks.world_size() > 1 else None
 
-    def _brought_together(self) -> Tensor:
+    def _flushed(self) -> Tensor:
         taken, self._waiting, self._bytes = self._waiting, [], 0
         sizes = [p.numel() for p, _ in taken]
-        together = taken[0][0].new_empty(sum(sizes))
-        parts = together.split(sizes)
+        flat = taken[0][0].new_empty(sum(sizes))
+        parts = flat.split(sizes)
         gradients = [_in_memory(leaf.grad) for _, leaf in taken]
-        for dtype in {gradient.dtype for gradient in gradients}:  # one kernel each
+        for dtype in {gradient.dtype for gradient in gradients}:  # one kernel per dtype
             places, found = zip(
                 *((a, b) for a, b in zip(parts, gradients, strict=True) if b.dtype == dtype), strict=True
             )
@@ -100,9 +100,9 @@ class GradientBuckets:
         for (p, leaf), part in zip(taken, parts, strict=True):
             leaf.grad = None
             p.grad = part.as_strided(p.shape, p.stride())
-        return together
+        return flat
 
 
 def _in_memory(gradient: Tensor) -> Tensor:
-    """Return a gradient's numbers as they lie in memory, where autograd lays them out as their parameter's."""
+    """Return a gradient's numbers in memory order; autograd gives it the layout of its parameter."""
     return gradient.as_strided((gradient.numel(),), (1,))

@@ -1,4 +1,4 @@
-"""Replay a network's passes as CUDA graphs: one launch for hundreds of kernels, where the host would be slower."""
+"""Replay a network's passes as CUDA graphs: one launch for hundreds of kernels, where the host is the bottleneck."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -16,24 +16,24 @@ CUDA = torch.device("cuda")
 
 
 def with_cuda_graphs(net: nn.Module) -> Callable[..., Tensor]:
-    """Return passes through `net` of which each kind is recorded when it comes for the second time, then replayed.
+    """Return passes through `net`: each kind is captured at its second call, then replayed.
 
-    A pass is of one kind with another if shapes, mode and precision agree; grids and last batches of other sizes run as
-    before. Parameters may change in place between passes. A pass whose backward pass is still to come keeps its graph
-    to itself, and gradients lie where the graph writes them: further passes, and passes that add to gradients that are
-    already there, run as before. Among several processes they raise RuntimeError: recorded gradients are sums over the
-    processes already (ranks.py). `backward` alone gives gradients of a recorded pass, not `torch.autograd.grad`.
+    Passes are of one kind if shapes, mode and precision agree; grids and last batches of other sizes run eagerly.
+    Parameters may change in place between passes. A pass that awaits its backward pass keeps its graph to itself, and
+    gradients lie in the graph's memory: further passes, and passes that accumulate into existing gradients, run
+    eagerly. With several ranks they raise RuntimeError, as captured gradients are sums over the ranks already
+    (ranks.py). Only `backward` gives the gradients of a captured pass, not `torch.autograd.grad`.
     """
     seen, recorded = set(), {}
     cast_weights = functools.cache(functools.partial(_CastWeights, net))
     trained = [p for p in net.parameters() if p.requires_grad]
-    anchor = torch.zeros((), requires_grad=True)  # what a replay seems to depend on, so that it has a backward pass
+    anchor = torch.zeros((), requires_grad=True)  # gives a replay a backward pass
 
     def replayed(*args: Tensor | None) -> Tensor:
         if not _replayable(args):
             return net(*args)
         kind = _kind(net, args)
-        if kind not in seen:  # run at least once without a graph: kernels are compiled and chosen then
+        if kind not in seen:  # the first run is eager: it compiles and selects kernels
             seen.add(kind)
             return net(*args)
         parameters = trained if torch.is_grad_enabled() else []
@@ -59,17 +59,17 @@ def _kind(net: nn.Module, args: tuple[Tensor | None, ...]) -> tuple:
 
 
 class _CastWeights:
-    """Copies of a network's weights in autocast's precision, which all its recorded passes share; none without it.
+    """Copies of a network's weights in autocast's precision, shared by all its captured passes; none without autocast.
 
-    One kernel makes them all, and one brings their gradients back: autocast has one for each weight and each pass.
-    Where convolutions and linear layers run, autocast must be in force, as it is in all of a network of this package.
+    One kernel makes all copies and one brings their gradients back; autocast has one for each weight and each pass.
+    Autocast must be in force for all convolutions and linear layers, as it is throughout this package's networks.
     """
 
     def __init__(self, net: nn.Module, precision: torch.dtype | None) -> None:
         layers = [layer for layer in net.modules() if precision and isinstance(layer, (nn.Conv2d, nn.Linear))]
         layers = [layer for layer in layers if not getattr(layer, "keeps_float32", False)]
         self._homes = [(layer, layer.weight) for layer in layers]
-        self.stand_ins = {
+        self.half_weights = {
             weight: nn.Parameter(weight.detach().to(precision), weight.requires_grad) for _, weight in self._homes
         }
 
@@ -77,7 +77,7 @@ class _CastWeights:
     def in_place(self) -> Iterator[None]:
         """Let the layers compute with the copies."""
         for layer, weight in self._homes:
-            layer.weight = self.stand_ins[weight]
+            layer.weight = self.half_weights[weight]
         try:
             yield
         finally:
@@ -86,15 +86,15 @@ class _CastWeights:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Bring the copies up to date."""
-        if self.stand_ins:
-            torch._foreach_copy_(list(self.stand_ins.values()), list(self.stand_ins))
+        """Update the copies."""
+        if self.half_weights:
+            torch._foreach_copy_(list(self.half_weights.values()), list(self.half_weights))
 
 
 class _Pass:
-    """A recorded forward pass and, where there are parameters to train, its backward pass.
+    """A captured forward pass and, if there are parameters to train, its backward pass.
 
-    While `awaits_backward`, a replay would write over activations that are still needed.
+    While `awaits_backward`, a replay would overwrite activations that are still needed.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class _Pass:
             if parameters:
                 self._d_out = torch.empty_like(self._out)
                 self._backward = _BackwardPass(
-                    *(self._out, self._d_out, parameters, casting.stand_ins, self._forward.pool(), stream)
+                    *(self._out, self._d_out, parameters, casting.half_weights, self._forward.pool(), stream)
                 )
         self._out = self._out.detach()
 
@@ -132,9 +132,9 @@ class _Pass:
 
 
 class _BackwardPass:
-    """A recorded backward pass; among several processes a graph for each piece of gradients, sent while the next runs.
+    """A captured backward pass; with several ranks one graph per gradient bucket, sent while the next graph runs.
 
-    Exchanges are no parts of graphs: NCCL would not watch over them, and could not end while the graphs exist.
+    Exchanges stay outside the graphs: NCCL would not monitor them, and could not shut down while the graphs exist.
     """
 
     def __init__(
@@ -142,42 +142,42 @@ class _BackwardPass:
         out: Tensor,
         d_out: Tensor,
         parameters: list[nn.Parameter],
-        stand_ins: dict[nn.Parameter, nn.Parameter],
+        half_weights: dict[nn.Parameter, nn.Parameter],
         pool: Any,
         stream: Any,
     ) -> None:
         self._graphs: list[torch.cuda.CUDAGraph] = []
-        self._pieces: list[Tensor | None] = []
+        self._buckets: list[Tensor | None] = []
         self._pool = pool
-        pieces = GradientBuckets(self._cut)
+        buckets = GradientBuckets(self._cut)
         torch.cuda.synchronize()
         with torch.cuda.stream(stream), torch.autocast("cuda", enabled=False):
             self._begin()
-            with pieces.taken_from(parameters, stand_ins):
-                out.backward(d_out, inputs=[stand_ins.get(p, p) for p in parameters])
-            self._end(pieces.rest())
+            with buckets.taken_from(parameters, half_weights):
+                out.backward(d_out, inputs=[half_weights.get(p, p) for p in parameters])
+            self._end(buckets.rest())
         self.gradients = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None
 
     def replay(self) -> None:
         with exchanges() as begin:
-            for graph, piece in zip(self._graphs, self._pieces, strict=True):
+            for graph, bucket in zip(self._graphs, self._buckets, strict=True):
                 graph.replay()
-                if piece is not None:
-                    begin(piece)
+                if bucket is not None:
+                    begin(bucket)
 
     def _begin(self) -> None:
         self._graphs.append(torch.cuda.CUDAGraph())
-        # Another mode would want a graph's end in the thread of its beginning; autograd, which cuts, has threads.
+        # Other modes require a graph's capture to end in the thread that began it; autograd, which cuts, has threads.
         self._graphs[-1].capture_begin(self._pool, capture_error_mode="relaxed")
 
-    def _end(self, piece: Tensor | None) -> None:
+    def _end(self, bucket: Tensor | None) -> None:
         self._graphs[-1].capture_end()
-        self._pieces.append(piece)
+        self._buckets.append(bucket)
 
-    def _cut(self, piece: Tensor) -> None:
-        self._end(piece)
+    def _cut(self, bucket: Tensor) -> None:
+        self._end(bucket)
         self._begin()
 
 

@@ -1,7 +1,7 @@
-"""The process group of a stage: several processes, a device each, as torch.distributed.elastic has started them.
+"""The process group of a stage: one rank per device, started by torch.distributed.elastic.
 
-All see the whole batch and draw the same randomness; each computes its own rows (rows.py) and they exchange the
-gradients once a step (gradients.py). No method knows that it is not alone.
+All ranks see the whole batch and draw the same randomness; each computes its own rows (rows.py), and they exchange
+gradients once a step (gradients.py). No method depends on the world size.
 """
 
 import os
@@ -17,43 +17,43 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TIMEOUT = timedelta(minutes=5)  # of one exchange; rank 0 draws grids and saves states while the others wait
-POLL = 0.5  # seconds between two looks into the store
-ROLL_CALL = 3.0  # seconds for the processes to show that they are there, after an exchange has failed
-GRACE = 25.0  # seconds for an exchange with a lost process to fail by itself
-EXIT_PEER_LOST = 75  # exit code of a process that another's loss has ended
+TIMEOUT = timedelta(minutes=5)  # per exchange; rank 0 draws grids and saves states while the others wait
+POLL = 0.5  # seconds between polls of the store
+ROLL_CALL = 3.0  # seconds for the ranks to answer a roll call after an exchange has failed
+GRACE = 25.0  # seconds for an exchange with a lost rank to fail by itself
+EXIT_PEER_LOST = 75  # exit code of a process that stops because a peer is lost
 
 
 def world_size() -> int:
-    """Return how many processes share this stage."""
+    """Return the number of processes that share this stage."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Return which of them this process is, from 0."""
+    """Return the rank of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def is_main() -> bool:
-    """Whether this is the process that logs, draws and saves for all."""
+    """Whether this is the main process, rank 0, which logs, draws and saves."""
     return rank() == 0
 
 
 def local_rank() -> int:
-    """Return which process of its node this is, from 0; also which GPU it uses."""
+    """Return this process's rank on its node, which is also its GPU."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 class ProcessLost(RuntimeError):
-    """An exchange failed because processes are gone; the message names them."""
+    """An exchange failed because ranks are gone; the message names them."""
 
 
 @contextmanager
 def process_group(is_over: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Join the process group that torchrun's environment variables describe; without them this process is alone.
+    """Join the process group of torchrun's environment variables; without them this process is alone.
 
-    Ranks other than 0 wait as long as it takes rank 0 to come, unless `is_over`: it may have to wait for a lease.
-    Raises ProcessLost where processes are gone.
+    Other ranks wait for rank 0, which may wait for a lease, without a time limit unless `is_over`. Raises ProcessLost
+    if ranks are gone.
     """
     if not dist.is_torchelastic_launched():
         yield
@@ -72,19 +72,19 @@ def process_group(is_over: Callable[[], bool] = lambda: False) -> Iterator[None]
         yield
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # on a GPU an exchange can fail later, where its result is asked for
+    except RuntimeError as error:  # on a GPU an exchange can fail later, when its result is used
         if missing := _call_roll(size):
             raise ProcessLost(f"lost {', '.join(missing)}") from error
         raise
     else:
         store.set(f"here/{own}", "")
-        dist.destroy_process_group()  # not after an error: it may wait for a process that is gone
+        dist.destroy_process_group()  # not after an error: it may wait for a lost rank
     finally:
         left.set()
 
 
 def _store(timeout: timedelta = TIMEOUT) -> dist.TCPStore:
-    """Connect to the key-value store of the launcher on rank 0's node."""
+    """Connect to the launcher's key-value store on rank 0's node."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
 
@@ -100,7 +100,7 @@ def _wait_for_main(store: dist.TCPStore, own: int, is_over: Callable[[], bool]) 
 
 
 def _call_roll(size: int) -> list[str]:
-    """Return the processes that do not answer, each with its host; all others learn that an exchange has failed."""
+    """Return the ranks that do not answer, each with its host; inform all others that an exchange has failed."""
     try:
         store = _store(timedelta(seconds=ROLL_CALL))
         store.set("roll", "")
@@ -113,19 +113,19 @@ def _call_roll(size: int) -> list[str]:
 
 
 def _answer_roll_call(store: dist.TCPStore, own: int, left: threading.Event) -> None:
-    """Answer when the roll is called, even while the main thread waits in an exchange; end it where that stays so."""
-    with suppress(RuntimeError):  # the store is gone, and the node of rank 0 with it
+    """Answer roll calls even while the main thread waits in an exchange; exit if the wait does not end."""
+    with suppress(RuntimeError):  # the store is gone together with rank 0's node
         while not store.check(["roll"]):
             if left.wait(POLL):
                 return
         store.set(f"here/{own}", "")
     if not left.wait(GRACE):
-        os._exit(EXIT_PEER_LOST)  # a GPU may wait for a lost process in vain, and the main thread for the GPU
+        os._exit(EXIT_PEER_LOST)  # a GPU may wait for a lost rank forever, and the main thread for the GPU
 
 
 @contextmanager
 def exchange() -> Iterator[None]:
-    """Tell errors of an exchange from all others, as ProcessLost."""
+    """Turn errors of an exchange, and no others, into ProcessLost."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -135,7 +135,7 @@ def exchange() -> Iterator[None]:
 
 
 def all_gather(value: Any) -> list[Any]:
-    """Return what each process gives, by rank; all must call. Any value that can be pickled."""
+    """Return every rank's value (picklable), by rank; a collective call."""
     values = [value] * world_size()
     if world_size() > 1:
         with exchange():
@@ -144,7 +144,7 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def agree(flag: bool) -> bool:
-    """Return whether any process says so; all must ask."""
+    """Return whether any rank says so; a collective call."""
     if world_size() == 1:
         return flag
     said = torch.tensor(int(flag))
@@ -154,14 +154,14 @@ def agree(flag: bool) -> bool:
 
 
 def wait_for_all() -> None:
-    """Return when every process has come here."""
+    """Barrier: return when every rank has called it."""
     agree(False)
 
 
 def broadcast_from_main(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield rank 0's tensors by name, to the bit, on devices of its kind; those of the others do not count.
+    """Yield rank 0's tensors by name, bitwise, on devices of its kind; the other ranks' values are ignored.
 
-    All must ask for all of them. They come one by one: nobody needs memory for all.
+    A collective call that must be exhausted. Tensors come one at a time, so that no rank needs memory for all.
     """
     if world_size() == 1:
         yield from tensors.items()
@@ -177,7 +177,7 @@ def broadcast_from_main(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Te
 
 
 def send_to_main(rows: Tensor, owner: int) -> None:
-    """Fill rank 0's `rows` with those of process `owner`; both must call, others may."""
+    """Fill rank 0's `rows` with those of rank `owner`; both must call, others may."""
     with exchange():
         if is_main() and owner:
             dist.recv(rows, owner)

@@ -1,4 +1,4 @@
-"""Data parallelism by rows: a process computes its own rows of every pass; the others are zeros and get no gradient."""
+"""Data parallelism by rows: a rank computes its own rows of every pass; the others are zeros without gradient."""
 
 from collections.abc import Callable
 
@@ -11,9 +11,9 @@ from cm_core.parallel import ranks
 
 
 def by_rows(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a function of whole batches of which this process computes its own rows; the others are zeros.
+    """Return a function of whole batches that computes this rank's rows; the other rows are zeros without gradient.
 
-    No gradient comes from those. Gradients, and forward-mode derivatives, of parameters are those of the own rows.
+    Gradients, and forward-mode derivatives, of parameters are those of the own rows.
     """
 
     def pass_by_rows(*args: Tensor | None) -> Tensor:
@@ -24,7 +24,7 @@ def by_rows(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def own_rows(whole: Tensor) -> Tensor:
-    """Return the rows that this process computes, a view; raises ValueError where they do not come out even."""
+    """Return this rank's rows, a view; raise ValueError if the batch does not divide evenly."""
     size = _rows_each(whole)
     return whole.narrow(0, ranks.rank() * size, size)
 
@@ -36,7 +36,7 @@ def _rows_each(whole: Tensor) -> int:
 
 
 def gathered_rows(whole: Tensor) -> Tensor:
-    """Return a tensor of which each process has put in its own rows."""
+    """Return the tensor assembled from every rank's own rows."""
     if ranks.world_size() == 1:
         return whole
     rows = torch.empty_like(whole)
@@ -46,7 +46,7 @@ def gathered_rows(whole: Tensor) -> Tensor:
 
 
 class _Place(torch.autograd.Function):
-    """Own rows in their places among zeros."""
+    """The own rows at their positions among zeros."""
 
     @staticmethod
     def forward(rows: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""A training's weights divided among its processes, by PyTorch's FSDP2; no other module knows how.
+"""A training's weights sharded over its ranks by PyTorch's FSDP2; no other module depends on it.
 
-Of weights, gradients, moments and averages a process holds its part. A block gathers its weights for as long as it
-computes, and hands everybody the sum of the gradients of their part. The numbers are those of whole weights.
+Each rank holds its shards of weights, gradients, moments and EMAs. A block gathers its weights while it computes and
+reduce-scatters the gradients. The results are those of whole weights.
 """
 
 import os
@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from cm_core.networks.layers import Block
 from cm_core.parallel import ranks
 
-VARIABLE = "CM_SHARD"  # 1: divide the weights; a fact of the machines and no part of a recipe
+VARIABLE = "CM_SHARD"  # 1: shard the weights; a fact of the machines and no part of a recipe
 
 
 def is_wanted(processes: int | None = None) -> bool:
-    """Whether weights are to be divided among so many processes, or those of this training."""
+    """Whether weights are to be sharded at this world size, by default this training's."""
     return (processes or ranks.world_size()) > 1 and os.environ.get(VARIABLE) == "1"
 
 
 def shard(net: nn.Module, device: torch.device) -> None:
-    """Divide the weights of `net`, which is on the CPU, on `device`: block by block, so that no device holds all.
+    """Shard `net`, which is on the CPU, onto `device`, block by block, so that no device holds all weights.
 
-    The net is the first process's to the bit. It must be copied before; its layout stays that of the CPU.
+    Rank 0's weights count, bitwise. Copy the net before; its memory layout stays that of the CPU.
     """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
@@ -34,25 +34,25 @@ def shard(net: nn.Module, device: torch.device) -> None:
     mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
     for module in [*(module for module in net.modules() if isinstance(module, Block)), net]:
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
-        module.set_gradient_divide_factor(1.0)  # a sum: passes are divided, not the loss
-        module.set_force_sum_reduction_for_comms(True)  # and a plain one, which gloo can do
+        module.set_gradient_divide_factor(1.0)  # sum, not mean: ranks split the rows, not the loss
+        module.set_force_sum_reduction_for_comms(True)  # plain sums, which gloo supports
     if device.type == "cuda":
         net.register_forward_pre_hook(_with_channels_last)
 
 
 def _with_channels_last(_: nn.Module, args: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Bring images into the layout of the kernels, which whole weights would impose: divided ones are contiguous."""
+    """Convert images to the kernels' memory layout, which whole weights would impose: sharded ones are contiguous."""
     image, *others = args
     return image.contiguous(memory_format=torch.channels_last) if image.ndim == 4 else image, *others
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether processes hold a part each of this tensor."""
-    return hasattr(tensor, "full_tensor")  # a DTensor; to import that class takes a second
+    """Whether this tensor is sharded."""
+    return hasattr(tensor, "full_tensor")  # a DTensor; importing that class takes a second
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a divided tensor whole, any other as it is; all processes must call."""
+    """Return a sharded tensor whole, any other unchanged; a collective call."""
     if not is_sharded(tensor):
         return tensor
     with ranks.exchange():
@@ -60,12 +60,12 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that this process holds: all of it where it is whole."""
+    """Return this rank's shard of a tensor; a whole tensor unchanged."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return whole tensors, those that were divided on the CPU and in the first process alone; all must call."""
+    """Return whole tensors, those that were sharded on the CPU and on rank 0 alone; a collective call."""
     found = {}
     for name, tensor in tensors.items():
         together = whole(tensor.detach())
@@ -77,7 +77,7 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def put(place: Tensor, tensor: Tensor) -> None:
-    """Copy a whole tensor, which every process has, into one that may be divided; nothing is sent."""
+    """Copy a whole tensor, present on every rank, into one that may be sharded, without communication."""
     if is_sharded(place):
         from torch.distributed.tensor import distribute_tensor
 

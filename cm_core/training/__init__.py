@@ -1,1 +1,1 @@
-"""The training loop and its parts: state, batches, optimisers, averages, checkpoints, cost."""
+"""The training loop and its parts: state, batches, optimisers, EMAs, checkpoints, cost."""

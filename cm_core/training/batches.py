@@ -1,6 +1,6 @@
-"""Training batches from uint8 images: on the device whole where they fit, else gathered ahead by a thread.
+"""Training batches from uint8 images: all on the device if they fit, else prefetched by a thread.
 
-The order is a pure function of (seed, epoch), a batch of (seed, step): a resumed run sees what it would have seen.
+The order is a pure function of (seed, epoch), a batch of (seed, step): a resumed run sees the same batches.
 """
 
 import functools
@@ -40,7 +40,7 @@ class Batches:
         self._order = functools.lru_cache(maxsize=2)(self._epoch_order)
 
     def at(self, step: int) -> Batch:
-        """Return batch `step`, flipped at random where asked, as float32 in -1..1 on the device."""
+        """Return batch `step`, randomly flipped if requested, as float32 in -1..1 on the device."""
         indices = self.indices(step)
         pixels = self._resident(indices) if self.resident is not None else self._streamed(step)
         x0 = from_pixels(pixels)
@@ -52,7 +52,7 @@ class Batches:
         return Batch(x0, labels)
 
     def indices(self, step: int) -> np.ndarray:
-        """Return which images batch `step` holds, [B]; each epoch visits every image once."""
+        """Return the image indices of batch `step`, [B]; each epoch visits every image once."""
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, offsets = np.divmod(positions, len(self.images))
         orders = [self._order(int(epoch))[offsets[epochs == epoch]] for epoch in np.unique(epochs)]
@@ -76,7 +76,7 @@ class Batches:
         return self._pinned(self.images[self.indices(step)])
 
     def _moved(self, array: np.ndarray) -> Tensor:
-        """Copy to the device; only from pinned memory does the host not wait for all that the device has to do."""
+        """Copy to the device, from pinned memory: otherwise the host would wait for all queued device work."""
         return self._pinned(array).to(self.device, non_blocking=True)
 
     def _pinned(self, array: np.ndarray) -> Tensor:

@@ -1,4 +1,4 @@
-"""Training states in flight, written so that a reader sees a whole one or none: tensors and JSON."""
+"""Atomic checkpoints of trainings in flight: a reader sees a whole one or none; tensors and JSON."""
 
 import json
 import os
@@ -12,17 +12,17 @@ from torch import Tensor
 from cm_core.tensor_files import flush, load_tensors, save_tensors
 
 TENSORS_FILE, STATE_FILE = "tensors.safetensors", "state.json"
-STATE, LOG = "step-", "log"  # beside each other in a folder: states, whose names go on with the step, and the log
-HIDDEN = ".partial-"  # how names begin that no reader looks at
+STATE, LOG = "step-", "log"  # in one folder: states step-<step>, and the log
+HIDDEN = ".partial-"  # prefix of names that readers ignore
 
 
 def save_state(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any], *, keep: int = 2) -> Path:
     """Write a training state as `folder/step-<step>` and drop all but the newest `keep`.
 
-    The state is built under a temporary name and renamed whole, as are those that go: a torn state is never seen.
+    States are built, and removed, under a temporary name with an atomic rename: no reader sees a torn state.
     """
     final = folder / f"{STATE}{step:09d}"
-    for torn in folder.glob(f"{HIDDEN}*"):  # of a process that was killed
+    for torn in folder.glob(f"{HIDDEN}*"):  # left by a killed process
         shutil.rmtree(torn)
     temporary = folder / f"{HIDDEN}{final.name}"
     save_tensors(temporary / TENSORS_FILE, tensors)
@@ -48,10 +48,10 @@ def list_states(folder: Path) -> list[Path]:
 
 
 def newest_state(paths: Iterable[str]) -> str:
-    """Return the name of the newest state among relative paths of files, empty where there is none."""
+    """Return the newest state's name among relative paths of files; empty if there is none."""
     return max((path.partition("/")[0] for path in paths if path.startswith(STATE)), default="")
 
 
 def load_state(state: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_state` wrote: tensors and plain values."""
+    """Read the output of `save_state`: tensors and plain values."""
     return load_tensors(state / TENSORS_FILE), json.loads((state / STATE_FILE).read_text())

@@ -1,4 +1,4 @@
-"""How a network is trained: length, batch, optimiser, precision, averages, and what saves memory."""
+"""Training settings of a network: length, batch, optimiser, precision, EMAs, and memory savings."""
 
 import torch
 from pydantic import Field, model_validator
@@ -11,7 +11,7 @@ from cm_core.training.optimizers import Adam, RAdam
 
 
 class Train(Params):
-    """How long, how fast and in which precision a network is trained."""
+    """Length, optimisation and precision of a network's training."""
 
     num_steps: int = Field(400_000, ge=1)
     """Optimiser steps."""
@@ -58,7 +58,7 @@ class Train(Params):
 
 
 def why_not_sharded(method: Method, train: Train) -> str | None:
-    """Return the setting under which the weights cannot be divided among processes, and why; None where they can."""
+    """Return the setting that rules out sharded weights, and why; None if they can be sharded."""
     if method.forward_mode:
         return f"method.kind={method.kind} takes forward-mode derivatives, whose gradients FSDP2 gets wrong"
     if train.compile:

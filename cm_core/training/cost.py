@@ -1,4 +1,4 @@
-"""What a training step costs: floating-point operations and bytes, counted without computing anything."""
+"""Cost of a training step: floating-point operations and bytes, counted without computing anything."""
 
 import time
 from collections.abc import Iterator
@@ -17,38 +17,38 @@ from cm_core.parallel import ranks, sharding
 from cm_core.training.config import Train, why_not_sharded
 from cm_core.types import Batch, Models, StepContext
 
-FP32 = 4  # bytes a value
-HEADROOM = 3 << 30  # bytes for the libraries' workspaces, the batches and the allocator's fragments
-MATMUL_SIZE = 8192  # of the square matrices that measure a GPU's rate
-COUNTED_BATCH = 2  # images with which the operations are counted; they grow in proportion
+FP32 = 4  # bytes per value
+HEADROOM = 3 << 30  # bytes for the libraries' workspaces, the batches and fragmentation
+MATMUL_SIZE = 8192  # side of the square matrices that measure a GPU's rate
+COUNTED_BATCH = 2  # images for counting operations, which grow in proportion
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """What training one image, and holding the training, takes."""
+    """Operations per training image, and memory of the training."""
 
     parameters: int
     flops_per_image: float  # of a whole step: all forward and backward passes
-    forward_flops: float  # of one forward pass
-    state_bytes: int  # weights, gradients, moments, averages, the target's and the teacher's copies
-    whole_bytes: int  # of these, the grids' copy and half-precision weights, which a process has whole (sharding)
+    forward_flops: float  # one forward pass
+    state_bytes: int  # weights, gradients, moments, EMAs, the target's and the teacher's copies
+    whole_bytes: int  # of these, never sharded: the grids' copy and half-precision weights
     image_bytes: int  # activations kept for the backward pass
-    checkpointed_image_bytes: int  # the same when blocks compute theirs again
+    checkpointed_image_bytes: int  # the same with activation checkpointing
 
     def peak_bytes(self, train: Train) -> int:
-        """Estimate the largest memory of a step; the sets of images, and LPIPS, come on top."""
+        """Estimate the peak memory of a step, without the data set's images and LPIPS."""
         each = self.checkpointed_image_bytes if train.checkpoint_activations else self.image_bytes
         return self.state_bytes + -(-train.batch_size // train.accumulate) * each + HEADROOM
 
     def peak_bytes_among(self, processes: int, train: Train, *, divided: bool) -> int:
-        """Estimate it for the first of several processes, which divide the batch and, if so told, the weights."""
+        """Estimate it for rank 0 of several, which split the batch and optionally shard the weights."""
         divisor = processes if divided else 1
         part = -(-(self.state_bytes - self.whole_bytes) // divisor)
         own = train.model_copy(update={"batch_size": train.batch_size // processes})
         return replace(self, state_bytes=self.whole_bytes + part).peak_bytes(own)
 
     def flops_per_train_image(self, train: Train) -> float:
-        """Return the operations with those that are done twice to save memory: one more forward pass for each way."""
+        """Return the operations including recomputation: one more forward pass for each way of saving memory."""
         ways = train.checkpoint_activations + (train.accumulate > 1)
         return self.flops_per_image + ways * self.forward_flops
 
@@ -63,9 +63,9 @@ def advice(
     *,
     divided: bool = False,
 ) -> str | None:
-    """Return what to change for a training that does not fit `memory` bytes, or that nothing helps; None if it fits.
+    """Return how to fit a training into `memory` bytes, or that nothing helps; None if it fits.
 
-    `processes` divide the batch, and the weights where they are `divided`.
+    `processes` ranks split the batch, and the weights if `divided`.
     """
     needed = cost.peak_bytes_among(processes, train, divided=divided)
     if needed <= memory:
@@ -87,7 +87,7 @@ def advice(
 
 
 def step_cost(method: Method, spec: ModelSpec, *, num_emas: int, bytes_per_value: int) -> StepCost:
-    """Count what one step of `method` takes on networks of `spec`; `bytes_per_value` is 2 for bf16, 4 for fp32."""
+    """Count the cost of one step of `method` on networks of `spec`; `bytes_per_value` is 2 for bf16, 4 for fp32."""
     with _nothing_computed():
         models = _models(method, spec)
         flops, forward_flops = _count_flops(method, spec, models)
@@ -107,7 +107,7 @@ def step_cost(method: Method, spec: ModelSpec, *, num_emas: int, bytes_per_value
 
 @contextmanager
 def _nothing_computed() -> Iterator[None]:
-    """Tensors have shapes alone within this context; none of them may stay in a cache."""
+    """Tensors have shapes but no data within this context; none of them may stay in a cache."""
     grid_on.cache_clear()
     try:
         with FakeTensorMode():
@@ -118,7 +118,7 @@ def _nothing_computed() -> Iterator[None]:
 
 def _models(method: Method, spec: ModelSpec) -> Models:
     student, distance = spec.build(), getattr(method, "distance", None)
-    # LPIPS is left out: its weights may be a download, and it takes a small part of the operations of a U-Net.
+    # LPIPS is left out: its weights may need a download, and it is a small part of a U-Net's operations.
     build = distance.build if distance is not None and distance.kind != "lpips" else lambda _: _mean_square
     return Models(student, student, student, build(spec.image_shape), method.build_weighting())
 
@@ -128,7 +128,7 @@ def _mean_square(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _count_flops(method: Method, spec: ModelSpec, models: Models) -> tuple[float, float]:
-    """Return the operations for one image of a step, and of a forward pass."""
+    """Return the operations per image of a step, and of a forward pass."""
     labels = torch.zeros(COUNTED_BATCH, dtype=torch.int64) if spec.num_classes else None
     batch = Batch(torch.empty(COUNTED_BATCH, *spec.image_shape), labels)
     context = StepContext(0, 1, spec.noise, torch.Generator())
@@ -140,9 +140,9 @@ def _count_flops(method: Method, spec: ModelSpec, models: Models) -> tuple[float
 
 
 def _count_kept_values(model: nn.Module, spec: ModelSpec) -> tuple[int, int]:
-    """Return how many values a forward pass keeps for one image, and how many if each block computes its own again.
+    """Return the values that a forward pass keeps per image, without and with activation checkpointing.
 
-    Kept are what norms read and write, a block's input, and queries, keys, values and output of attention.
+    Kept are the norms' inputs and outputs, a block's input, and queries, keys, values and output of attention.
     """
     kept: dict[nn.Module, int] = {}
     inputs: dict[nn.Module, int] = {}
@@ -164,7 +164,7 @@ def _count_kept_values(model: nn.Module, spec: ModelSpec) -> tuple[int, int]:
 
 
 class Speed:
-    """How fast a training runs: images/s and, on a GPU, the share of what its matrix products would allow."""
+    """Throughput meter: images/s and, on a GPU, the model FLOPs utilisation against its measured matrix products."""
 
     def __init__(self, method: Method, spec: ModelSpec, train: Train, device: torch.device, *, first: int) -> None:
         self._batch_size, self._started, self._first = train.batch_size, time.monotonic(), first
@@ -187,7 +187,7 @@ class Speed:
 
 
 def matmul_rate(device: torch.device, *, repeats: int = 20) -> float:
-    """Measure the bf16 matrix product of a GPU, FLOP/s; takes some 50 ms."""
+    """Measure the bf16 matrix-product rate of a GPU, FLOP/s; takes about 50 ms."""
     a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):
         a @ b

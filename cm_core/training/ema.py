@@ -1,4 +1,4 @@
-"""Averages of the weights for evaluation: constant decay, half-life in images with a ramp, power function."""
+"""EMA of the weights for evaluation: constant decay, half-life in images with a ramp, power function."""
 
 from typing import Literal
 
@@ -45,7 +45,7 @@ class HalfLifeEma(Params):
 
 
 class PowerEma(Params):
-    """Power-function average, whose width grows with training (EDM2, 2312.02696, eq. 127)."""
+    """Power-function EMA, whose width grows with training (EDM2, 2312.02696, eq. 127)."""
 
     model_config = ConfigDict(title="power")
 
@@ -63,7 +63,7 @@ AnyEma = ConstantEma | HalfLifeEma | PowerEma
 
 
 class Ema:
-    """One running average of a module's parameters, kept in fp32 beside it. Buffers are constants and not averaged."""
+    """One fp32 EMA of a module's parameters. Buffers are constants and not averaged."""
 
     def __init__(self, rule: AnyEma, module: nn.Module) -> None:
         self.rule = rule
@@ -71,16 +71,10 @@ class Ema:
 
     @torch.no_grad()
     def update(self, module: nn.Module, *, step: int, batch_size: int) -> None:
-        """Move the average towards the weights after optimiser step `step` (0-based)."""
+        """Update the EMA after optimiser step `step` (0-based)."""
         decay = self.rule.decay_at(step, batch_size)
         averages, current = list(self.weights.values()), [p.detach() for p in module.parameters()]
         torch._foreach_lerp_(averages, current, 1 - decay)
-
-    def copy_to(self, module: nn.Module) -> None:
-        """Write the averaged weights into `module`, which must have the same parameters."""
-        with torch.no_grad():
-            for name, p in module.named_parameters():
-                p.copy_(self.weights[name])
 
 
 def update_target(target: nn.Module, student: nn.Module, *, decay: float) -> None:

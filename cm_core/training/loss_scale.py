@@ -1,14 +1,14 @@
-"""Dynamic loss scaling for gradients in fp16, all of it on the device: no step waits for the host (1710.03740)."""
+"""Dynamic loss scaling for fp16 gradients, entirely on the device: no step waits for the host (1710.03740)."""
 
 import torch
 from torch import Tensor
 
 INITIAL, GROWTH, BACKOFF = 2.0**16, 2.0, 0.5
-GROWTH_INTERVAL = 500  # good steps in a row after which the scale grows
+GROWTH_INTERVAL = 500  # consecutive good steps before the scale grows
 
 
 class LossScale:
-    """A factor on the loss, as large as its gradients allow; a step whose gradients overflow is skipped and counted."""
+    """A loss scale as large as the gradients allow; a step whose gradients overflow is skipped and counted."""
 
     def __init__(self, device: torch.device) -> None:
         self.scale = torch.tensor(INITIAL, device=device)
@@ -17,14 +17,14 @@ class LossScale:
         self.overflow = torch.zeros((), device=device)  # 1 where this step's gradients are not finite
 
     def unscale(self, gradients: list[Tensor], norm: Tensor) -> Tensor:
-        """Bring gradients of the scaled loss, whose norm is given, to those of the loss; return their norm."""
+        """Unscale the gradients, whose norm is given; return the unscaled norm."""
         self.overflow.copy_(~norm.isfinite())
         inverse = 1 / self.scale
         torch._foreach_mul_(gradients, inverse)
         return norm * inverse
 
     def update(self) -> None:
-        """Count the step, and move the scale: down after an overflow, up after so many steps without one."""
+        """Count the step and update the scale: down after an overflow, up after GROWTH_INTERVAL good steps."""
         self.skipped += self.overflow
         self.good_steps.copy_(torch.where(self.overflow > 0, 0, self.good_steps + 1))
         grows = self.good_steps == GROWTH_INTERVAL
@@ -32,5 +32,5 @@ class LossScale:
         self.good_steps.masked_fill_(grows, 0)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what a resumed training needs, by name."""
+        """Return the tensors that a resume needs, by name."""
         return {"scale": self.scale, "good_steps": self.good_steps, "skipped": self.skipped}

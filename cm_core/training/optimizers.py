@@ -9,11 +9,11 @@ from torch import Tensor
 
 from cm_core.params import Params
 
-UNRECTIFIED_EPSILON = 1e12  # beside it the second moment counts for nothing, in float32 to the bit
+UNRECTIFIED_EPSILON = 1e12  # dwarfs the second moment, in float32 bitwise
 
 
 class _AdamLike(Params):
-    """What Adam and its kin have in common, in the order of the forms."""
+    """Common fields of Adam and its variants, in the order of the forms."""
 
     kind: str
     learning_rate: float = Field(gt=0)
@@ -61,28 +61,28 @@ class RAdam(_AdamLike):
 class FusedRAdam(torch.optim.Adam):
     """RAdam (1908.03265, Alg. 2) as PyTorch computes it: every step is one of Adam with another rate and epsilon.
 
-    Where so few gradients were seen that nothing bounds the variance of the rate, steps are those of momentum alone.
+    Early steps, while the rate's variance is unbounded, use momentum alone.
     """
 
     def __init__(self, parameters: list[Tensor], *, lr: float, betas: tuple[float, float], eps: float) -> None:
         super().__init__(parameters, lr=lr, betas=betas, eps=eps, fused=True)
-        self.taken: int | None = None  # steps so far, those included that an overflow skipped
+        self.taken: int | None = None  # steps so far, including those that an overflow skipped
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Continue from a state of this class or of torch.optim.RAdam."""
+        """Restore a state of this class or of torch.optim.RAdam."""
         super().load_state_dict(state_dict)
         self.taken = None
 
     def step(self) -> None:
-        """Take a step with the gradients that are there."""
-        if self.taken is None:  # read from the device once
+        """Take a step with the current gradients."""
+        if self.taken is None:  # read once from the device
             self.taken = next((int(values["step"]) for values in self.state.values()), 0)
         (group,) = self.param_groups
         rate, epsilon = group["lr"], group["eps"]
         rectification, rest = _rectification(self.taken + 1, group["betas"][1])
         if rectification is None:
             group["lr"], group["eps"] = rate * UNRECTIFIED_EPSILON, UNRECTIFIED_EPSILON
-        else:  # PyTorch's RAdam adds epsilon before the second moment is corrected, its Adam afterwards
+        else:  # PyTorch's RAdam adds epsilon before bias correction, its Adam afterwards
             group["lr"], group["eps"] = rate * rectification, epsilon / math.sqrt(rest)
         super().step()
         group["lr"], group["eps"] = rate, epsilon
@@ -90,7 +90,7 @@ class FusedRAdam(torch.optim.Adam):
 
 
 def _rectification(step: int, beta2: float) -> tuple[float | None, float]:
-    """Return RAdam's factor on the rate at a step counted from 1, or None, and 1 - beta2^step."""
+    """Return RAdam's rectification (None while undefined) at a step counted from 1, and 1 - beta2^step."""
     rest = 1 - beta2**step
     longest = 2 / (1 - beta2) - 1
     length = longest - 2 * step * (1 - rest) / rest

@@ -1,13 +1,13 @@
-"""What stands around a network's passes in training, in one place.
+"""All wrappers of a network's passes in training, in one place.
 
-From the inside out, and why in this order:
+From the inside out, with the reasons for this order:
 
-1. *Blocks*, compiled, or checkpointed so that they keep their inputs alone: they are parts of the network.
-2. *Parts* of the rows (train.accumulate), each computed again in the backward pass: the activations of one part at a
-   time are in memory. The loss still sees the whole batch.
-3. A *CUDA graph* of the whole pass, one launch instead of hundreds. Only around a bare network: computing again runs
-   Python in the backward pass, and torch.compile and FSDP2 launch their kernels by themselves.
-4. *This process's rows*, outermost, so that everything inside has their shapes, and draws their dropout masks.
+1. *Blocks*, compiled or with activation checkpointing: they are parts of the network.
+2. *Micro-batches* of rows (train.accumulate), each recomputed in the backward pass: one at a time has its activations
+   in memory. The loss still sees the whole batch.
+3. A *CUDA graph* of the whole pass, one launch instead of hundreds. Only around a bare network: recomputation runs
+   Python in the backward pass, and torch.compile and FSDP2 launch their kernels themselves.
+4. *This rank's rows*, outermost, so that everything inside has their shapes, and draws their dropout masks.
 
 None of them changes a loss or a gradient beyond rounding.
 """
@@ -32,20 +32,20 @@ Pass = Callable[..., Tensor]  # (x [B, C, H, W], noise labels [B], class labels,
 
 
 def compose_passes(models: Models, method: Method, train: Train, *, graphs: bool) -> Models:
-    """Return `models` whose networks pass as `train` asks, and on every process its own rows.
+    """Return `models` with passes wrapped as `train` asks, and on every rank restricted to its own rows.
 
-    `graphs`: whether passes may be recorded, which FSDP2 does not allow.
+    `graphs`: whether CUDA graphs are allowed, which FSDP2 does not support.
     """
     for model in {id(m): m for m in (models.student, models.target, models.teacher) if m is not None}.values():
         model.network_pass = compose(model.net, train, graphs=graphs)
-    # LPIPS: of its loss a process needs its own rows alone, unless derivatives are taken through it.
+    # LPIPS: a rank needs only its own rows of its loss, unless derivatives are taken through it.
     if isinstance(models.distance, nn.Module) and not method.forward_mode and ranks.world_size() > 1:
         return replace(models, distance=by_rows(models.distance))
     return models
 
 
 def compose(net: nn.Module, train: Train, *, graphs: bool) -> Pass:
-    """Return how a batch passes through `net`; the text above says in which order and why."""
+    """Return the wrapped pass of a batch through `net`; the module docstring explains the order."""
     if train.compile:
         compile_blocks(net)
     for block in (module for module in net.modules() if isinstance(module, Block)):
@@ -59,7 +59,7 @@ def compose(net: nn.Module, train: Train, *, graphs: bool) -> Pass:
 
 
 def in_parts(network_pass: Pass, parts: int) -> Pass:
-    """Return a pass of `parts` passes over some of the rows each, computed again in the backward pass (1604.06174)."""
+    """Return a pass split into `parts` by rows, each recomputed in the backward pass (1604.06174)."""
 
     def pass_in_parts(*args: Tensor | None) -> Tensor:
         columns = [[None] * parts if arg is None else arg.tensor_split(parts) for arg in args]
@@ -74,6 +74,6 @@ def in_parts(network_pass: Pass, parts: int) -> Pass:
 
 
 def _recomputed(network_pass: Pass, args: tuple[Tensor | None, ...]) -> Tensor:
-    if not torch.is_grad_enabled() or is_plain():  # nothing is kept, or the derivative is taken forward
+    if not torch.is_grad_enabled() or is_plain():  # nothing is kept, or forward-mode differentiation
         return network_pass(*args)
     return checkpoint(of_these_rows(network_pass), *args, use_reentrant=False)

@@ -1,4 +1,4 @@
-"""A trace of a few training steps, for chrome://tracing or Perfetto, and a table of what took the time."""
+"""A trace of a few training steps, for chrome://tracing or Perfetto, and a table of kernel times."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-SKIPPED, RECORDED = 10, 3  # steps: the first compile, choose and record kernels
-ROWS = 40  # of the table
+SKIPPED, RECORDED = 10, 3  # steps: the first compile, select and capture kernels
+ROWS = 40  # rows of the table
 
 
 @contextmanager
 def profiled(folder: Path | None) -> Iterator[Callable[[], None]]:
-    """Yield what to call after every step; `folder` gets trace.json and kernels.txt, None nothing."""
+    """Yield a function to call after every step; write trace.json and kernels.txt into `folder`, unless None."""
     if folder is None:
         yield lambda: None
         return

@@ -1,4 +1,4 @@
-"""Everything that training changes: weights, averages, optimiser, step; saved and restored to the bit."""
+"""The mutable state of a training: weights, EMAs, optimiser, step; saved and restored bitwise."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from cm_core.types import Loss
 
 
 class LoggedStep(NamedTuple):
-    """What is logged of a step."""
+    """The logged values of a step."""
 
     step: int
     loss: Loss
@@ -28,22 +28,22 @@ class LoggedStep(NamedTuple):
 
 @dataclasses.dataclass
 class TrainState:
-    """Everything that training changes. Steps are counted from 0; `step` is the next one to take.
+    """The mutable state of a training. Steps are counted from 0; `step` is the next one to take.
 
-    The target begins as a copy of the model, and neither it nor a teacher gets gradients.
+    The target begins as a copy of the model; neither it nor a teacher gets gradients.
     """
 
     model: Precond
     train: Train
-    target: Precond | None = None  # the model's average, for methods that keep one
-    teacher: Precond | None = None  # for methods that replace theirs in the course of the training
+    target: Precond | None = None  # EMA of the model, for methods that keep one
+    teacher: Precond | None = None  # for methods that replace their teacher during training
     weighting: nn.Module | None = None  # the learned part of the loss
     step: int = 0
-    began: int = 0  # the step at which the optimiser was new
+    began: int = 0  # the step of the last optimiser reset
     optimizer: torch.optim.Optimizer = dataclasses.field(init=False)
-    loss_scale: LossScale | None = dataclasses.field(init=False)  # of trainings in fp16
+    loss_scale: LossScale | None = dataclasses.field(init=False)  # for fp16
     emas: list[Ema] = dataclasses.field(init=False)
-    window: list[LoggedStep] = dataclasses.field(default_factory=list)  # steps not yet summed up
+    window: list[LoggedStep] = dataclasses.field(default_factory=list)  # steps not yet aggregated
 
     def __post_init__(self) -> None:
         if self.target is not None:
@@ -54,7 +54,7 @@ class TrainState:
         self.begin_afresh()
 
     def begin_afresh(self) -> None:
-        """Forget what optimiser and averages gathered; they begin anew at the current weights."""
+        """Reset optimiser and EMAs at the current weights."""
         self.optimizer = self.train.optimizer.build(self.parameters())
         self.emas = [Ema(rule, self.model) for rule in self.train.emas]
         self.began = self.step
@@ -65,43 +65,43 @@ class TrainState:
         self.begin_afresh()
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return what the optimiser changes."""
+        """Return the optimised parameters."""
         return [p for module in (self.model, self.weighting) if module is not None for p in module.parameters()]
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each process holds a part of the weights, moments and averages."""
+        """Whether weights, moments and EMAs are sharded."""
         return sharding.is_sharded(next(self.model.parameters()))
 
     def save(self, folder: Path) -> None:
-        """Write the state, whole, to `folder/step-<step>` atomically; all processes must call, the first one writes."""
+        """Write the state, unsharded, to `folder/step-<step>` atomically; a collective call, rank 0 writes."""
         tensors = sharding.gathered({**self._tensors(), **self._window_tensors()})
         if ranks.is_main():
             save_state(folder, self.step, tensors, {"began": self.began})
 
     def restore(self, state: Path | None) -> None:
-        """Continue from a saved state, bitwise; the models and optimiser must be built from the same recipe.
+        """Restore a saved state, bitwise; the models and optimiser must be built from the same recipe.
 
-        Of several processes all must call. The first alone names the state, and all then hold it.
+        A collective call: the main process names the state, and all ranks then hold it.
         """
         tensors = {}
         if ranks.is_main():
             tensors, values = load_state(state)
             tensors |= {name: torch.tensor(value) for name, value in values.items()}
-        self._take(ranks.broadcast_from_main(tensors), whence=str(state or "what the first process sent"))
+        self._take(ranks.broadcast_from_main(tensors), source=str(state or "the state of rank 0"))
 
     def share(self) -> None:
-        """Let every process hold the first one's state, bitwise; all must call. A divided one all hold together."""
+        """Broadcast the main process's state, bitwise; a collective call. A sharded state is held jointly already."""
         if ranks.world_size() == 1 or self.is_sharded:
             return
         mine = {**self._tensors(), **self._window_tensors()}
         mine |= {"step": torch.tensor(self.step), "began": torch.tensor(self.began)}
         tensors = dict(ranks.broadcast_from_main(mine))
         if not ranks.is_main():
-            self._take(tensors.items(), whence="what the first process sent")
+            self._take(tensors.items(), source="the state of rank 0")
 
-    def _take(self, whole: Iterable[tuple[str, Tensor]], *, whence: str) -> None:
-        """Copy a state's tensors, one by one, into those that are here: whole, or the parts that this process holds."""
+    def _take(self, whole: Iterable[tuple[str, Tensor]], *, source: str) -> None:
+        """Copy a state's tensors one by one into this state's: whole, or this rank's shards."""
         own, moments, beside = self._weights(), {}, {}
         parameters = {f"optimizer/{index}": p for index, p in enumerate(self.parameters())}
         for name, tensor in whole:
@@ -111,11 +111,11 @@ class TrainState:
                 moments[name] = _beside(parameters[name.rpartition("/")[0]], tensor)
             else:
                 beside[name] = tensor
-        step, began = int(beside.pop("step")), beside.pop("began", None)  # states of older versions do not say
+        step, began = int(beside.pop("step")), beside.pop("began", None)  # absent from states of older versions
         self._load_window(beside, step)
         if own or beside:
             odd = min([*own, *beside])
-            raise ValueError(f"{whence} is the state of another training (only one of the two has {odd})")
+            raise ValueError(f"{source} is the state of another training (only one of the two has {odd})")
         self._load_optimizer(moments)
         self.step = step
         if began is not None:
@@ -124,9 +124,9 @@ class TrainState:
                 self.optimizer.taken = step - self.began
 
     def averaged(self, index: int = 0) -> dict[str, Tensor]:
-        """Return the state dict of the model with the weights of average `index`.
+        """Return the state dict of the model with the weights of EMA `index`.
 
-        All processes must call; where the state is divided, the first alone gets the weights, on the CPU.
+        A collective call; a sharded state gives the weights to the main process only, on the CPU.
         """
         return sharding.gathered({**self.model.state_dict(), **self.emas[index].weights})
 
@@ -149,7 +149,7 @@ class TrainState:
         return tensors
 
     def _window_tensors(self) -> dict[str, Tensor]:
-        """Return what is still needed of the steps since metrics were last yielded; nothing right after a yield."""
+        """Return the logged values since the last yield of metrics; empty right after a yield."""
         if not self.window:
             return {}
         _, losses, norms = zip(*self.window, strict=True)
@@ -177,7 +177,7 @@ class TrainState:
 
 
 def _beside(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
-    """Return what the optimiser keeps of a parameter; a moment is divided, and lies in memory, as that is and does."""
+    """Return a parameter's optimiser state; a moment is sharded, and laid out in memory, like its parameter."""
     if tensor.shape != parameter.shape:
         return tensor
     moment = torch.empty_like(parameter, requires_grad=False)

@@ -28,7 +28,7 @@ class NonFiniteLossError(ArithmeticError):
 
 @dataclass
 class Trainer:
-    """What a training needs besides its state, which alone changes."""
+    """The fixed inputs of a training; its state alone changes."""
 
     state: TrainState
     method: Method
@@ -43,8 +43,8 @@ class Trainer:
         """Train from `state.step` to `state.train.num_steps`, yielding metrics every `log_every` steps and at the end.
 
         After a step at which `stop_requested`, it yields no metrics in between, so that the caller can save and stop.
-        Between two yields nothing waits for the device. Raises NonFiniteLossError, naming step and sigma, before the
-        caller could save the spoiled state.
+        Between yields nothing waits for the device. Raises NonFiniteLossError, naming step and sigma, before the caller
+        could save the invalid state.
         """
         state, train = self.state, self.state.train
         state.model.train()
@@ -63,16 +63,16 @@ class Trainer:
                 yield {}
 
     def step(self) -> LoggedStep:
-        """Take one optimiser step, move the averages and the target; return what is logged of it."""
+        """Take one optimiser step, update the EMAs and the target; return the logged values."""
         state, train, method, step = self.state, self.state.train, self.method, self.state.step
 
-        # All randomness is a function of (seed, step): a resumed training draws what the uninterrupted one drew.
+        # All randomness is a function of (seed, step), so that a resumed training draws the same numbers.
         device, num_steps = self.batches.device, train.num_steps
         seed_dropout(derive_seed(self.seed, "dropout", step), device)
         context = StepContext(step, num_steps, self.noise, make_generator(device, self.seed, "step", step))
 
-        # Every process sees the whole batch, and takes the mean over it of the losses of its own rows.
-        whole = [p for p in state.parameters() if not sharding.is_sharded(p)]  # of the others FSDP2 sums the gradients
+        # Every rank sees the whole batch and averages the losses of its own rows over it.
+        whole = [p for p in state.parameters() if not sharding.is_sharded(p)]  # FSDP2 sums sharded gradients
         with ranks.exchange() if state.is_sharded else nullcontext():
             loss = method.loss(self.models, self.batches.at(step), context)
             mean = own_rows(loss.per_sample).sum() / len(loss.per_sample)
@@ -91,11 +91,11 @@ class Trainer:
         if state.target is not None:
             update_target(state.target, state.model, decay=method.target_decay_at(step, num_steps))
         state.step = step + 1
-        # Without its graph, which would outlive this step: the next pass could not be recorded (graphs.py) beside it.
+        # Detached: a live graph would keep the next pass from being captured as a CUDA graph (graphs.py).
         return LoggedStep(step, loss._replace(per_sample=gathered_rows(loss.per_sample.detach())), grad_norm)
 
     def _unscale_and_clip(self) -> Tensor:
-        """Return the gradient's norm, and shorten the gradient where it is longer than `clip_norm`."""
+        """Clip the gradient to norm `clip_norm`; return its norm before clipping."""
         parameters, scale = self.state.parameters(), self.state.loss_scale
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = sharding.whole(nn.utils.get_total_norm(gradients))
@@ -106,7 +106,7 @@ class Trainer:
         return norm
 
     def _step_unless_overflow(self) -> None:
-        """Let the optimiser step; after an overflow it does not, which fused optimisers decide on the device."""
+        """Let the optimiser step unless gradients overflowed; fused optimisers decide that on the device."""
         optimizer, scale = self.state.optimizer, self.state.loss_scale
         if scale is None:
             optimizer.step()
@@ -134,7 +134,7 @@ def _finite_losses(window: list[LoggedStep]) -> Tensor:
 def _summarise(window: list[LoggedStep]) -> dict[str, float]:
     losses, last = _finite_losses(window), window[-1]
     norms = torch.stack([logged.grad_norm for logged in window])
-    norms = norms[norms.isfinite()]  # those of skipped steps are not
+    norms = norms[norms.isfinite()]  # skipped steps have non-finite norms
     return {
         "step": last.step + 1,
         "loss": losses.mean().item(),

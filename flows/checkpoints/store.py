@@ -38,10 +38,10 @@ class Checkpoint:
     """Upload the newest state in `folder` in the background; raises LeaseLost when another worker has taken over."""
 
 
-def states_folder(origin: Path) -> Path:
+def states_folder(shared_root: Path) -> Path:
     """Return the folder of all checkpoints or their working copies: $CM_STATE, else .cm/states of the workspace."""
     place = Settings.read().state
-    return Path(place) if place and not states_bucket() else origin / ".cm" / "states"
+    return Path(place) if place and not states_bucket() else shared_root / ".cm" / "states"
 
 
 def states_bucket() -> Bucket | None:
@@ -50,22 +50,24 @@ def states_bucket() -> Bucket | None:
     return Bucket(place) if "://" in place else None
 
 
-def share_kernels(origin: Path) -> None:
+def share_kernels(shared_root: Path) -> None:
     """Let Triton share compiled kernels with other workers through the checkpoint bucket, if there is one."""
     if bucket := states_bucket():
         os.environ.setdefault(KERNELS_VARIABLE, f"{bucket.uri}/{KERNELS}")
-        os.environ.setdefault("TRITON_CACHE_DIR", str(states_folder(origin) / KERNELS / "shared"))
+        os.environ.setdefault("TRITON_CACHE_DIR", str(states_folder(shared_root) / KERNELS / "shared"))
         os.environ.setdefault("TRITON_CACHE_MANAGER", "triton.runtime.cache:RemoteCacheManager")
         os.environ.setdefault("TRITON_REMOTE_CACHE_BACKEND", "flows.checkpoints.kernel_cache:KernelBucket")
 
 
 @contextmanager
-def hold_checkpoint(origin: Path, stage: str, key: str, on_wait: Callable[[], None], say: Say) -> Iterator[Checkpoint]:
+def hold_checkpoint(
+    shared_root: Path, stage: str, key: str, on_wait: Callable[[], None], say: Say
+) -> Iterator[Checkpoint]:
     """Yield the checkpoint of a stage's key, locked for this process; wait while another process trains the same.
 
     `say` receives remarks on the store. Raises UserError if the store cannot be reached at the start.
     """
-    folder, bucket = states_folder(origin) / f"{stage}-{key[:16]}", states_bucket()
+    folder, bucket = states_folder(shared_root) / f"{stage}-{key[:16]}", states_bucket()
     folder.mkdir(parents=True, exist_ok=True)
     with _lock_file(folder).open("w") as lock:
         wait_lock(lock, on_wait)
@@ -209,10 +211,10 @@ def mark_finished(folder: Path, outs: Mapping[str, str]) -> None:
     replace_text(folder / FINISHED_FILE, json.dumps(dict(outs)))
 
 
-def drop_finished(origin: Path, is_stored: Stored) -> list[str]:
+def drop_finished(shared_root: Path, is_stored: Stored) -> list[str]:
     """Remove the checkpoints whose outputs are stored, unless a process holds them; return their locations."""
     dropped = []
-    for marker in states_folder(origin).glob(f"*/{FINISHED_FILE}"):
+    for marker in states_folder(shared_root).glob(f"*/{FINISHED_FILE}"):
         if drop_unheld(marker.parent, lambda m=marker: is_stored(json.loads(m.read_text()))):
             dropped.append(str(marker.parent))
     bucket = states_bucket()

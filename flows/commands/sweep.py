@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 def add_parsers(commands: Any) -> None:
     """Declare the subcommand."""
-    parser = commands.add_parser("sweep", help="run the pipeline at every point of a page of params/sweeps, compare")
-    parser.add_argument("name", metavar="SWEEP", help="a page of params/sweeps, or a path to a .yaml file")
+    parser = commands.add_parser("sweep", help="run the pipeline at every point of a sweep file, compare")
+    parser.add_argument("name", metavar="SWEEP", help="a sweep in params/sweeps, or a path to a .yaml file")
     add_override_option(parser, "a value of the recipe that all points start from")
     parser.add_argument("--dry-run", action="store_true", help="check and print the points, run nothing")
     add_json_option(parser)

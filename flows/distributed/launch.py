@@ -26,7 +26,7 @@ from flows.stages.training import StageStopped
 SHUTDOWN_VARIABLE, SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600"  # seconds to save a state after a signal
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of processes stopped by a signal
 CONSEQUENCES = (ranks.EXIT_PEER_LOST, STOPPED[1], -signal.SIGTERM)  # when one rank fails, the others get SIGTERM
-RESUMES = "started again, a training goes on from its last saved state"
+RESUMES = "started again, a training resumes from its last saved state"
 
 Facts = Mapping[str, Any]  # the inputs that decide a stage's results, by name
 

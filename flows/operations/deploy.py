@@ -99,11 +99,11 @@ def automations() -> "list[AutomationCore]":
         ),
         AutomationCore(
             name="A crashed run is started again",
-            description="On whichever worker is free; trainings go on from their last state.",
+            description="On whichever worker is free; trainings resume from their last state.",
             trigger=crashed,
             actions=[
                 ChangeFlowRunState(
-                    state=StateType.SCHEDULED, name="AwaitingRetry", message="Crashed; goes on from its last state."
+                    state=StateType.SCHEDULED, name="AwaitingRetry", message="Crashed; resumes from its last state."
                 )
             ],
         ),

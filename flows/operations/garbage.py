@@ -180,8 +180,8 @@ def _remote(root: Path) -> Store | None:
     return Bucket(url) if "://" in url else Folder(Path(url))
 
 
-def _states(home: Path, before: datetime) -> Iterator[Garbage]:
-    for folder in sorted(store.states_folder(home).glob("*/")):
+def _states(shared: Path, before: datetime) -> Iterator[Garbage]:
+    for folder in sorted(store.states_folder(shared).glob("*/")):
         files = list(Folder(folder).entries())
         newest = max((entry.modified for entry in files), default=datetime.min.replace(tzinfo=UTC))
         if newest < before:

@@ -31,7 +31,7 @@ class ProgressArtifact:
         try:
             self._show(progress)
         except httpx.HTTPError as error:
-            logger.warning("%s: progress is not shown, the stage goes on: %s", self._stage, error)
+            logger.warning("%s: progress is not shown, the stage continues: %s", self._stage, error)
 
     def _show(self, progress: Mapping[str, Any]) -> None:
         percent = 100 * progress["done"] / max(progress["total"], 1)

@@ -94,7 +94,7 @@ def _renew(client: SyncPrefectClient, lease: UUID, over: threading.Event) -> Non
         try:
             client.renew_concurrency_lease(lease, LEASE_SECONDS)
         except httpx.HTTPError as error:
-            logger.warning("gpu slot: not renewed, the stage goes on: %s", error)
+            logger.warning("gpu slot: not renewed, the stage continues: %s", error)
 
 
 def _release(client: SyncPrefectClient, lease: UUID) -> None:

@@ -17,28 +17,24 @@ if TYPE_CHECKING:
 
 SEPARATOR = 255  # white between tiles
 GAP = 2  # pixels between tiles, after upscaling
+MIN_SIDE = 32  # pixels of the shorter side of a tile, at least
 MARGIN, CAPTION = 14, 32  # pixels to the right of and above a picture of a montage
 INK = "#222222"
 PALETTE = ("#2f5fb3", "#d1622b", "#2d8a57", "#8a4fa8", "#b3892f", "#4a4a4a")
 SERIES_STYLE: dict[str, Any] = {"linewidth": 1.6, "markersize": 6}
 
 
-def save_grid(images: np.ndarray, path: Path, *, columns: int | None = None, min_side: int = 32) -> None:
-    """Write `images` [N, H, W, C] as one picture; small images are enlarged by a whole factor, pixels stay square.
+def save_grid(images: np.ndarray, path: Path, *, columns: int | None = None) -> None:
+    """Write `images` [N, H, W, C] as one picture in rows of `columns`, by default as square as possible.
 
-    Args:
-        columns: tiles in a row; None makes the grid as square as it gets.
-        min_side: the shorter side of a tile is at least this many pixels.
-
-    Raises:
-        ValueError: no images, or not uint8 [N, H, W, 1 or 3].
+    Small images are enlarged by a whole factor. Raises ValueError for no images, or not uint8 [N, H, W, 1 or 3].
     """
     _check_images(images)
     columns = columns or math.ceil(math.sqrt(len(images)))
-    Image.fromarray(tile(enlarge(images, min_side), columns)).save(path, format="PNG")
+    Image.fromarray(tile(enlarge(images), columns)).save(path, format="PNG")
 
 
-def save_rows(rows: Mapping[str, np.ndarray], path: Path, *, min_side: int = 32) -> None:
+def save_rows(rows: Mapping[str, np.ndarray], path: Path) -> None:
     """Write one named row of tiles per entry, e.g. the steps of a sampler.
 
     Raises ValueError for no rows, or a row that is not uint8 [N, H, W, 1 or 3].
@@ -47,7 +43,7 @@ def save_rows(rows: Mapping[str, np.ndarray], path: Path, *, min_side: int = 32)
         raise ValueError("rows is empty: at least one row of images is needed")
     for images in rows.values():
         _check_images(images)
-    strips = {name: tile(enlarge(images, min_side), len(images)) for name, images in rows.items()}
+    strips = {name: tile(enlarge(images), len(images)) for name, images in rows.items()}
     font = ImageFont.load_default(size=14)
     margin = max(math.ceil(font.getlength(name)) for name in strips) + 12
     width = margin + max(strip.shape[1] for strip in strips.values())
@@ -90,9 +86,9 @@ def _at_least(picture: Image.Image, width: int) -> Image.Image:
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
-def enlarge(images: np.ndarray, min_side: int) -> np.ndarray:
-    """Repeat pixels by the smallest whole factor that makes the shorter side at least `min_side`."""
-    factor = max(1, math.ceil(min_side / min(images.shape[1:3])))
+def enlarge(images: np.ndarray) -> np.ndarray:
+    """Repeat pixels by the smallest whole factor that makes the shorter side at least MIN_SIDE."""
+    factor = max(1, math.ceil(MIN_SIDE / min(images.shape[1:3])))
     return images.repeat(factor, axis=1).repeat(factor, axis=2)
 
 

@@ -159,21 +159,21 @@ def _checkpoint(
     stage: Stage, root: Path, inputs: Mapping[str, str], say: Callable[[str], None]
 ) -> AbstractContextManager[Checkpoint]:
     """Return the checkpoint to hold while a stage trains; first remove checkpoints whose outputs are stored."""
-    home = shared_root(root)
-    drop_finished(home, cache_of(root).holds)
-    share_kernels(home)
+    shared = shared_root(root)
+    drop_finished(shared, cache_of(root).holds)
+    share_kernels(shared)
     waits = partial(say, "another process trains exactly this; waiting for it")
-    return hold_checkpoint(home, stage.name, stage_key(root, stage, inputs), waits, say)
+    return hold_checkpoint(shared, stage.name, stage_key(root, stage, inputs), waits, say)
 
 
 @contextmanager
 def _tracked_run(stage: Stage, root: Path, recipe: Recipe, inputs: Mapping[str, str]) -> Iterator[StageRun]:
     """Open the stage's MLflow run with everything known before the stage starts."""
-    belonging = RunContext.read()
+    run_context = RunContext.read()
 
     def tags() -> dict[str, str]:
-        whence = belonging.tags or {**describe_code(root), "recipe": active_name(root)}
-        return {**whence, **{f"dvc.dep.{Path(path).name}": md5 for path, md5 in inputs.items()}}
+        shared = run_context.tags or {**describe_code(root), "recipe": active_name(root)}
+        return {**shared, **{f"dvc.dep.{Path(path).name}": md5 for path, md5 in inputs.items()}}
 
     def log_inputs(tracker: Tracker, run_id: str) -> None:
         tracker.log_params(run_id, flatten(recipe.model_dump(mode="json", include=set(stage.params))))
@@ -182,7 +182,7 @@ def _tracked_run(stage: Stage, root: Path, recipe: Recipe, inputs: Mapping[str, 
             tracker.log_dataset(run_id, root / PREPARED / FACTS_FILE, inputs[PREPARED], context)
 
     watch = stage.name in TRAINS
-    with StageRun(shared_root(root), stage.name, belonging.parent_run_id, tags, watch_machine=watch) as run:
+    with StageRun(shared_root(root), stage.name, run_context.parent_run_id, tags, watch_machine=watch) as run:
         run.submit(log_inputs)
         yield run
 

@@ -60,7 +60,7 @@ class PipelineRun:
         for child in self.tracker.client.search_runs([self.tracker.experiment_id], query):
             self.tracker.client.set_terminated(child.info.run_id, "KILLED")
 
-    def belonging(self) -> RunContext:
+    def context(self) -> RunContext:
         """Return the context of this flow's stage runs."""
         return RunContext(self.run_id, {key: value for key, value in self.tags.items() if key != "stage"})
 

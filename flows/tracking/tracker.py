@@ -19,8 +19,6 @@ from flows.errors import UserError
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-    from cm_core.model import ModelSpec
-    from cm_core.precond import Precond
     from flows.recipes.recipe import Recipe
 
 EXPERIMENT = "consistency-models"
@@ -202,13 +200,6 @@ def fetch_student(model_uri: str, shared_root: Path) -> Path:
     import mlflow
 
     return weights_of(Path(mlflow.artifacts.download_artifacts(model_uri)))
-
-
-def load_student(model_uri: str, shared_root: Path) -> "tuple[ModelSpec, Precond]":
-    """Download a logged student and build it, ready to sample."""
-    from cm_core.model import load_model
-
-    return load_model(fetch_student(model_uri, shared_root))
 
 
 def _dataset_source(source: str) -> tuple[str, dict[str, Any]]:

@@ -62,7 +62,7 @@ def test_progress_that_cannot_be_shown_ends_nothing(pipeline, monkeypatch, caplo
 
     monkeypatch.setattr(artifacts, "create_progress_artifact", unreachable)
     artifacts.ProgressArtifact("teacher").show({"done": 1, "total": 2, "unit": "steps"})
-    assert caplog.messages == ["teacher: progress is not shown, the stage goes on: refused"]
+    assert caplog.messages == ["teacher: progress is not shown, the stage continues: refused"]
 
 
 @pytest.fixture(scope="module")

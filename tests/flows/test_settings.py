@@ -66,7 +66,7 @@ def test_unset_and_empty_variables_have_their_defaults(environment):
     ("name", "value", "allowed"),
     [
         ("CM_DEVICES", "two", "must be a number of devices, 1 or more"),
-        ("CM_SHARD", "yes", "must be 1, to divide weights among processes, or 0"),
+        ("CM_SHARD", "yes", "must be 1, to shard weights over processes, or 0"),
         ("CM_STATE", "ftp://a/b", "must be a folder of this machine or s3://bucket/prefix"),
         ("CM_RUN_TAGS", "[]", "must be a JSON object"),
         ("CM_RUN_TAGS", "{", "Expecting property name"),

@@ -1,7 +1,7 @@
-"""The Triton kernels of the networks, a file an operation; layers import them where a tensor is on a GPU.
+"""The Triton kernels of the networks, one file per operation; layers import them for tensors on a GPU.
 
-All read and write channels last, compute in float32 whatever the tensors hold, and have the gradients of the formulas,
-so that only rounding differs from PyTorch's own functions.
+All read and write channels last, compute in float32 for any dtype, and have the formulas' gradients, so that only
+rounding differs from PyTorch's own functions.
 """
 
 from cm_core.networks.kernels.norm import norm_act

@@ -1,4 +1,4 @@
-"""Dropout by one kernel, which draws the mask of `dropout.keep_mask` where it is used and never stores it."""
+"""Dropout in one kernel, which generates the mask of `dropout.keep_mask` in place and never stores it."""
 
 import torch
 import triton
@@ -9,12 +9,12 @@ from cm_core.networks.dropout import LEVELS, PER_COUNTER
 from cm_core.philox import ROUNDS
 from cm_core.philox_kernel import philox
 
-TILE, WARPS = 256, 4  # counters a program takes, eight activations each, and its warps
+TILE, WARPS = 256, 4  # counters per program, eight activations each, and its warps
 LEVEL_MASK, HALVES = tl.constexpr(LEVELS - 1), tl.constexpr(PER_COUNTER // 2)
 
 
 def masked(h: Tensor, seed: Tensor, kept: int, layer: int, first: int) -> Tensor:
-    """Return h [B, C, H, W], channels last, where it is kept, scaled; 0 elsewhere."""
+    """Return h [B, C, H, W], channels last, scaled where it is kept; 0 elsewhere."""
     h = h.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(h)
     size = h[0].numel()

@@ -1,11 +1,11 @@
-"""Where a tensor's numbers lie, channels last, and sums over rows: what the kernels share."""
+"""Shared code of the kernels: channels-last memory layout, and sums over rows."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE, WARPS = 4096, 4  # elements a program holds at a time where an image is passed over in steps, and its warps
+TILE, WARPS = 4096, 4  # elements per step of a program that loops over an image, and its warps
 
 
 def sum_rows(x: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def sum_rows(x: Tensor) -> Tensor:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Return `x` with its channels side by side and its pixels evenly spaced; a slice of channels is so already."""
+    """Return `x` with unit channel stride and evenly spaced pixels; a slice of channels already has both."""
     _, _, height, width = x.shape
     even = height == 1 or width == 1 or x.stride(2) == width * x.stride(3)
     whole = x.stride(0) == height * width * pixel_stride(x)

@@ -1,8 +1,8 @@
-"""Group norm with SiLU, of a sum with a bias and an embedding, over one tensor or two that lie apart.
+"""Group norm with SiLU, of a sum with a bias and an embedding, over one tensor or two separate ones.
 
 PyTorch's group norm wants channels first and copies in and out; here a program holds all pixels of some whole groups of
-one image in registers, or reads larger ones twice. A decoder's input, what came from below and what the encoder left
-beside it, is read where its two parts lie.
+one image in registers, or reads larger ones twice. A decoder's input, the features from below and the encoder's skip
+connection, is read without concatenation.
 """
 
 from typing import Any
@@ -22,9 +22,9 @@ from cm_core.networks.kernels.layout import (
 )
 from cm_core.networks.kernels.norm_device import norm_backward, norm_forward
 
-CHANNELS = 32  # a program of the norm takes whole groups, of about so many channels: 64 bytes of bf16
-HELD = {1: 32_768, 2: 16_384}  # pixels times channels that a program holds at most, with one array and with two
-EACH = {1: 64, 2: 32}  # of them in a thread
+CHANNELS = 32  # per program, rounded to whole groups: 64 bytes of bf16
+HELD = {1: 32_768, 2: 16_384}  # maximum of pixels times channels per program, with one array and with two
+EACH = {1: 64, 2: 32}  # of them per thread
 
 
 def norm_act(
@@ -37,7 +37,7 @@ def norm_act(
     silu: bool,
     bias: Tensor | None = None,  # [C], added to every pixel first
     before: Tensor | None = None,  # [B, C], added to every pixel of its image
-    beside: Tensor | None = None,  # [B, C - c, H, W] where x has but the first c channels
+    beside: Tensor | None = None,  # [B, C - c, H, W] if x has only the first c channels
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return act(group_norm(x + bias + before) * scale + shift) in x's dtype, channels last; and x and beside again.
 
@@ -90,7 +90,7 @@ class _NormAct(torch.autograd.Function):
         dx, d_beside = (None if t is None else empty_channels_last(t, *t.shape[1:]) for t in (x, beside))
         added = bias is not None or before is not None
         of_images = x.new_empty(2 + added, len(x), shape.channels, dtype=torch.float32)
-        d_scale, d_shift, d_before = of_images[0], of_images[1], of_images[-1]  # this one is written if `added`
+        d_scale, d_shift, d_before = of_images[0], of_images[1], of_images[-1]  # the last is written if `added`
         norm_backward[shape.grid](
             *(x, beside, bias, before, scale, shift, mean, rstd, dy, *d_passed),
             *(dx, d_beside, d_before, d_scale, d_shift, *shape.sizes),
@@ -111,16 +111,16 @@ class _NormAct(torch.autograd.Function):
 
 
 def _passed(d: Tensor | None, like: Tensor | None) -> Tensor | None:
-    """Return the gradient of what passed a norm by, zeros where nobody used that, None where there was nothing."""
+    """Return the gradient of a tensor passed through a norm: zeros if unused, None if the input was None."""
     if like is None:
         return None
     return torch.zeros_like(like) if d is None else channels_last(d)
 
 
 class _NormShape:
-    """How a norm's programs share the images: the grid, the kernel's sizes and its tiles.
+    """Partition of a norm's images among programs: the grid, the kernel's sizes and tiles.
 
-    `arrays` is how many values a program needs of each pixel and channel: x, or x and a gradient.
+    `arrays` is the number of values per pixel and channel that a program needs: x, or x and a gradient.
     """
 
     def __init__(self, x: Tensor, beside: Tensor | None, groups: int, *, arrays: int) -> None:
@@ -129,7 +129,7 @@ class _NormShape:
         pixels, group_size = triton.next_power_of_2(height * width), self.channels // groups
         wanted = min(CHANNELS, max(CHANNELS // 2, HELD[arrays] // pixels))
         if arrays == 1 and (CHANNELS // 2) % group_size == 0:
-            wanted = CHANNELS // 2  # as fast as it gets, where so few are whole groups
+            wanted = CHANNELS // 2  # the fastest choice where so few are whole groups
         groups_each = max(1, min(groups, wanted // group_size))
         tile_width = triton.next_power_of_2(groups_each * group_size)
         picks = beside is not None and first % (groups_each * group_size) == 0

@@ -1,4 +1,4 @@
-"""What one program of the norm's kernels computes, forward and backward."""
+"""Device code of the norm's kernels: one program, forward and backward."""
 
 import triton
 import triton.language as tl
@@ -66,9 +66,9 @@ def _channel_sums(
     x_ptr, x_stride, beside_ptr, beside_stride, pixels, channel, first_channels, valid,
     mixes: tl.constexpr, whole: tl.constexpr, full: tl.constexpr, height: tl.constexpr,
 ):  # fmt: skip
-    """Return the first tile of an image, its first pixel, and the sums of all differences to that and their squares.
+    """Return an image's first tile, its first pixel, and the sums of all differences to that pixel and their squares.
 
-    A mean far from zero then costs no digits of the variance.
+    The shift by a pixel keeps the variance accurate for a mean far from zero.
     """
     one = tl.arange(0, 1)
     first = _load_pixels(
@@ -95,7 +95,7 @@ def _channel_sums(
 
 @triton.jit
 def _mask(pixel, pixels, valid, full: tl.constexpr):
-    """Return which [pixels, channels] of a tile there are; all of a full one, and nothing is compared then."""
+    """Return the mask of valid [pixels, channels] of a tile; a full tile skips the comparison."""
     mask = (pixel < pixels)[:, None] & valid[None, :]
     if full:
         mask = tl.full(mask.shape, True, tl.int1)
@@ -109,7 +109,7 @@ def _sigmoid(z):
 
 @triton.jit
 def _added(bias_ptr, before_ptr, image, channel, channels, valid, has_bias: tl.constexpr, has_before: tl.constexpr):
-    """Return what is added to every pixel of an image before its norm, by channel."""
+    """Return the per-channel sum that is added to every pixel of an image before its norm."""
     added = tl.where(valid, 0.0, 0.0)
     if has_bias:
         added += tl.load(bias_ptr + channel, mask=valid, other=0.0).to(tl.float32)
@@ -120,7 +120,7 @@ def _added(bias_ptr, before_ptr, image, channel, channels, valid, has_bias: tl.c
 
 @triton.jit
 def _pick(x_ptr, x_stride, beside_ptr, beside_stride, start, first_channels):
-    """Return where a program reads its channels, which lie all in x or all beside it."""
+    """Return the location of a program's channels, all in x or all in beside."""
     is_beside = start >= first_channels
     return tl.where(is_beside, beside_ptr - first_channels, x_ptr), tl.where(is_beside, beside_stride, x_stride)
 
@@ -129,7 +129,7 @@ def _pick(x_ptr, x_stride, beside_ptr, beside_stride, start, first_channels):
 def _load_pixels(
     x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes: tl.constexpr
 ):  # fmt: skip
-    """Load [pixels, channels] of one image; those from `first_channels` on lie beside where a program `mixes`."""
+    """Load [pixels, channels] of one image; if a program `mixes`, those from `first_channels` on come from beside."""
     own = mask
     if mixes:
         own = mask & (channel < first_channels)[None, :]
@@ -219,7 +219,7 @@ def _store_dx(
     passes: tl.constexpr, silu: tl.constexpr, mixes: tl.constexpr, whole: tl.constexpr, full: tl.constexpr,
     height: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of x, a tile of pixels at a time, to which that of the x passed on is added."""
+    """Write the gradient of x, a tile of pixels at a time, added to the gradient of the x passed on."""
     pixel = tl.arange(0, height)
     for past in range(0, height if whole else pixels, height):
         mask = _mask(past + pixel, pixels, valid, full)
@@ -228,7 +228,7 @@ def _store_dx(
                 x_ptr, x_stride, beside_ptr, beside_stride, past + pixel, channel, first_channels, mask, mixes
             )
             dy = tl.load(dy_ptr + (past + pixel)[:, None] * dy_stride + channel[None, :], mask=mask, other=0.0)
-        # Of a whole image computed again: holding them costs more.
+        # Recomputed for a whole image: holding the tiles costs more.
         normed, dz = _normed_and_dz(x, dy, mask, mean, rstd, scale, shift, silu)
         dx = rstd[None, :] * (scale[None, :] * dz - mean_dz[None, :] - normed * mean_dz_normed[None, :])
         if passes:
@@ -247,9 +247,9 @@ def _gradient_sums(
     scale, shift,
     mixes: tl.constexpr, silu: tl.constexpr, whole: tl.constexpr, full: tl.constexpr, height: tl.constexpr,
 ):  # fmt: skip
-    """Return the first tiles of x and dy, and the sums over an image's pixels of dz, of dz normed and of normed.
+    """Return the first tiles of x and dy, and the sums over an image's pixels of dz, dz * normed and normed.
 
-    Where z = normed * scale + shift and y = act(z).
+    Here z = normed * scale + shift and y = act(z).
     """
     pixel = tl.arange(0, height)
     mask = _mask(pixel, pixels, valid, full)
@@ -286,7 +286,7 @@ def _normed_and_dz(x, dy, mask, mean, rstd, scale, shift, silu: tl.constexpr):
 def _store_pixels(
     dx, dx_ptr, dx_stride, d_beside_ptr, d_beside_stride, pixel, channel, first_channels, mask, mixes: tl.constexpr
 ):  # fmt: skip
-    """Store [pixels, channels] of one image where `_load_pixels` would load them."""
+    """Store [pixels, channels] of one image at the places that `_load_pixels` reads."""
     dx = dx.to(dx_ptr.dtype.element_ty)
     own = mask
     if mixes:

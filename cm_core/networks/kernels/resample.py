@@ -1,4 +1,4 @@
-"""Halving and doubling the resolution by 2 x 2 pixels."""
+"""Downsampling and upsampling by 2 x 2 pixels."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ def _resample(x: Tensor, factor: float, halves: bool) -> Tensor:
     out = empty_channels_last(x, channels, height, width)
     tile = min(TILE, triton.next_power_of_2(channels))
     rows = images * height * width
-    grid = (triton.cdiv(rows, TILE // tile), triton.cdiv(channels, tile))  # the second may be 65,535 at most
+    grid = (triton.cdiv(rows, TILE // tile), triton.cdiv(channels, tile))  # CUDA limits the second to 65,535
     sizes = (rows, channels, height, width, pixel_stride(x))
     (_downsample_kernel if halves else _upsample_kernel)[grid](
         x, out, *sizes, factor, rows_each=TILE // tile, tile=tile, num_warps=WARPS
@@ -50,7 +50,7 @@ def _resample(x: Tensor, factor: float, halves: bool) -> Tensor:
 def _downsample_kernel(
     x_ptr, out_ptr, rows, channels, height, width, x_stride, factor, rows_each: tl.constexpr, tile: tl.constexpr
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * rows_each + tl.arange(0, rows_each)  # pixels of the halved images
+    row = tl.program_id(0).to(tl.int64) * rows_each + tl.arange(0, rows_each)  # pixels of the downsampled images
     channel = tl.program_id(1) * tile + tl.arange(0, tile)
     mask = (row < rows)[:, None] & (channel < channels)[None, :]
     top = (row // width) * (4 * width) + 2 * (row % width)  # images follow each other, all of 2 height rows
@@ -68,7 +68,7 @@ def _downsample_kernel(
 def _upsample_kernel(
     x_ptr, out_ptr, rows, channels, height, width, x_stride, factor, rows_each: tl.constexpr, tile: tl.constexpr
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * rows_each + tl.arange(0, rows_each)  # pixels of the doubled images
+    row = tl.program_id(0).to(tl.int64) * rows_each + tl.arange(0, rows_each)  # pixels of the upsampled images
     channel = tl.program_id(1) * tile + tl.arange(0, tile)
     mask = (row < rows)[:, None] & (channel < channels)[None, :]
     line, column = row // width, row % width  # lines of all images

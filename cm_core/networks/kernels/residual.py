@@ -1,4 +1,4 @@
-"""Residual sums with bias and factor, of a tensor or of its projection."""
+"""Residual sums with bias and factor, of a tensor or its projection."""
 
 import math
 from typing import Any
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cm_core.networks.kernels.layout import TILE, WARPS, channels_last, pixel_stride, sum_rows
 
-BIAS_GRADIENT_ROWS = 512  # pixels whose bias gradients one program sums
-# The product of a projection: pixels, channels out and channels in of a tile (`least` at least), and how it is run.
+BIAS_GRADIENT_ROWS = 512  # pixels per program that sums bias gradients
+# Tile of a projection's product: pixels, channels out and channels in (`least` at least), and its launch settings.
 PROJECT = {"pixels": 128, "out": 128, "in": 64, "least": 16, "stages": 3, "warps": 4}
 
 
@@ -21,14 +21,14 @@ def residual_add(x: Tensor, h: Tensor, bias: Tensor, factor: float) -> Tensor:
 
 
 def projects(x: Tensor, beside: Tensor) -> bool:
-    """Whether `project_residual_add` takes these: 16-bit tensors whose channels come in whole tiles."""
+    """Whether `project_residual_add` supports these: 16-bit tensors with whole tiles of channels."""
     return x.dtype.itemsize == 2 and not (x.shape[1] % PROJECT["least"] or beside.shape[1] % PROJECT["least"])
 
 
 def project_residual_add(x: Tensor, beside: Tensor, weight: Tensor, h: Tensor, bias: Tensor, factor: float) -> Tensor:
     """Return (weight @ [x, beside] + h + bias) * factor, channels last.
 
-    Of x [B, c, H, W], beside [B, C - c, H, W], weight [D, C], h [B, D, H, W] and bias [D].
+    Shapes: x [B, c, H, W], beside [B, C - c, H, W], weight [D, C], h [B, D, H, W], bias [D].
     """
     return _ProjectResidualAdd.apply(x, beside, weight, h, bias, factor)
 
@@ -87,7 +87,7 @@ class _ProjectResidualAdd(torch.autograd.Function):
 
 
 def _residual_add_backward(dy: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """Return the gradients of a joined tensor, and of the bias [C] in float32."""
+    """Return the gradients of a residual summand, and of the bias [C] in float32."""
     dy = channels_last(dy)
     channels, rows = dy.shape[1], dy.numel() // dy.shape[1]
     width = min(128, triton.next_power_of_2(channels))
@@ -121,7 +121,7 @@ def _project_residual_add_kernel(
     rows, channels, first, second, x_stride, beside_stride, factor,
     height: tl.constexpr, width: tl.constexpr, depth: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(channels, width)  # programs of the same pixels are neighbours, and find them in the L2 cache
+    tiles = tl.cdiv(channels, width)  # programs of the same pixels are adjacent and share the L2 cache
     row = (tl.program_id(0) // tiles).to(tl.int64) * height + tl.arange(0, height)
     out = (tl.program_id(0) % tiles) * width + tl.arange(0, width)
     inner = tl.arange(0, depth)

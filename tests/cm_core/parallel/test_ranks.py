@@ -26,7 +26,7 @@ def begin_training(method, *, steps):
 def train(folder):
     """Train by every method as one of two processes, without dropout and with it."""
     torch.set_num_threads(1)
-    gradients.BUCKET_BYTES = 1024  # so that gradients go in many pieces
+    gradients.BUCKET_BYTES = 1024  # so that gradients go in many buckets
     rank = int(os.environ["RANK"])
     begun = {name: begin_training(METHODS[name], steps=0 if rank else 2) for name in SHARED}
     with ranks.process_group():
@@ -93,16 +93,16 @@ def test_gradients_come_in_pieces_as_the_backward_pass_computes_them(monkeypatch
     monkeypatch.setattr(ranks, "world_size", lambda: 2)
     monkeypatch.setattr(gradients, "BUCKET_BYTES", 300)
     sent = []
-    pieces = gradients.GradientBuckets(lambda piece: sent.append((piece, net[0].weight.grad)))
-    with pieces.taken_from(net.parameters()):
+    buckets = gradients.GradientBuckets(lambda bucket: sent.append((bucket, net[0].weight.grad)))
+    with buckets.taken_from(net.parameters()):
         net(torch.ones(2, 8)).square().sum().backward()
     assert len(sent) == 2 and all(first is None for _, first in sent)  # the first layer's gradient comes last
-    found = [piece for piece, _ in sent] + [pieces.rest()]
-    assert all(piece.nbytes >= 300 for piece in found[:-1]) and pieces.rest() is None
+    found = [bucket for bucket, _ in sent] + [buckets.rest()]
+    assert all(bucket.nbytes >= 300 for bucket in found[:-1]) and buckets.rest() is None
     for p, gradient in zip(net.parameters(), expected, strict=True):
         assert torch.equal(p.grad, gradient)
-    for piece in found:
-        piece.mul_(2)  # a sum in its place is the gradient
+    for bucket in found:
+        bucket.mul_(2)  # a sum in its place is the gradient
     assert all(torch.equal(p.grad, 2 * gradient) for p, gradient in zip(net.parameters(), expected, strict=True))
 
 
@@ -121,11 +121,11 @@ def test_gradients_of_half_precision_stand_ins_become_those_of_the_parameters(pr
             out = net(x)
     assert list(net.parameters()) == parameters
     monkeypatch.setattr(ranks, "world_size", lambda: processes)
-    stand_ins, pieces = casting.stand_ins, gradients.GradientBuckets(lambda piece: None)
-    assert set(stand_ins) == {conv.weight, net[2].weight}
-    with pieces.taken_from(parameters, stand_ins):
-        out.float().square().sum().backward(inputs=[stand_ins.get(p, p) for p in parameters])
-    last = pieces.rest()
+    half_weights, buckets = casting.half_weights, gradients.GradientBuckets(lambda bucket: None)
+    assert set(half_weights) == {conv.weight, net[2].weight}
+    with buckets.taken_from(parameters, half_weights):
+        out.float().square().sum().backward(inputs=[half_weights.get(p, p) for p in parameters])
+    last = buckets.rest()
     assert last is None if processes == 1 else len(last) == sum(p.numel() for p in parameters)
     for p, gradient in zip(parameters, expected, strict=True):
         assert torch.equal(p.grad, gradient) and p.grad.stride() == p.stride() and p.grad.dtype == torch.float32

@@ -156,7 +156,7 @@ def asked(monkeypatch, value, *overrides, devices="2"):
 @pytest.mark.parametrize(
     ("value", "overrides", "complaint"),
     [
-        ("2", (), r"CM_SHARD=2: must be 1, to divide weights among processes, or 0"),
+        ("2", (), r"CM_SHARD=2: must be 1, to shard weights over processes, or 0"),
         ("1", ("student.method=scm",), r"CM_SHARD=1: student\.method\.kind=scm takes forward-mode derivatives"),
         ("1", ("student.train.compile=true",), r"CM_SHARD=1: student\.train\.compile=true is not tried"),
     ],

@@ -28,7 +28,7 @@ from small_stages import files, run_small, small_recipe
 pytestmark = pytest.mark.slow
 ROUNDING = 1e-4 if torch.cuda.is_available() else 1e-5  # GPUs add in any order: two runs of one process differ too
 STEPS = {"num_steps": 30, "batch_size": 8, "log_every": 1, "save_every": 2, "grid_every": 10}
-RESUME = "started again, a training goes on from its last saved state"
+RESUME = "started again, a training resumes from its last saved state"
 
 
 def recipe(*overrides):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cm_core.model import ModelSpec, build_seeded, save_model
+from cm_core.model import ModelSpec, build_seeded, load_model, save_model
 from cm_core.networks.mlp import MLPParams
 from cm_core.noise import Noise
 from flows.checkpoints import store
@@ -24,7 +24,7 @@ from flows.stages.training import StageStopped
 from flows.tracking.pipeline_run import PipelineRun
 from flows.tracking.run_context import RunContext
 from flows.tracking.stage_run import StageRun
-from flows.tracking.tracker import Tracker, files_below, flat_numbers, load_student
+from flows.tracking.tracker import Tracker, fetch_student, files_below, flat_numbers
 from flows.workspace.dvc_files import dvc_md5
 from miniature import REPOSITORY, git, make_workspace
 
@@ -163,7 +163,7 @@ def test_the_measured_student_is_a_model_that_loads_and_is_logged_once(root, tra
         assert without_its_training.log_student(Recipe(), files, outs, metrics, None) == model_id
     for run_id in (run.info.run_id, *(parent.run_id for parent in parents)):
         assert [output.model_id for output in tracker.client.get_run(run_id).outputs.model_outputs] == [model_id]
-    spec, model = load_student(f"models:/{model_id}", root)
+    spec, model = load_model(fetch_student(f"models:/{model_id}", root))
     x, sigma = torch.randn(2, 1, 4, 4), torch.full((2,), 80.0)
     torch.testing.assert_close(model(x, sigma), build_seeded(SPEC, 1).eval()(x, sigma))
     logged = tracker.client.get_logged_model(model_id)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cm_core.model import ModelSpec, build_seeded, save_model
+from cm_core.model import ModelSpec, build_seeded, load_model, save_model
 from cm_core.networks import MLPParams
 from cm_core.noise import Noise
 from flows.recipes.recipe import Recipe
@@ -16,7 +16,7 @@ from flows.reports.figures import save_grid
 from flows.tracking.pipeline_run import PipelineRun
 from flows.tracking.registry import Registry, register_student
 from flows.tracking.stage_run import StageRun
-from flows.tracking.tracker import MODEL_FILES, Tracker, load_student
+from flows.tracking.tracker import MODEL_FILES, Tracker, fetch_student
 from servers import mlflow_server, needs_postgres, postgres, s3_server
 
 SPEC = ModelSpec(form="skip", network=MLPParams(), noise=Noise(), image_shape=(1, 4, 4))
@@ -50,8 +50,8 @@ def log_pipeline(root):
     save_model(root, SPEC, build_seeded(SPEC, 1).state_dict())
     files = {f"student/{name}": root / name for name in MODEL_FILES}
     with PipelineRun(Tracker(root), "made up", {"recipe": "mine"}, {"student.method.kind": "cd"}) as parent:
-        belonging = parent.belonging()
-        with StageRun(root, "student", parent.run_id, lambda: belonging.tags, watch_machine=True) as run:
+        context = parent.context()
+        with StageRun(root, "student", parent.run_id, lambda: context.tags, watch_machine=True) as run:
             for step in range(1, 51):
                 run.metrics({"loss": 1 / step}, step)
             run.image("samples", root / "grid.png", 50)
@@ -88,7 +88,7 @@ def test_what_a_pipeline_logs_comes_back_through_the_server(server, tmp_path):
     assert artifact(uri, parent_id, "evaluate/grid.png") == (tmp_path / "grid.png").read_bytes()
 
     assert Registry(tracker).read("cm-made-up").aliases == {"candidate": 1, "champion": 1}
-    spec, model = load_student("models:/cm-made-up@champion", tmp_path)
+    spec, model = load_model(fetch_student("models:/cm-made-up@champion", tmp_path))
     x, sigma = torch.randn(2, 1, 4, 4), torch.full((2,), 80.0)
     torch.testing.assert_close(model(x, sigma), build_seeded(SPEC, 1).eval()(x, sigma))
     assert spec == SPEC
