@@ -55,8 +55,7 @@ def folder_files(folder: Path) -> Files:
 def archive_files(path: Path, scratch: Path) -> Files:
     """List the files of a zip or of a tar, compressed or not; the contents of a tar are copied into `scratch`.
 
-    Raises:
-        UserError: not an archive, damaged, encrypted, a bomb, or a member that points outside.
+    Raises UserError for a damaged or encrypted archive, a bomb, another format, or a member that points outside.
     """
     try:
         if zipfile.is_zipfile(path):

@@ -27,11 +27,7 @@ class Dataset:
 
 
 def load_dataset(prepare_dir: Path) -> Dataset:
-    """Open the output of the stage `prepare`, images memory-mapped.
-
-    Raises:
-        UserError: `prepare_dir` holds no prepared data, or an incomplete one.
-    """
+    """Open the output of the stage `prepare`, images memory-mapped; raise UserError if it is missing or incomplete."""
     facts = _read_facts(prepare_dir / "dataset.json")
     arrays = {
         f"{split}_{part}": _open_array(prepare_dir / f"{split}_{part}.npy")

@@ -34,11 +34,7 @@ def write_feature_files(folder: Path, facts: dict[str, Any], reference: np.ndarr
 
 
 def load_feature_files(folder: Path) -> FeatureFiles:
-    """Open the output of the stage `features`.
-
-    Raises:
-        UserError: `folder` holds no such artifact.
-    """
+    """Open the output of the stage `features`; raise UserError if there is none."""
     try:
         facts = json.loads((folder / FACTS_FILE).read_text())
         reference = np.load(folder / REFERENCE_FILE, mmap_mode="r", allow_pickle=False)

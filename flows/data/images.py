@@ -29,11 +29,7 @@ TRAITS = (
 
 
 def open_image(read: Callable[[], Path | BytesIO], where: str) -> Image.Image:
-    """Open an encoded image; its pixels are decoded lazily.
-
-    Raises:
-        UserError: not an image, not one of FORMATS, or too large; the line names `where`.
-    """
+    """Open an encoded image lazily; raise UserError, naming `where`, if it is not one of FORMATS or too large."""
     try:
         image = Image.open(read(), formats=FORMATS)
     except Image.UnidentifiedImageError as error:

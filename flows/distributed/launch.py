@@ -109,10 +109,7 @@ def worker_group(
     """Join the process group if a launcher has started several processes for this stage.
 
     `facts` decide the stage's results; local rank 0 of each node computes them, and all nodes must agree.
-
-    Raises:
-        UserError: on every rank, with the same message: nodes differ, or the stage cannot run with this world size.
-        ProcessLost: processes are gone.
+    Raises ProcessLost, and UserError with one message on every rank if nodes differ or the world size does not fit.
     """
     with ranks.process_group(is_over):
         if ranks.world_size() > 1:

@@ -41,8 +41,7 @@ def evaluate(
 ) -> None:
     """Write metrics.json, protocol.json, plots/ and report.html.
 
-    Raises:
-        UserError: an artifact that is missing or belongs to other data, or a row with too few images.
+    Raises UserError for an artifact that is missing or belongs to other data, or a row with too few images.
     """
     dataset, files = load_dataset(prepare_dir), load_feature_files(features_dir)
     samples = _read_index(sample_dir / "samples.json", "no samples here; the stage sample writes them")

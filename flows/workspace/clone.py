@@ -63,8 +63,7 @@ class StageResult:
 def clone(root: Path, run_name: str) -> "Workspace":
     """Clone the workspace `root`, uncommitted edits included, for one run.
 
-    Raises:
-        UserError: `root` is not the top of a git repository with a commit, or holds edits too large to capture.
+    Raises UserError if `root` is not the top of a git repository with a commit, or its edits are too large to capture.
     """
     commit = revision(root)
     folder = _make_folder(root / ".cm" / "runs", run_name)
