@@ -30,11 +30,11 @@ class ModelSpec(Params):
     num_classes: int = Field(0, ge=0)
     """Classes the network is conditioned on; 0: unconditional."""
     augment_dim: int = Field(0, ge=0)
-    """Length of the augmentation vector the network is told; 0: none."""
+    """Length of the augmentation vector, a network input; 0: none."""
     noise_scale: float = Field(1.0, gt=0)
     """Factor on ln(sigma) / 4 before the noise embedding; 1000 for networks in OpenAI's convention."""
     euler_steps: int = Field(1, ge=1)
-    """Steps that a model of form euler was distilled to; it makes images with exactly so many."""
+    """Steps that a model of form euler was distilled to; it samples with exactly that many."""
 
     @property
     def boundary(self) -> float:

@@ -26,7 +26,7 @@ class Noise(Params):
     sigma_data: float = Field(0.5, gt=0)
     """Standard deviation of the data in [-1, 1] (EDM, Table 1)."""
     c_noise: Literal["log_sigma", "angle"] = "log_sigma"
-    """What networks are told of the level: ln(sigma) / 4 (EDM), or arctan(sigma / sigma_data), bounded (sCM)."""
+    """Noise conditioning of the networks: ln(sigma) / 4 (EDM), or arctan(sigma / sigma_data), bounded (sCM)."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "Noise":

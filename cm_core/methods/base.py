@@ -23,7 +23,7 @@ class Method(Params):
     """
 
     starts_from: ClassVar[Literal["teacher", "random"]] = "random"
-    """The student's first weights where the recipe does not say."""
+    """The student's default initial weights."""
     forward_mode: ClassVar[bool] = False
     """Whether the loss takes forward-mode derivatives of the network."""
 

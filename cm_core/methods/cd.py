@@ -32,7 +32,7 @@ class CD(Method):
     distance: AnyDistance = L2()
     """How f(x_t, t) and its target are compared (CM, section 6.1: LPIPS is best where it applies)."""
     target_decay: float = Field(0.0, ge=0, lt=1)
-    """Decay mu of the target's average; 0: the student's current weights (CM, Table 3)."""
+    """Decay mu of the target's EMA; 0: the student's current weights (CM, Table 3)."""
     form: Literal["skip", "piecewise"] = "skip"
     """How the boundary f(x, sigma_min) = x is built in (CM, eq. 5 or eq. 4)."""
 

@@ -29,7 +29,7 @@ class EDM(Method):
     label_dropout: float = Field(0.0, ge=0, le=1)
     """Probability of hiding a sample's label, which classifier-free guidance needs (2207.12598)."""
     augment: Augment | None = None
-    """Non-leaking geometric augmentation, its parameters told to the network; empty: none (EDM, App. F.2)."""
+    """Non-leaking geometric augmentation, with its parameters as network input; empty: none (EDM, App. F.2)."""
 
     def loss(self, models: Models, batch: Batch, context: StepContext) -> Loss:
         """Return weight(sigma) * |D(x0 + sigma * eps, sigma) - x0|^2 (EDM, eq. 2 and Table 1)."""

@@ -21,15 +21,15 @@ class MetricParams(Params):
     """The metrics and their settings."""
 
     beside_fid: tuple[Literal["is", "kid", "precision_recall"], ...] = ("is", "kid", "precision_recall")
-    """Metrics that are computed beside FID."""
+    """Metrics computed in addition to FID."""
     isc_splits: int = Field(10, ge=1)
     """Parts over which the Inception score is averaged; fewer where they would be small (see isc_min_images)."""
     isc_min_images: int = Field(500, ge=1)
-    """Images a part of the Inception score needs: it is biased downwards in small parts."""
+    """Minimum images per part of the Inception score, which is biased downwards in small parts."""
     kid_subsets: int = Field(100, ge=1)
     """Random subsets over which KID is averaged."""
     kid_subset_size: int = Field(1000, ge=2)
-    """Images a subset of KID; at most a quarter of the smaller set."""
+    """Images per subset of KID; at most a quarter of the smaller set."""
     prc_neighbourhood: int = Field(3, ge=1)
     """Precision and recall: the k-th nearest neighbour sets the radius of a sample's ball."""
     prc_images: int = Field(10_000, ge=4)

@@ -54,11 +54,11 @@ class ClassifierFeatures(Params):
     num_steps: int = Field(300, ge=10)
     """Optimiser steps."""
     batch_size: int = Field(128, ge=2)
-    """Images a step, and at once through the network afterwards."""
+    """Images per training step, and per inference batch afterwards."""
     learning_rate: float = Field(3e-3, gt=0)
     """Peak of the one-cycle learning rate of AdamW."""
     max_shift: int = Field(1, ge=0)
-    """Training images are moved by up to so many pixels each way."""
+    """Training images are shifted by up to this many pixels each way."""
     flip: bool = False
     """Mirror training images at random; not for digits or letters."""
 

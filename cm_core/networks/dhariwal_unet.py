@@ -34,7 +34,7 @@ class DhariwalUNetParams(Params):
     channel_mult: tuple[PositiveInt, ...] = Field((1, 2, 3, 4), min_length=1)
     """Width at each resolution in base channels; each entry after the first halves the image (ImageNet-64: 1,2,3,4)."""
     num_blocks: int = Field(3, ge=1)
-    """Residual blocks a resolution in the encoder; the decoder has one more (ImageNet-64: 3; LSUN-256: 2)."""
+    """Residual blocks per resolution in the encoder; the decoder has one more (ImageNet-64: 3; LSUN-256: 2)."""
     attn_resolutions: tuple[PositiveInt, ...] = (32, 16, 8)
     """Image heights, in pixels, at which every block attends; the middle of the network always does (ADM: 32,16,8)."""
     channels_per_head: int = Field(64, ge=1)

@@ -40,7 +40,7 @@ class SongUNetParams(Params):
     channel_mult: tuple[PositiveInt, ...] = Field((2, 2, 2), min_length=1)
     """Width at each resolution in base channels; each entry after the first halves the image (EDM: 2,2,2 at 32 px)."""
     num_blocks: int = Field(4, ge=1)
-    """Residual blocks a resolution in the encoder; the decoder has one more (EDM: 4)."""
+    """Residual blocks per resolution in the encoder; the decoder has one more (EDM: 4)."""
     attn_resolutions: tuple[PositiveInt, ...] = (16,)
     """Image heights, in pixels, at which blocks attend; the middle of the network always does (EDM: 16)."""
     dropout: float = Field(0.0, ge=0, lt=1)

@@ -16,7 +16,7 @@ class Train(Params):
     num_steps: int = Field(400_000, ge=1)
     """Optimiser steps."""
     batch_size: int = Field(512, ge=1)
-    """Images a step."""
+    """Images per step."""
     optimizer: Adam | RAdam = RAdam()
     """The optimiser and its step size."""
     ramp_steps: int = Field(0, ge=0)
@@ -24,17 +24,17 @@ class Train(Params):
     clip_norm: float | None = Field(None, gt=0)
     """Largest norm of the gradient; empty: no clipping."""
     emas: tuple[AnyEma, ...] = Field((ConstantEma(),), min_length=1)
-    """Averages of the weights kept during training; the first is the one that is sampled."""
+    """EMAs of the weights; samples use the first."""
     flip: bool = False
     """Flip images left to right at random (CM and EDM on natural images)."""
     precision: Precision = "fp32"
     """Arithmetic of the network's body; weights, preconditioning and loss stay fp32. fp16 trains with loss scaling."""
     accumulate: int = Field(1, ge=1)
-    """Parts in which a batch passes through the network, each computed again in the backward pass: less memory."""
+    """Micro-batches of a batch, each recomputed in the backward pass: less memory."""
     checkpoint_activations: bool = False
-    """Compute each block again in the backward pass instead of keeping its activations: much less memory, slower."""
+    """Recompute each block in the backward pass instead of keeping its activations: much less memory, slower."""
     compile: bool = False
-    """Let torch.compile make the code of the blocks; on a GPU slower than the kernels of this package (docs/LOG.md)."""
+    """Compile the blocks with torch.compile; on a GPU slower than the kernels of this package (docs/LOG.md)."""
     log_every: int = Field(100, ge=1)
     """Steps between two logged metrics; the host waits for the device only then."""
     save_every: int = Field(2_000, ge=1)

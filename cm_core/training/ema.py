@@ -15,7 +15,7 @@ class ConstantEma(Params):
     model_config = ConfigDict(title="constant")
 
     kind: Literal["constant"] = "constant"
-    """Name of the average."""
+    """Name of the EMA."""
     decay: float = Field(0.9999, ge=0, lt=1)
     """Weight of the old average at each step (CM, Table 3)."""
 
@@ -30,7 +30,7 @@ class HalfLifeEma(Params):
     model_config = ConfigDict(title="half_life")
 
     kind: Literal["half_life"] = "half_life"
-    """Name of the average."""
+    """Name of the EMA."""
     half_life_images: float = Field(500_000, gt=0)
     """Training images after which a weight's share has halved (EDM, Table 7)."""
     ramp: float | None = Field(0.05, gt=0)
@@ -50,7 +50,7 @@ class PowerEma(Params):
     model_config = ConfigDict(title="power")
 
     kind: Literal["power"] = "power"
-    """Name of the average."""
+    """Name of the EMA."""
     gamma: float = Field(16.97, gt=0)
     """Exponent; 16.97 is a relative width of 0.05, 6.94 of 0.10 (EDM2, section 3.1)."""
 

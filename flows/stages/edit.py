@@ -42,7 +42,7 @@ class Edit(Params):
     num_images: int = Field(8, ge=1, le=32)
     """Held-out images that every task edits, the first ones."""
     num_results: int = Field(3, ge=1, le=MOST_RESULTS)
-    """Results for each image, which differ by their noise; images times results go through the network at once."""
+    """Results per image, with different noise; images times results form one batch."""
     num_steps: int = Field(39, ge=1)
     """Network calls of inpaint, colorize and superres (CM, App. D: 40 levels, the last of which needs none)."""
     mask: Literal["square", "right", "pixels"] = "square"

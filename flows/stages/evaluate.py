@@ -25,7 +25,7 @@ class Evaluate(MetricParams):
     """The metrics and their settings."""
 
     batch_size: int = Field(250, ge=1)
-    """Images at once through the feature network; has no influence on the metrics but rounding."""
+    """Images per batch of the feature network; changes the metrics by rounding alone."""
 
 
 def evaluate(

@@ -63,7 +63,7 @@ class Pretrained(Params):
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     """Checksum the weights must have; null accepts any file and records its checksum."""
     batch_size: int = Field(100, ge=1)
-    """Images at once through the network."""
+    """Images per batch of the network."""
 
     @property
     def extractor(self) -> str:

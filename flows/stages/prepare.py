@@ -35,7 +35,7 @@ class Data(Params):
     model_config = ConfigDict(title="Data")
 
     source: Digits | Cifar10 | Images | ArrayFile = Digits()
-    """Where the images come from."""
+    """The source of the images."""
     resolution: int | None = Field(None, ge=4, le=4096)
     """Side of the square images in pixels; null keeps their own size, which must then be the same for all."""
     resize: Literal["none", "center-crop", "center-crop-dhariwal", "pad", "stretch"] = "none"
@@ -47,7 +47,7 @@ class Data(Params):
     heldout_fraction: float = Field(0.25, ge=0, le=0.9)
     """Part of each class held out from training, chosen by a hash of the names, where the source has no such split."""
     max_images: int | None = Field(None, ge=1)
-    """At most so many images of each split, chosen by a hash of the names; null takes all."""
+    """At most this many images of each split, chosen by a hash of the names; null takes all."""
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:

@@ -43,15 +43,15 @@ class Sample(Params):
     """The images drawn for the evaluation."""
 
     num_images: int = Field(50_000, ge=1)
-    """Images a row."""
+    """Images per row."""
     batch_size: int = Field(500, ge=1)
-    """Images at a time; has no influence on the images."""
+    """Images per batch; does not affect the images."""
     seed: int = Field(0, ge=0)
     """Image i is drawn from (seed, i), whatever the batch size."""
     mid_sigmas: tuple[tuple[float, ...], ...] = ((), (0.821,))
-    """One row an entry: the noise levels after sigma_max; none is one-step sampling (iCT: 0.821 on CIFAR-10)."""
+    """One row per entry: the noise levels after sigma_max; none is one-step sampling (iCT: 0.821 on CIFAR-10)."""
     teacher_sampler: TeacherSampler = TeacherSampler()
-    """How the teacher's row is drawn, where the recipe has a teacher."""
+    """Sampler of the teacher's row, if the recipe has a teacher."""
     teacher_images: int | None = Field(None, ge=0)
     """Images of the teacher's row; empty: as many as the others, 0: no such row."""
     precision: Precision = "fp32"

@@ -56,11 +56,11 @@ class Student(Params):
     method: StudentMethod = CD()
     """The training method, with its paper's hyperparameters."""
     init_from: Literal["teacher", "random"] | None = None
-    """First weights; empty: as the method's paper does (ct and ict: random, the others: the teacher's)."""
+    """Initial weights; empty: as the method's paper does (ct and ict: random, the others: the teacher's)."""
     dropout: float | None = Field(None, ge=0, lt=1)
     """Dropout of the student, the same mask in student and target; empty: the network's (CM: 0, iCT: 0.3)."""
     train: Train = Train()
-    """Length, optimiser, averages, precision."""
+    """Length, optimiser, EMAs, precision."""
 
     @property
     def initial_weights(self) -> str:

@@ -34,7 +34,7 @@ class Teacher(Params):
     method: EDM = EDM()
     """The training method."""
     train: Train = Train(optimizer=Adam())
-    """Length, optimiser, averages, precision."""
+    """Length, optimiser, EMAs, precision."""
     grid_sampler: TeacherSampler = TeacherSampler(num_steps=8)
     """Sampler of the grids drawn during training; few steps, because it interrupts the training."""
 

@@ -29,7 +29,7 @@ class Stage:
     outs: tuple[str, ...]
     """Outputs, metrics and plots."""
     needs: str = GPU
-    """The kind of processor that it keeps busy; a stage that does not say so is taken for a heavy one."""
+    """The processor that it keeps busy, by default the GPU."""
 
 
 def read_stages(root: Path) -> dict[str, Stage]:
