@@ -100,7 +100,7 @@ def consistency(recipe: Recipe, name: str = EDITED, root: Path = Path()) -> dict
         tracker = Tracker(workspace.shared_root)
         end_earlier_starts(tracker)
         with PipelineRun(tracker, title(recipe, name), tags, params) as parent:
-            stages = bring_up_all(workspace, parent)
+            stages = reproduce_all(workspace, parent)
             return finish(workspace, parent, stages, recipe, name)
 
 
@@ -111,7 +111,7 @@ def _flow_tags() -> dict[str, str]:
     return {**tags, **({"prefect.url": page} if page else {})}
 
 
-def bring_up_all(workspace: Workspace, parent: PipelineRun) -> dict[str, dict[str, Any]]:
+def reproduce_all(workspace: Workspace, parent: PipelineRun) -> dict[str, dict[str, Any]]:
     """Update all stages, concurrently where dvc.yaml allows; return the outcome of each."""
     stages, variables = read_stages(workspace.root), parent.context().variables()
     futures: dict[str, PrefectFuture] = {}

@@ -54,6 +54,8 @@ def run_name(recipe: str, overrides: Sequence[str]) -> str:
 
 def recipes(args: Namespace) -> None:
     """List the recipes by name with the first line of each file."""
+    from flows.recipes.overrides import first_comment
+
     found = {path.stem: first_comment(path) for path in sorted((workspace_root() / RECIPES_DIR).glob("*.yaml"))}
     if args.json:
         print_json([{"name": name, "summary": summary} for name, summary in found.items()])
@@ -61,13 +63,6 @@ def recipes(args: Namespace) -> None:
     width = max(map(len, found), default=0)
     for name, summary in found.items():
         print(f"{name:{width}}  {summary}".rstrip())
-
-
-def first_comment(path: Path) -> str:
-    """Return the first line of the comment that heads a file."""
-    with path.open(encoding="utf-8") as file:
-        line = file.readline()
-    return line.lstrip("#").strip() if line.startswith("#") else ""
 
 
 def show(args: Namespace) -> None:

@@ -158,17 +158,14 @@ def _schedules(client: "SyncPrefectClient", deployment: str) -> "list[Deployment
 
 def deployment_entries(root: Path) -> list[dict[str, Any]]:
     """Return name, description and parameters of each deployment, one per recipe."""
+    from flows.recipes.overrides import first_comment
     from flows.recipes.recipe import load_recipe, recipe_names
 
     return [
         {
             "name": name,
-            "description": _first_comment(root / "params" / "recipes" / f"{name}.yaml"),
+            "description": first_comment(root / "params" / "recipes" / f"{name}.yaml"),
             "parameters": {"recipe": load_recipe(name, root=root).model_dump(mode="json"), "name": name},
         }
         for name in recipe_names(root)
     ]
-
-
-def _first_comment(recipe_file: Path) -> str:
-    return recipe_file.read_text().partition("\n")[0].removeprefix("#").strip()

@@ -199,9 +199,9 @@ def explain(name: str, overrides: Sequence[str] = (), *, root: Path) -> list[tup
     """Return every resolved value as (key, value, source: the file, --set, or the default)."""
     recipe = load_recipe(name, overrides, root=root)
     path = _recipe_path(name, root)
-    page, chosen = flatten(read_yaml(path)), {override.split("=", 1)[0] for override in overrides}
+    written, chosen = flatten(read_yaml(path)), {override.split("=", 1)[0] for override in overrides}
     return [
-        (key, value, "--set" if _within(key, chosen) else str(path) if _within(key, page) else "default")
+        (key, value, "--set" if _within(key, chosen) else str(path) if _within(key, written) else "default")
         for key, value in flatten(recipe.model_dump(mode="json")).items()
     ]
 
