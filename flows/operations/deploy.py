@@ -12,6 +12,7 @@ from flows.errors import UserError
 from flows.workspace.dvc_files import GPU
 
 if TYPE_CHECKING:
+    from prefect import Flow
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.events.schemas.automations import AutomationCore
@@ -120,12 +121,10 @@ def _write_automation(client: "SyncPrefectClient", automation: "AutomationCore")
 
 
 def _write_deployments(client: "SyncPrefectClient", root: Path, pull_steps: Steps) -> list[str]:
-    from prefect.utilities.callables import parameter_schema
-
     from flows.pipeline import consistency
 
     flow_id = client.create_flow(consistency)
-    form = parameter_schema(consistency).model_dump(exclude_unset=True)
+    form = form_of(consistency)
     names = []
     for entry in deployment_entries(root):
         names.append(f"{consistency.name}/{entry['name']}")
@@ -140,6 +139,15 @@ def _write_deployments(client: "SyncPrefectClient", root: Path, pull_steps: Step
             schedules=_schedules(client, names[-1]),
         )
     return names
+
+
+def form_of(flow: "Flow") -> dict[str, Any]:
+    """Return the schema of the parameters that a person chooses; a worker's own folder is the workspace."""
+    from prefect.utilities.callables import parameter_schema
+
+    schema = parameter_schema(flow).model_dump(exclude_unset=True)
+    del schema["properties"]["root"]
+    return schema
 
 
 def _schedules(client: "SyncPrefectClient", deployment: str) -> "list[DeploymentScheduleCreate]":

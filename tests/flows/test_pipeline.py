@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cm_core.methods.ct import CT
 from flows.errors import StageFailed, UserError
-from flows.operations.deploy import deployment_entries
+from flows.operations.deploy import deployment_entries, form_of
 from flows.recipes.recipe import Recipe, load_recipe, recipe_names, write_active
 from flows.stages.student import Student
 from flows.tracking.tracker import Tracker
@@ -29,6 +29,12 @@ def test_every_recipe_is_a_deployment_with_its_values_in_the_form():
     for entry in entries:
         assert Recipe.model_validate(entry["parameters"]["recipe"]) == load_recipe(entry["name"], root=REPOSITORY)
         assert entry["description"] and not entry["description"].startswith("#")
+
+
+def test_the_form_asks_for_the_recipe_and_a_name_alone(pipeline):
+    schema = form_of(pipeline.consistency)
+    assert set(schema["properties"]) == {"recipe", "name"}
+    assert not set(schema["required"]) & {"name", "root"}
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,5 @@
 """Training methods: their losses on the exact solution, where gradients go, and that training reaches the solution."""
 
-import copy
-import dataclasses
-import functools
 import math
 
 import pytest
@@ -21,54 +18,26 @@ from cm_core.methods.edm import EDM
 from cm_core.methods.ict import ICT
 from cm_core.methods.pd import PD, two_step_estimate
 from cm_core.methods.scm import SCM
-from cm_core.model import ModelSpec, build_seeded
-from cm_core.networks import MLPParams
+from cm_core.model import build_seeded
 from cm_core.networks.dropout import seed_dropout
-from cm_core.noise import Noise, add_noise, draw_lognormal
+from cm_core.noise import add_noise, draw_lognormal
 from cm_core.precond import Precond
-from cm_core.sampling import ImageNoise, euler_steps
 from cm_core.solvers import euler_step
 from cm_core.tensors import expand_like
-from cm_core.training.config import Train
-from cm_core.training.ema import ConstantEma
-from cm_core.training.optimizers import Adam
-from cm_core.training.state import TrainState
-from cm_core.training.trainer import Trainer
-from cm_core.types import Batch, Models, StepContext
-from flows.stages.student import build_weighting
+from cm_core.types import Batch, Models
+from method_oracles import (
+    CPU,
+    NOISE,
+    context,
+    distance_of,
+    every_method,
+    gaussian_batch,
+    oracle_models,
+    precond,
+    shake,
+    spec_of,
+)
 from oracles import DropoutNet, GaussianConsistency, GaussianDenoiser, HalfAngleNet
-
-NOISE, CPU = Noise(), torch.device("cpu")
-STUDENT_METHODS = {
-    "cd": CD(),
-    "cd-ema": CD(target_decay=0.9),
-    "ct": CT(s1=20),
-    "ict": ICT(s1=80),
-    "ect": ECT(),
-    "ect-const-edm": ECT(mapping="const", weighting="edm"),
-    "ect-distil": ECT(solver="heun"),
-    "pd": PD(start_steps=8),
-    "scm": SCM(),
-    "scm-distil": SCM(distil=True, tangent="clip"),
-    "cm_inf": CMInf(),
-    "cm_inf-isolated": CMInf(distil=False, distance=PseudoHuber()),
-    "cm_inf-through": CMInf(stop_gradient=False, distance=L1()),
-}
-every_method = pytest.mark.parametrize("method", STUDENT_METHODS.values(), ids=STUDENT_METHODS)
-
-
-def context(step=0, num_steps=100, noise=NOISE, seed=0):
-    return StepContext(step, num_steps, noise, torch.Generator().manual_seed(seed))
-
-
-def gaussian_batch(size=4096, shape=(1, 2, 2), dtype=torch.float64):
-    generator = torch.Generator().manual_seed(1)
-    return Batch(0.5 * torch.randn(size, *shape, generator=generator, dtype=dtype), None)
-
-
-def oracle_models(method):
-    exact = GaussianConsistency(NOISE)
-    return Models(exact, exact, GaussianDenoiser(), method.distance.build((1, 2, 2)))
 
 
 @pytest.mark.parametrize(("solver", "factor"), [("euler", 4), ("heun", 8)])
@@ -124,19 +93,6 @@ def test_gradients_reach_the_student_alone(method):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters() if p.requires_grad)
     assert any(p.grad.abs().sum() > 0 for p in student.parameters())
     assert all(p.grad is None for network in (target, teacher) for p in network.parameters())
-
-
-def distance_of(method, shape=(1, 2, 2)):
-    return method.distance.build(shape) if hasattr(method, "distance") else None
-
-
-def precond(seed, form):
-    spec = ModelSpec(form=form, network=MLPParams(width=16, depth=1), noise=NOISE, image_shape=(1, 2, 2))
-    model = build_seeded(spec, seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
-    return model
 
 
 @every_method
@@ -302,25 +258,6 @@ def test_pd_halvings_replace_teacher_optimiser_and_averages():
     assert factors == pytest.approx([1, 0.5, 0.1, 1, 1, 0.05])
 
 
-def test_pd_trained_on_gaussian_data_samples_in_one_step_what_its_teacher_samples_in_many():
-    method = PD(start_steps=4)
-    teacher, model = copy.deepcopy(trained_denoiser(SHORT)), build_seeded(spec_of(method), 0)
-    model.load_state_dict(teacher.state_dict())
-    train = short_training(1200, learning_rate=2e-3)
-    state = TrainState(model, train, teacher=teacher)
-    models = Models(model, model, teacher, distance_of(method, (1, 1, 2)))
-    for _ in Trainer(state, method, models, GaussianBatches(train.batch_size), SHORT, 0).run():
-        pass
-    model.load_state_dict(state.averaged())
-    noise = ImageNoise(0, range(2048), (1, 1, 2), CPU)
-    with torch.no_grad():
-        x = euler_steps(model.eval(), noise, [SHORT.sigma_max, SHORT.sigma_min])
-    x_t = SHORT.sigma_max * ImageNoise(0, range(2048), (1, 1, 2), CPU).draw()
-    exact = GaussianConsistency(SHORT)(x_t, torch.full((2048,), SHORT.sigma_max)).clamp(-1, 1)
-    # Eight Euler steps shrink the samples to 0.9 of the exact ones; the last student must land within that.
-    assert ((x - exact).square().mean() / exact.square().mean()).sqrt().item() < 0.2
-
-
 @pytest.mark.parametrize("c_noise", ["angle", "log_sigma"])
 def test_scm_tangent_agrees_with_central_differences(c_noise):
     model = spec_of(SCM(), noise=NOISE.model_copy(update={"c_noise": c_noise})).build().double()
@@ -432,110 +369,3 @@ def test_cm_inf_refuses_what_the_paper_does_not_define(changes, words):
 def test_pd_refuses_steps_that_do_not_halve():
     with pytest.raises(ValidationError, match="start_steps=6 must be end_steps=1 times a power of two"):
         PD(start_steps=6)
-
-
-def spec_of(method, noise=None):
-    return ModelSpec(
-        form=method.form, network=MLPParams(width=32, depth=1), noise=noise or SHORT, image_shape=(1, 1, 2)
-    )
-
-
-def shake(model):
-    """Give a fresh network, whose last layers are zero, a function of its own."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype))
-
-
-def short_training(num_steps, learning_rate=5e-3):
-    return Train(
-        num_steps=num_steps,
-        batch_size=256,
-        optimizer=Adam(learning_rate=learning_rate),
-        emas=(ConstantEma(decay=0.98),),
-        log_every=400,
-        save_every=400,
-        grid_every=400,
-    )
-
-
-@functools.cache
-def trained_denoiser(noise):
-    model = build_seeded(spec_of(EDM(), noise=noise), 0)
-    state = TrainState(model, short_training(800))
-    for _ in Trainer(state, EDM(p_mean=0.0), Models(model, model), GaussianBatches(256), SHORT, 0).run():
-        pass
-    model.load_state_dict(state.averaged())
-    return model.eval().requires_grad_(False)
-
-
-SHORT = Noise(sigma_min=0.05, sigma_max=5.0)  # few scales carry the boundary to the top within seconds
-TRAINED = [
-    pytest.param(CD(num_scales=8, distance=L2()), 0.1, id="cd-l2"),
-    pytest.param(CD(num_scales=8, solver="euler", distance=PseudoHuber()), 0.3, id="cd-euler-huber"),
-    pytest.param(CT(s0=2, s1=16, distance=L2()), 0.2, id="ct"),
-    pytest.param(ICT(s0=4, s1=16, p_mean=0.0, p_std=1.5), 0.3, id="ict"),
-    # In two dimensions the norm's gradient does not shrink with the error, so ect is tried with l2 here.
-    pytest.param(ECT(num_stages=4, p_mean=0.0, p_std=1.5, distance=L2()), 0.2, id="ect"),
-    pytest.param(ECT(num_stages=4, p_mean=0.0, p_std=1.5, solver="heun"), 0.3, id="ect-distil"),
-    pytest.param(SCM(p_mean=0.0, p_std=1.0, warmup_steps=400), 0.2, id="scm", marks=pytest.mark.slow),
-    pytest.param(
-        SCM(p_mean=0.0, p_std=1.0, warmup_steps=400, distil=True, adaptive_weight=False),
-        0.2,
-        id="scm-distil",
-        marks=pytest.mark.slow,
-    ),
-    pytest.param(CMInf(), 0.3, id="cm_inf", marks=pytest.mark.slow),
-    pytest.param(CMInf(stop_gradient=False), 0.3, id="cm_inf-through", marks=pytest.mark.slow),
-    pytest.param(CMInf(distil=False), 0.3, id="cm_inf-isolated", marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.parametrize(("method", "tolerance"), TRAINED)
-def test_training_reaches_the_exact_consistency_function(method, tolerance):
-    """A small MLP on Gaussian data: relative RMS error of f over the noise levels of training."""
-    f = train_on_gaussian(method)
-    generator = torch.Generator().manual_seed(7)
-    errors = []
-    for sigma in SHORT.grid(12)[:-1].float():
-        level = sigma.expand(2048)
-        x_t = (sigma**2 + 0.25).sqrt() * torch.randn(2048, 1, 1, 2, generator=generator)
-        exact = GaussianConsistency(boundary_of(method))(x_t, level)
-        errors.append(((f(x_t, level) - exact).square().mean() / exact.square().mean()).sqrt().item())
-    assert max(errors) < tolerance, errors
-
-
-def boundary_of(method):
-    """The noise range of the exact function: one with EDM's scalings ends at 0, not at sigma_min."""
-    return SHORT.model_copy(update={"sigma_min": 0.0}) if method.form == "unshifted" else SHORT
-
-
-def train_on_gaussian(method):
-    tuned = isinstance(method, ECT | SCM)  # what tunes a denoiser starts from one, at a lower rate
-    noise = SHORT.model_copy(update={"c_noise": "angle"}) if isinstance(method, SCM) else SHORT
-    model, target = (build_seeded(spec_of(method, noise=noise), 0) for _ in range(2))
-    if tuned:
-        model.load_state_dict(trained_denoiser(noise).state_dict())
-    train = short_training(1600 if method.forward_mode and tuned else 800, learning_rate=1e-3 if tuned else 5e-3)
-    state = TrainState(
-        model, train, target=target if method.keeps_target else None, weighting=build_weighting(method, 0, CPU)
-    )
-    distance = distance_of(method, (1, 1, 2))
-    models = Models(model, target if method.keeps_target else model, GaussianDenoiser(), distance, state.weighting)
-    for _ in Trainer(state, method, models, GaussianBatches(train.batch_size), SHORT, 0).run():
-        pass
-    model.load_state_dict(state.averaged())
-    return model.eval().requires_grad_(False)
-
-
-@dataclasses.dataclass
-class GaussianBatches:
-    """Endless fresh samples of N(0, 0.5^2), in place of a data set."""
-
-    batch_size: int
-    device: torch.device = torch.device("cpu")
-
-    def at(self, step):
-        generator = torch.Generator().manual_seed(step)
-        return Batch(0.5 * torch.randn(self.batch_size, 1, 1, 2, generator=generator), None)

@@ -6,9 +6,7 @@ import json
 import os
 import pickle
 import struct
-import tarfile
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,74 +15,19 @@ from PIL import Image
 from pydantic import ValidationError
 
 from flows.data.dataset import load_dataset
-from flows.errors import UserError
 from flows.monitor import Monitor
 from flows.stages.prepare import Data, prepare
+from image_sources import (
+    colours,
+    encoded,
+    prepared,
+    refused,
+    two_classes,
+    write_tar,
+    write_tree,
+    write_zip,
+)
 from servers import http_server, s3_server
-
-
-def prepared(out_dir: Path, source: dict, monitor: Monitor | None = None, **fields):
-    """Run the stage and return what later stages see, and dataset.json."""
-    prepare(Data(source=source, **fields), out_dir, monitor or Monitor())
-    return load_dataset(out_dir), json.loads((out_dir / "dataset.json").read_text())
-
-
-def refused(tmp_path: Path, source: dict, *parts: str, **fields):
-    """Assert that the stage says all `parts` in one line and leaves nothing that looks complete."""
-    out_dir = tmp_path / "refused"
-    with pytest.raises(UserError) as caught:
-        prepare(Data(source=source, **fields), out_dir, Monitor())
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message, message
-    assert not (out_dir / "dataset.json").exists()
-
-
-def colours(count: int, size=(6, 6), seed: int = 0) -> np.ndarray:
-    """Random uint8 [count, H, W, 3]."""
-    return np.random.default_rng(seed).integers(0, 256, (count, *size, 3), dtype=np.uint8)
-
-
-def encoded(pixels: np.ndarray, fmt: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, fmt, **options)
-    return buffer.getvalue()
-
-
-def write_tree(folder: Path, files: dict[str, bytes]) -> Path:
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    return folder
-
-
-def write_zip(path: Path, files: dict[str, bytes], **options) -> Path:
-    with zipfile.ZipFile(path, "w", **options) as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return path
-
-
-def write_tar(path: Path, files: dict[str, bytes], links: dict[str, tuple[bytes, str]] | None = None) -> Path:
-    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-        for name, (kind, target) in (links or {}).items():
-            member = tarfile.TarInfo(name)
-            member.type, member.linkname = kind, target
-            archive.addfile(member)
-    return path
-
-
-def two_classes(prefix: str = "") -> dict[str, bytes]:
-    """Four cats and four dogs."""
-    pixels = colours(8)
-    names = [f"{prefix}{kind}/{index}.png" for kind in ("cat", "dog") for index in range(4)]
-    return {name: encoded(image) for name, image in zip(names, pixels, strict=True)}
-
 
 # --- the section ---------------------------------------------------------------------------------------------
 
@@ -392,287 +335,10 @@ def test_a_second_archive_is_held_out(tmp_path):
 # --- what images may be --------------------------------------------------------------------------------------
 
 
-def png16(rows: list[list[int]], colour_type: int) -> bytes:
-    """Encode 16-bit samples, of which Pillow writes greyscale alone; colour types 0 grey, 2 RGB."""
-    samples = np.array(rows, dtype=">u2")
-    per_pixel = {0: 1, 2: 3}[colour_type]
-    header = struct.pack(">IIBBBBB", samples.shape[1] // per_pixel, len(rows), 16, colour_type, 0, 0, 0)
-    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in samples))
-    chunks = ((b"IHDR", header), (b"IDAT", data), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
-    )
-
-
-def one_image(tmp_path: Path, content: bytes, name: str = "x.png", **fields):
-    folder = write_tree(tmp_path / "in", {name: content})
-    dataset, facts = prepared(tmp_path / "out", {"kind": "images", "path": str(folder)}, heldout_fraction=0, **fields)
-    counts = {name for name, count in facts["counts"].items() if count and name != "train"}
-    return np.asarray(dataset.train_images[0]), counts
-
-
-def test_grey_images_keep_one_channel_unless_some_have_colour(tmp_path):
-    grey = colours(1)[0][..., 0]
-    pixels, counts = one_image(tmp_path, encoded(grey))
-    np.testing.assert_array_equal(pixels, grey[..., None])
-    assert counts == {"greyscale"}
-    write_tree(tmp_path / "in", {"colour.png": encoded(colours(1)[0])})
-    dataset, facts = prepared(tmp_path / "mixed", {"kind": "images", "path": str(tmp_path / "in")}, heldout_fraction=0)
-    assert dataset.image_shape == (3, 6, 6)
-    np.testing.assert_array_equal(dataset.train_images[1], grey[..., None].repeat(3, 2))
-    assert facts["counts"]["greyscale"] == 1
-
-
-def test_luma_of_colour_images(tmp_path):
-    colour = colours(1)[0]
-    pixels, _ = one_image(tmp_path, encoded(colour), channels="grey")
-    luma = colour @ np.array([0.299, 0.587, 0.114])
-    np.testing.assert_allclose(pixels[..., 0], luma, atol=0.51)
-
-
-def test_palette(tmp_path):
-    indices = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8), "P")
-    indices.putpalette([10, 20, 30, 200, 100, 0])
-    buffer = io.BytesIO()
-    indices.save(buffer, "PNG")
-    pixels, counts = one_image(tmp_path, buffer.getvalue())
-    assert pixels.tolist() == [[[10, 20, 30], [200, 100, 0]], [[200, 100, 0], [10, 20, 30]]]
-    assert counts == {"palette"}
-
-
-@pytest.mark.parametrize("background, behind", [("white", 255), ("black", 0)])
-def test_alpha_shows_the_background(tmp_path, background, behind):
-    rgba = np.full((2, 2, 4), 100, np.uint8)
-    rgba[..., 3] = [[255, 0], [51, 255]]
-    pixels, counts = one_image(tmp_path, encoded(rgba), background=background)
-    assert pixels[0, 0].tolist() == [100] * 3
-    assert pixels[0, 1].tolist() == [behind] * 3
-    np.testing.assert_allclose(pixels[1, 0], 0.2 * 100 + 0.8 * behind, atol=1)
-    assert counts == {"alpha"}
-
-
-def test_grey_with_alpha_stays_grey(tmp_path):
-    pixels, counts = one_image(tmp_path, encoded(np.array([[[77, 255], [9, 0]]], np.uint8)))
-    assert pixels[..., 0].tolist() == [[77, 255]]
-    assert counts == {"greyscale", "alpha"}
-
-
-def test_sixteen_bits_keep_the_high_byte(tmp_path):
-    pixels, counts = one_image(tmp_path / "grey", png16([[0, 0x80FF], [0x1200, 0xFFFF]], 0))
-    assert pixels[..., 0].tolist() == [[0, 0x80], [0x12, 0xFF]]
-    assert counts == {"greyscale", "sixteen_bit"}
-    pixels, counts = one_image(tmp_path / "rgb", png16([[0x1234, 0x5678, 0x9ABC]], 2))
-    assert pixels.tolist() == [[[0x12, 0x56, 0x9A]]]
-    assert counts == {"sixteen_bit"}
-
-
-@pytest.mark.parametrize("fmt", ["PNG", "TIFF", "WEBP"])
-def test_exif_rotation_is_applied(tmp_path, fmt):
-    colour = colours(1, (4, 6))[0]
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
-    options = {"lossless": True} if fmt == "WEBP" else {}
-    pixels, counts = one_image(tmp_path, encoded(colour, fmt, exif=exif, **options), f"x.{fmt.lower()}")
-    np.testing.assert_array_equal(pixels, np.rot90(colour, -1))
-    assert counts == {"exif_rotated"}
-
-
-def test_cmyk_and_animations(tmp_path):
-    buffer = io.BytesIO()
-    Image.new("CMYK", (4, 4)).save(buffer, "JPEG")
-    pixels, counts = one_image(tmp_path / "jpeg", buffer.getvalue(), "x.jpg")
-    assert pixels.shape == (4, 4, 3)
-    assert counts == {"cmyk"}
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
-    buffer = io.BytesIO()
-    frames[0].save(buffer, "PNG", save_all=True, append_images=frames[1:])
-    pixels, counts = one_image(tmp_path / "frames", buffer.getvalue())
-    assert pixels[0, 0].tolist() == [255, 0, 0]
-    assert counts == {"several_frames"}
-
-
 # --- sizes ---------------------------------------------------------------------------------------------------
 
 
-def test_center_crop_takes_the_largest_centred_square(tmp_path):
-    colour = np.zeros((8, 20, 3), np.uint8)
-    colour[:, 6:14] = colours(1, (8, 8))[0]
-    pixels, counts = one_image(tmp_path, encoded(colour), resolution=8, resize="center-crop")
-    np.testing.assert_array_equal(pixels, colour[:, 6:14])
-    assert counts == {"resized"}
-
-
-def test_center_crop_dhariwal_halves_by_box(tmp_path):
-    colour = colours(1, (32, 48))[0] & 0xF0  # multiples of 16: their means over 2 and 4 pixels are whole numbers
-    pixels, _ = one_image(tmp_path, encoded(colour), resolution=8, resize="center-crop-dhariwal")
-    np.testing.assert_array_equal(pixels, colour.reshape(8, 4, 12, 4, 3).mean(axis=(1, 3))[:, 2:10])
-
-
-def test_pad_keeps_everything_between_black_bars(tmp_path):
-    pixels, counts = one_image(tmp_path, encoded(np.full((4, 8, 3), 200, np.uint8)), resolution=16, resize="pad")
-    assert (pixels[:4] == 0).all() and (pixels[-4:] == 0).all() and (pixels[4:12] == 200).all()
-    assert counts == {"resized", "upscaled"}
-
-
-def test_stretch_ignores_proportions(tmp_path):
-    rows = np.repeat(np.array([0, 255], np.uint8), 32)[:, None, None].repeat(8, 1).repeat(3, 2)  # [64, 8, 3]
-    pixels, _ = one_image(tmp_path, encoded(rows), resolution=8, resize="stretch")
-    assert (pixels[0] == 0).all() and (pixels[-1] == 255).all()
-    np.testing.assert_array_equal(pixels, pixels[:, :1].repeat(8, 1))
-
-
-def test_images_of_the_right_size_pass_untouched(tmp_path):
-    colour = colours(1, (8, 8))[0]
-    for policy in ("none", "center-crop", "center-crop-dhariwal", "pad", "stretch"):
-        pixels, counts = one_image(tmp_path / policy, encoded(colour), resolution=8, resize=policy)
-        np.testing.assert_array_equal(pixels, colour)
-        assert counts == set()
-
-
-def test_mixed_sizes_need_a_policy(tmp_path):
-    folder = write_tree(tmp_path / "in", {"a.png": encoded(colours(1)[0]), "b.png": encoded(colours(1, (6, 9))[0])})
-    source = {"kind": "images", "path": str(folder)}
-    refused(tmp_path, source, "b.png", "9x6", "6x6", "data.resize")
-    refused(tmp_path, source, "a.png", "6x6", "8x8", resolution=8)
-    dataset, facts = prepared(tmp_path / "out", source, resolution=8, resize="center-crop", heldout_fraction=0)
-    assert dataset.train_images.shape == (2, 8, 8, 3)
-    assert facts["counts"]["resized"] == 2
-
-
-def test_oblong_images_are_allowed_when_all_are_alike(tmp_path):
-    pixels, _ = one_image(tmp_path, encoded(colours(1, (4, 6))[0]))
-    assert pixels.shape == (4, 6, 3)
-
-
 # --- refused -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "content, part",
-    [
-        (encoded(colours(1, (32, 32))[0])[:1500], "damaged image"),
-        (encoded(colours(1, (64, 64))[0], "JPEG")[:700], "damaged image"),
-        (b"no picture at all", "not an image"),
-        (b"", "not an image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
-    ],
-)
-def test_damaged_images_are_named(tmp_path, content, part):
-    size = (64, 64) if content[:2] == b"\xff\xd8" else (32, 32)
-    files = {"a/good.png": encoded(colours(1, size)[0]), "a/bad.png": content}
-    for path in (write_tree(tmp_path / "in", files), write_zip(tmp_path / "in.zip", files)):
-        refused(tmp_path, {"kind": "images", "path": str(path)}, f"{path.name}/a/bad.png", part)
-
-
-def test_32_bit_pixels_are_refused(tmp_path):
-    folder = write_tree(tmp_path / "in", {"x.tif": encoded(np.zeros((4, 4), np.float32), "TIFF")})
-    refused(tmp_path, {"kind": "images", "path": str(folder)}, "x.tif", "mode F")
-
-
-def test_nothing_to_prepare(tmp_path):
-    folder = write_tree(tmp_path / "in", {"notes.txt": b""})
-    refused(tmp_path, {"kind": "images", "path": str(folder)}, "no images among 1 files", ".png")
-    refused(tmp_path, {"kind": "images", "path": str(tmp_path / "gone")}, "gone", "no such file")
-    refused(tmp_path, {"kind": "images", "path": str(folder / "notes.txt")}, "neither a zip nor a tar")
-    refused(tmp_path, {"kind": "images", "path": str(folder), "sha256": "0" * 64}, "folder has no SHA-256")
-
-
-def huge_png(side: int) -> bytes:
-    """A PNG that says it has side x side pixels."""
-    good = png16([[0, 0]], 0)
-    header = struct.pack(">IIBBBBB", side, side, 16, 0, 0, 0, 0)
-    return good[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + good[33:]
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("side", [10_000, 60_000])
-def test_pixel_bombs(tmp_path, side):
-    folder = write_tree(tmp_path / "in", {"bomb.png": huge_png(side)})
-    refused(tmp_path, {"kind": "images", "path": str(folder)}, "bomb.png", "decompression bomb")
-
-
-def test_archive_bombs(tmp_path):
-    files = {"zeros.bin": bytes(80 << 20)}
-    for path in (
-        write_zip(tmp_path / "bomb.zip", files, compression=zipfile.ZIP_DEFLATED, compresslevel=1),
-        write_tar(tmp_path / "bomb.tar.gz", files),
-    ):
-        refused(tmp_path, {"kind": "images", "path": str(path)}, path.name, "decompression bomb", "83886080")
-
-
-@pytest.mark.parametrize("name", ["../out.png", "/etc/out.png", "a/../../out.png"])
-def test_members_that_point_outside(tmp_path, name):
-    for path in (write_zip(tmp_path / "x.zip", {name: b""}), write_tar(tmp_path / "x.tar", {name: b""})):
-        refused(tmp_path, {"kind": "images", "path": str(path)}, path.name, name, "outside the archive")
-
-
-@pytest.mark.parametrize("target", ["../../secret.png", "/etc/passwd"])
-def test_links_that_point_outside(tmp_path, target):
-    (tmp_path / "secret.png").write_bytes(encoded(colours(1)[0]))
-    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
-        path = write_tar(tmp_path / "x.tar", two_classes(), {"cat/link.png": (kind, target)})
-        refused(tmp_path, {"kind": "images", "path": str(path)}, "cat/link.png", "outside the archive")
-    link = zipfile.ZipInfo("cat/link.png")
-    link.external_attr = 0o120777 << 16
-    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
-        archive.writestr(link, target)
-    refused(tmp_path, {"kind": "images", "path": str(tmp_path / "x.zip")}, "cat/link.png", "outside the archive")
-
-
-def test_links_inside_an_archive_are_followed(tmp_path):
-    links = {"dog/soft.png": (tarfile.SYMTYPE, "../cat/0.png"), "dog/hard.png": (tarfile.LNKTYPE, "cat/1.png")}
-    path = write_tar(tmp_path / "x.tar", two_classes(), links)
-    dataset, _ = prepared(tmp_path / "out", {"kind": "images", "path": str(path)}, heldout_fraction=0)
-    assert list(dataset.train_labels) == [0] * 4 + [1] * 6
-    np.testing.assert_array_equal(dataset.train_images[[8, 9]], colours(8)[[1, 0]])
-    path = write_tar(tmp_path / "y.tar", two_classes(), {"dog/x.png": (tarfile.SYMTYPE, "y.png")})
-    refused(tmp_path, {"kind": "images", "path": str(path)}, "dog/x.png", "dog/y.png")
-    path = write_tar(tmp_path / "z.tar", two_classes(), {"dog/pipe.png": (tarfile.FIFOTYPE, "")})
-    refused(tmp_path, {"kind": "images", "path": str(path)}, "dog/pipe.png", "pipe")
-
-
-def test_linked_folders_are_read_once(tmp_path):
-    folder = write_tree(tmp_path / "in", two_classes())
-    (folder / "cat" / "up").symlink_to(folder, target_is_directory=True)
-    dataset, _ = prepared(tmp_path / "out", {"kind": "images", "path": str(folder)}, heldout_fraction=0)
-    assert len(dataset.train_images) == 8
-
-
-def test_damaged_archives(tmp_path):
-    whole_zip = write_zip(tmp_path / "x.zip", two_classes()).read_bytes()
-    whole_tar = write_tar(tmp_path / "x.tar", two_classes()).read_bytes()
-    whole_tgz = write_tar(tmp_path / "x.tar.gz", two_classes()).read_bytes()
-    flipped = bytearray(whole_zip)
-    flipped[60] ^= 255
-    encrypted = whole_zip.replace(b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01")
-    for name, content, part in [
-        ("cut.tar", whole_tar[:2048], "damaged archive"),  # between two members: tarfile itself does not notice
-        ("cut.tar.gz", whole_tgz[:-200], "damaged archive"),
-        ("cut.zip", whole_zip[:-10], "or cut off"),
-        ("flipped.zip", bytes(flipped), "cat/0.png"),
-        ("encrypted.zip", encrypted, "is encrypted"),
-    ]:
-        (tmp_path / name).write_bytes(content)
-        refused(tmp_path, {"kind": "images", "path": str(tmp_path / name)}, name, part)
-
-
-def test_a_failed_run_does_not_leave_an_older_result_complete(tmp_path):
-    folder = write_tree(tmp_path / "in", two_classes())
-    prepared(tmp_path / "refused", {"kind": "images", "path": str(folder)})
-    (folder / "cat" / "0.png").write_bytes(b"")
-    refused(tmp_path, {"kind": "images", "path": str(folder)}, "cat/0.png")
-    with pytest.raises(UserError, match="no prepared data here"):
-        load_dataset(tmp_path / "refused")
-
-
-def test_incomplete_prepared_data_are_refused(tmp_path):
-    prepare(Data(max_images=20), tmp_path, Monitor())
-    (tmp_path / "heldout_labels.npy").write_bytes(b"")
-    with pytest.raises(UserError, match="heldout_labels.npy: cannot read"):
-        load_dataset(tmp_path)
-    (tmp_path / "dataset.json").write_text('{"name": "x"}')
-    with pytest.raises(UserError, match="dataset.json: lacks class_names, image_shape"):
-        load_dataset(tmp_path)
 
 
 # --- arrays --------------------------------------------------------------------------------------------------
