@@ -206,7 +206,7 @@ class Training:
         self._bucket.upload(path, key, on_bytes)
 
     def _prune(self) -> None:
-        """Delete objects that no kept state needs; after a lost lease delete none: others may build on them."""
+        """Delete this worker's objects that no kept state needs, none of a later holder: others may build on them."""
         needed = {*self._manifests, *(s.key for manifest in self._manifests.values() for s in manifest.values())}
         self._bucket.remove(self._there - needed)
         self._there &= needed

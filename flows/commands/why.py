@@ -52,7 +52,7 @@ def _sentences(stage: str, reasons: list[str], follows: list[str]) -> Iterator[s
 
 
 def explain(root: Path) -> dict[str, dict[str, list[str]]]:
-    """Return, for every stage that may run again in order, its own reasons and the outdated stages upstream."""
+    """Return every stage that may run again, in order, with its own reasons and the outdated stages upstream."""
     changes, lock, active = _status(root), read_lock(root), load_yaml(root / PARAMS_FILE)
     stages, found = read_stages(root), {}
     for name, stage in stages.items():

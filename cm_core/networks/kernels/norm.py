@@ -111,7 +111,7 @@ class _NormAct(torch.autograd.Function):
 
 
 def _passed(d: Tensor | None, like: Tensor | None) -> Tensor | None:
-    """Return the gradient of a tensor passed through a norm: zeros if unused, None if the input was None."""
+    """Return the gradient of a tensor that a norm passes on: zeros if it is unused, None if there was no tensor."""
     if like is None:
         return None
     return torch.zeros_like(like) if d is None else channels_last(d)
