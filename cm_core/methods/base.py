@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cm_core.guidance import guided
-from cm_core.networks.layers import forward_mode_attention
+from cm_core.networks.modes import forward_mode_attention
 from cm_core.noise import Noise
 from cm_core.params import Params
 from cm_core.solvers import Denoiser

@@ -14,11 +14,10 @@ from cm_core.networks.layers import (
     UNet,
     add_augment,
     check_image_shape,
-    in_own_precision,
-    keep_parts_float32,
     one_hot,
     positional_frequencies,
 )
+from cm_core.networks.modes import in_own_precision, keep_parts_float32
 from cm_core.params import Params
 
 

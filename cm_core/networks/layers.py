@@ -1,4 +1,4 @@
-"""What the U-Nets share: embeddings, resampling, attention, the residual block and the U itself.
+"""What the U-Nets share: embeddings, attention, the residual block and the U itself.
 
 The design is that of EDM's re-implementations (arXiv:2206.00364, App. F.1) of DDPM++ and NCSN++
 (arXiv:2011.13456) and of ADM (arXiv:2105.05233): one block whose style says which network it serves.
@@ -6,8 +6,6 @@ The design is that of EDM's re-implementations (arXiv:2206.00364, App. F.1) of D
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -15,76 +13,16 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from cm_core.networks import modes
 from cm_core.networks.dropout import dropout, of_these_rows
+from cm_core.networks.resample import DOWN, UP, Filter, PyramidInput
 from cm_core.tensors import expand_like
-
-Filter = Literal["box", "fir"]
 
 EMB_MULT = 4  # width of the embedding in base channels: all published configurations
 KINDS_OF_BLOCKS = 64  # shapes, resamplings and modes of a network's blocks, each compiled once
 MAX_PERIOD = 10_000  # of the positional embedding (DDPM)
-# Parts of a U-Net that compute in float32 beside a body in half precision: "embedding", "input", "output".
-FLOAT32_PARTS = frozenset({"embedding", "input", "output"})
-
-
-_plain: ContextVar[bool] = ContextVar("plain", default=False)
-
-
-@contextmanager
-def plain_layers() -> Iterator[None]:
-    """Compute by PyTorch's own layers alone within this context, on a GPU too."""
-    token = _plain.set(True)
-    try:
-        yield
-    finally:
-        _plain.reset(token)
-
-
-@contextmanager
-def forward_mode_attention() -> Iterator[None]:
-    """Compute plainly, attention by matmul and softmax: fused kernels have no forward-mode derivative.
-
-    >>> with forward_mode_attention():
-    ...     out, tangent = torch.func.jvp(net, primals, tangents)
-    """
-    with plain_layers(), sdpa_kernel(SDPBackend.MATH):
-        yield
-
-
-def keep_parts_float32(**parts: nn.Module) -> None:
-    """Let `in_own_precision` compute those of the named parts in float32 that FLOAT32_PARTS names."""
-    for name in FLOAT32_PARTS & parts.keys():
-        for module in parts[name].modules():
-            module.keeps_float32 = True
-
-
-def in_own_precision(module: nn.Module, *args: Tensor | None) -> Tensor:
-    """Compute a part of a network; under autocast in float32 where it was told to keep that."""
-    device = next(arg for arg in args if arg is not None).device
-    if half_precision(device) is None or not getattr(module, "keeps_float32", False):
-        return module(*args)
-    args = tuple(arg.float() if arg is not None and arg.is_floating_point() else arg for arg in args)
-    with torch.autocast(device.type, enabled=False):
-        return module(*args)
-
-
-def half_precision(device: torch.device) -> torch.dtype | None:
-    """Return the dtype of autocast where it is in force on a device."""
-    enabled = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if enabled else None
-
-
-def is_plain() -> bool:
-    """Whether `plain_layers` is in force."""
-    return _plain.get()
-
-
-def fuses(x: Tensor) -> bool:
-    """Whether layers run `x` through the kernels of this package: on a GPU, unless torch.compile makes its own."""
-    return x.is_cuda and not torch.compiler.is_compiling() and not is_plain()
 
 
 def conv_without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -164,68 +102,9 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if x.dtype.itemsize >= 4 else x.float()
-        if not torch.compiler.is_compiling() and is_plain():
+        if not torch.compiler.is_compiling() and modes.is_plain():
             x = x.contiguous()  # the forward-mode derivative's formula takes views
         return super().forward(x)
-
-
-class BoxDown(nn.Module):
-    """Halve the resolution by 2x2 averaging."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if fuses(x):
-            from cm_core.networks.kernels import downsample
-
-            return downsample(x, 1 / 4)
-        return F.avg_pool2d(x, 2)
-
-
-class BoxUp(nn.Module):
-    """Double the resolution by repeating each pixel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if fuses(x):
-            from cm_core.networks.kernels import upsample
-
-            return upsample(x, 1.0)
-        return F.interpolate(x, scale_factor=2.0, mode="nearest")
-
-
-class FirDown(nn.Module):
-    """Halve the resolution with the filter [1, 3, 3, 1] (NCSN++)."""
-
-    def __init__(self, padding: int = 1) -> None:
-        super().__init__()
-        self.padding = padding
-        self.register_buffer("kernel", _fir_kernel(), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, _depthwise(self.kernel, x), stride=2, padding=self.padding, groups=x.shape[1])
-
-
-class FirUp(nn.Module):
-    """Double the resolution with the filter [1, 3, 3, 1] (NCSN++)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("kernel", _fir_kernel(4), persistent=False)  # only a fourth of its inputs count
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv_transpose2d(x, _depthwise(self.kernel, x), stride=2, padding=1, groups=x.shape[1])
-
-
-def _fir_kernel(gain: int = 1) -> Tensor:
-    # Numbers, as in positional_frequencies, and exact ones.
-    taps = [tap / 8 for tap in (1, 3, 3, 1)]
-    return torch.tensor([[gain * row * column for column in taps] for row in taps])
-
-
-def _depthwise(kernel: Tensor, x: Tensor) -> Tensor:
-    return kernel.to(x.dtype).expand(x.shape[1], 1, *kernel.shape)
-
-
-DOWN = {"box": BoxDown, "fir": FirDown}
-UP = {"box": BoxUp, "fir": FirUp}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,7 +143,7 @@ class Attention(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # x [B, C, H, W]
-        if fuses(x):
+        if modes.fuses(x):
             return self._fused(x)
         return (x + self.proj(self.attend(self.qkv(self.norm(x))))) * self.skip_scale
 
@@ -313,12 +192,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor, beside: Tensor | None = None) -> Tensor:
         """Return [B, out, H, W] of x [B, C, H, W] and emb [B, E]; `beside` has the last of the channels, if given."""
-        if self.checkpointed and torch.is_grad_enabled() and not is_plain():
+        if self.checkpointed and torch.is_grad_enabled() and not modes.is_plain():
             return checkpoint(of_these_rows(self._compute), x, emb, beside, use_reentrant=False)
         return self._compute(x, emb, beside)
 
     def _compute(self, x: Tensor, emb: Tensor, beside: Tensor | None) -> Tensor:
-        if fuses(x):
+        if modes.fuses(x):
             return self._fused(x, emb, beside)
         x = with_channels(x, beside)
         h = self.conv0(self.resample(F.silu(self.norm0(x))))
@@ -373,20 +252,6 @@ class Block(nn.Module):
         return h
 
 
-class PyramidInput(nn.Module):
-    """Bring the running image pyramid to the next lower resolution: convolution first, then the filter (NCSN++)."""
-
-    def __init__(self, in_channels: int, out_channels: int, resample_filter: Filter) -> None:
-        super().__init__()
-        fir = resample_filter == "fir"
-        # All padding comes before the convolution, so that the filter meets no border of its own.
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=2 if fir else 1)
-        self.down = FirDown(padding=0) if fir else BoxDown()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.conv(x))
-
-
 class UNet(nn.Module):
     """The U: an encoder whose every output is a skip, two middle blocks, a decoder that takes the skips back.
 
@@ -422,8 +287,8 @@ class UNet(nn.Module):
             block.number = number
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # x [B, C, H, W], emb [B, E]
-        pyramid, x = x, in_own_precision(self.input, x)
-        x = x.to(half_precision(x.device) or x.dtype)
+        pyramid, x = x, modes.in_own_precision(self.input, x)
+        x = x.to(modes.half_precision(x.device) or x.dtype)
         skips = [x]
         for name, block in self.encoder.items():
             x = block(x, emb)
@@ -434,9 +299,9 @@ class UNet(nn.Module):
             x = block(x, emb)
         for name, block in self.decoder.items():
             x = block(x, emb, None if name.endswith("_up") else skips.pop())
-        if fuses(x):
-            return in_own_precision(self.output, fused_norm(self.output_norm, x, silu=True)[0])
-        return in_own_precision(self.output, F.silu(self.output_norm(x)))
+        if modes.fuses(x):
+            return modes.in_own_precision(self.output, fused_norm(self.output_norm, x, silu=True)[0])
+        return modes.in_own_precision(self.output, F.silu(self.output_norm(x)))
 
     def blocks(self) -> Iterator[Block]:
         """Yield the blocks, encoder first."""

@@ -16,15 +16,14 @@ from cm_core.networks.layers import (
     EMB_MULT,
     Attention,
     BlockStyle,
-    Filter,
     UNet,
     add_augment,
     check_image_shape,
-    in_own_precision,
-    keep_parts_float32,
     one_hot,
     positional_frequencies,
 )
+from cm_core.networks.modes import in_own_precision, keep_parts_float32
+from cm_core.networks.resample import Filter
 from cm_core.params import Params
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cm_core.networks.layers import fuses, half_precision
+from cm_core.networks.modes import fuses, half_precision
 from cm_core.parallel import ranks
 from cm_core.parallel.gradients import GradientBuckets, exchanges
 
