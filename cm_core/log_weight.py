@@ -14,6 +14,9 @@ class LogWeight(nn.Module):
     exp(w) * error - w is least where exp(-w) is the mean error of the level, so all levels come to weigh alike.
     """
 
+    frequencies: Tensor
+    phases: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("frequencies", 2 * math.pi * torch.randn(FEATURES))

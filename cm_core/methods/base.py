@@ -22,6 +22,7 @@ class Method(Params):
     one that compares images has a field `distance`. What differs from the plain case is overridden here, one hook each.
     """
 
+    kind: str
     starts_from: ClassVar[Literal["teacher", "random"]] = "random"
     """The student's first weights where the recipe does not say."""
     forward_mode: ClassVar[bool] = False
@@ -101,4 +102,5 @@ def consistency_distance(
 def derivative(function: Callable[..., Tensor], primals: Any, tangents: Any) -> tuple[Tensor, Tensor]:
     """Return a function's value and its derivative along `tangents`, by forward-mode differentiation."""
     with forward_mode_attention():
-        return torch.func.jvp(function, primals, tangents)
+        found = torch.func.jvp(function, primals, tangents)
+    return found[0], found[1]

@@ -32,6 +32,12 @@ def conv_without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1)).permute(0, 3, 1, 2)
 
 
+def bias_of(conv: nn.Conv2d) -> Tensor:
+    """Return the bias of a convolution, which those of the U-Nets all have."""
+    assert conv.bias is not None
+    return conv.bias
+
+
 def fused_norm(
     norm: nn.GroupNorm,
     x: Tensor,
@@ -47,8 +53,10 @@ def fused_norm(
     """
     from cm_core.networks.kernels import norm_act
 
-    affine, added = {"scale": norm.weight, "shift": norm.bias}, {"bias": bias, "before": before}
-    return norm_act(x, groups=norm.num_groups, eps=norm.eps, silu=silu, beside=beside, **added, **affine)
+    affine = {"scale": norm.weight, "shift": norm.bias}
+    return norm_act(
+        x, groups=norm.num_groups, eps=norm.eps, silu=silu, bias=bias, before=before, beside=beside, **affine
+    )
 
 
 def with_channels(x: Tensor, beside: Tensor | None) -> Tensor:
@@ -160,7 +168,7 @@ class Attention(nn.Module):
 
         h, x, _ = fused_norm(self.norm, x, silu=False)
         qkv = F.linear(h.permute(0, 2, 3, 1), self.qkv.weight.flatten(1), self.qkv.bias).permute(0, 3, 1, 2)
-        return residual_add(x, conv_without_bias(self.proj, self.attend(qkv)), self.proj.bias, self.skip_scale)
+        return residual_add(x, conv_without_bias(self.proj, self.attend(qkv)), bias_of(self.proj), self.skip_scale)
 
 
 class Block(nn.Module):
@@ -185,7 +193,7 @@ class Block(nn.Module):
         self.norm1 = group_norm(out_channels, eps=style.eps)
         self.conv1 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         project = in_channels != out_channels or (resample is not None and style.resample_proj)
-        self.skip = nn.Conv2d(in_channels, out_channels, 1) if project else nn.Identity()
+        self.skip: nn.Conv2d | nn.Identity = nn.Conv2d(in_channels, out_channels, 1) if project else nn.Identity()
         self.attention = Attention(out_channels, style) if attention else nn.Identity()
         self.number = 0  # among the blocks of its network
         self.checkpointed = False  # keep only the inputs, and compute the rest again in the backward pass (1604.06174)
@@ -224,10 +232,10 @@ class Block(nn.Module):
     def _fused_residual_add(self, x: Tensor, beside: Tensor | None, h: Tensor) -> Tensor:
         from cm_core.networks.kernels import project_residual_add, projects, residual_add
 
-        bias = self.conv1.bias
+        bias = bias_of(self.conv1)
         if isinstance(self.skip, nn.Identity):
             return residual_add(self.resample(with_channels(x, beside)), h, bias, self.skip_scale)
-        bias = bias + self.skip.bias
+        bias = bias + bias_of(self.skip)
         if beside is not None and projects(x, beside):
             return project_residual_add(x, beside, self.skip.weight.flatten(1), h, bias, self.skip_scale)
         skip = conv_without_bias(self.skip, self.resample(with_channels(x, beside)))
@@ -237,7 +245,7 @@ class Block(nn.Module):
         from cm_core.networks.kernels import norm_act
 
         if not self.scale_shift:
-            bias = self.conv0.bias + self.affine.bias
+            bias = bias_of(self.conv0) + self.affine.bias
             return fused_norm(self.norm1, h, silu=True, bias=bias, before=F.linear(emb, self.affine.weight))[0]
         scale, shift = self.affine(emb).float().chunk(2, dim=1)
         h, _, _ = norm_act(
@@ -319,7 +327,7 @@ class UNet(nn.Module):
 
 def compile_blocks(net: nn.Module) -> None:
     """Let torch.compile make code for the repeated blocks, once for each kind of them, not for the whole network."""
-    blocks = [module for module in net.modules() if isinstance(module, Block)]
+    blocks: list[nn.Module] = [module for module in net.modules() if isinstance(module, Block)]
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS_OF_BLOCKS)
     for block in blocks or [net]:
         block.compile()

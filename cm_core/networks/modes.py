@@ -39,7 +39,7 @@ def keep_parts_float32(**parts: nn.Module) -> None:
     """Let `in_own_precision` compute those of the named parts in float32 that FLOAT32_PARTS names."""
     for name in FLOAT32_PARTS & parts.keys():
         for module in parts[name].modules():
-            module.keeps_float32 = True
+            module.keeps_float32 = True  # type: ignore[assignment]  # a mark, neither tensor nor module
 
 
 def in_own_precision(module: nn.Module, *args: Tensor | None) -> Tensor:

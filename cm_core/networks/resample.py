@@ -36,6 +36,8 @@ class BoxUp(nn.Module):
 class FirDown(nn.Module):
     """Halve the resolution with the filter [1, 3, 3, 1] (NCSN++)."""
 
+    kernel: Tensor
+
     def __init__(self, padding: int = 1) -> None:
         super().__init__()
         self.padding = padding
@@ -47,6 +49,8 @@ class FirDown(nn.Module):
 
 class FirUp(nn.Module):
     """Double the resolution with the filter [1, 3, 3, 1] (NCSN++)."""
+
+    kernel: Tensor
 
     def __init__(self) -> None:
         super().__init__()

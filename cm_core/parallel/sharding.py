@@ -6,6 +6,7 @@ computes, and hands everybody the sum of the gradients of their part. The number
 
 import os
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 
 from cm_core.networks.layers import Block
 from cm_core.parallel import ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 VARIABLE = "CM_SHARD"  # 1: divide the weights; a fact of the machines and no part of a recipe
 
@@ -31,32 +35,33 @@ def shard(net: nn.Module, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard
 
     net.load_state_dict(dict(ranks.broadcast_from_main(net.state_dict())))
+    assert dist.group.WORLD is not None, "the caller has joined the processes"
     mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
     for module in [*(module for module in net.modules() if isinstance(module, Block)), net]:
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
-        module.set_gradient_divide_factor(1.0)  # a sum: passes are divided, not the loss
-        module.set_force_sum_reduction_for_comms(True)  # and a plain one, which gloo can do
+        divided = fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        divided.set_gradient_divide_factor(1.0)  # a sum: passes are divided, not the loss
+        divided.set_force_sum_reduction_for_comms(True)  # and a plain one, which gloo can do
     if device.type == "cuda":
         net.register_forward_pre_hook(_with_channels_last)
 
 
-def _with_channels_last(_: nn.Module, args: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def _with_channels_last(_: nn.Module, args: tuple[Tensor, *tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
     """Bring images into the layout of the kernels, which whole weights would impose: divided ones are contiguous."""
     image, *others = args
     return image.contiguous(memory_format=torch.channels_last) if image.ndim == 4 else image, *others
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> TypeGuard["DTensor"]:
     """Whether processes hold a part each of this tensor."""
     return hasattr(tensor, "full_tensor")  # a DTensor; to import that class takes a second
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Return a divided tensor whole, any other as it is; all processes must call."""
-    if not is_sharded(tensor):
-        return tensor
-    with ranks.exchange():
-        return tensor.full_tensor()
+    if is_sharded(tensor):
+        with ranks.exchange():
+            return tensor.full_tensor()
+    return tensor
 
 
 def local(tensor: Tensor) -> Tensor:

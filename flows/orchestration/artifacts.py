@@ -24,7 +24,8 @@ class ProgressArtifact:
     """A stage's progress, created when it first says how far it is."""
 
     def __init__(self, stage: str) -> None:
-        self._stage, self._id = stage, None
+        self._stage = stage
+        self._id: Any = None
 
     def show(self, progress: Mapping[str, Any]) -> None:
         """Show {done, total, unit}; a server that cannot be reached at the moment is no reason to end a training."""

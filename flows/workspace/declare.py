@@ -28,7 +28,8 @@ def declare(root: Path, stage: str) -> dict[str, object]:
 
 def whole_folders(root: Path, files: Sequence[str]) -> list[str]:
     """Name a folder in place of its files where `files` holds all of them: shorter, and as exact."""
-    known, found = set(files), {}
+    known = set(files)
+    found: dict[str, None] = {}
     for file in files:
         folders = [folder.as_posix() for folder in Path(file).parents][-2::-1]  # from the outermost in
         whole = (folder for folder in folders if {f"{folder}/{name}" for name in files_in(root / folder)} <= known)
