@@ -66,11 +66,11 @@ test-all: $(INSTALLED) ## Run the slow tests too: kills, servers, S3 (CI does)
 soak: $(INSTALLED) ## Run the tests of many minutes: whole flows, killed workers, a browser
 	@$(BIN)/python -m pytest --run-soak -m soak
 
-lint: $(INSTALLED) ## Check style, formatting and which module imports which
+lint: $(INSTALLED) ## Check style, formatting, which module imports which, and types
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/lint-imports --no-logo
-#	@$(BIN)/mypy --no-error-summary # as soon as it finds nothing
+	@$(BIN)/mypy --no-error-summary
 
 format: $(INSTALLED) ## Fix style and formatting
 	@$(BIN)/ruff check --fix

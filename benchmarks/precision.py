@@ -4,7 +4,7 @@
 
 MODEL_FOLDER holds a trained network (a teacher, say), PREPARED_FOLDER the images of the stage `prepare`. Every method's
 own pairs (x_t, x_r) are taken, as late in its training as the row says, in each precision and with each choice of parts
-of the network that compute in float32 (cm_core.networks.layers.FLOAT32_PARTS).
+of the network that compute in float32 (cm_core.networks.modes.FLOAT32_PARTS).
 """
 
 import argparse
@@ -22,7 +22,7 @@ from cm_core.methods.base import Method
 from cm_core.methods.ect import ECT
 from cm_core.methods.ict import ICT
 from cm_core.model import load_model
-from cm_core.networks import layers
+from cm_core.networks import modes
 from cm_core.precision import autocast_dtype, set_float32_products
 from cm_core.precond import Precond
 from cm_core.tensors import from_pixels
@@ -52,9 +52,9 @@ class Recorder(nn.Module):
 @contextmanager
 def float32_parts(parts: set[str]) -> Iterator[None]:
     """Let networks built within this context compute these parts in float32."""
-    before, layers.FLOAT32_PARTS = layers.FLOAT32_PARTS, frozenset(parts)
+    before, modes.FLOAT32_PARTS = modes.FLOAT32_PARTS, frozenset(parts)
     yield
-    layers.FLOAT32_PARTS = before
+    modes.FLOAT32_PARTS = before
 
 
 @torch.no_grad()

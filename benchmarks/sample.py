@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.common import NOISE, hardware, network, parser, report, seconds, told
 from cm_core.model import ModelSpec, build_seeded
-from cm_core.networks.layers import plain_layers
+from cm_core.networks.modes import plain_layers
 from cm_core.parallel.graphs import with_cuda_graphs
 from cm_core.sampling import ImageNoise, TeacherSampler, multistep
 from flows.stages.models import pick_device, to_device

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 from benchmarks.common import told
-from cm_core.networks import layers
+from cm_core.networks import modes
 from flows.monitor import Monitor
 from flows.recipes.recipe import Recipe, load_recipe
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--float32-parts", metavar="PARTS", help=parts)
     args = parser.parse_args(argv)
     if args.float32_parts is not None:
-        layers.FLOAT32_PARTS = frozenset(filter(None, args.float32_parts.split(",")))
+        modes.FLOAT32_PARTS = frozenset(filter(None, args.float32_parts.split(",")))
     recipe = load_recipe(args.recipe, args.overrides, root=Path(__file__).parents[1])
     places = dict(place.split("=", 1) for place in args.elsewhere)
     for stage in args.stages:

@@ -26,7 +26,8 @@ from cm_core.methods.cd import CD
 from cm_core.methods.edm import EDM
 from cm_core.methods.ict import ICT
 from cm_core.model import ModelSpec, build_seeded
-from cm_core.networks.layers import compile_blocks, plain_layers
+from cm_core.networks.layers import compile_blocks
+from cm_core.networks.modes import plain_layers
 from cm_core.parallel.graphs import with_cuda_graphs
 from cm_core.precision import Precision, set_float32_products
 from cm_core.precond import Precond

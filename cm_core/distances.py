@@ -74,7 +74,7 @@ class Lpips(Params):
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     """SHA-256 of the weights file; checked before use."""
 
-    def build(self, image_shape: tuple[int, ...], vgg16: Path | None = None) -> Distance:
+    def build(self, image_shape: tuple[int, ...], vgg16: Path | None = None) -> "LpipsDistance":
         """Return the frozen fp32 module. Raises ValueError for unfit images, FileNotFoundError for missing weights."""
         check_lpips_shape(image_shape)
         return LpipsDistance(pooling=self.pooling, resize_below=self.resize_below, vgg16=vgg16)
@@ -106,12 +106,8 @@ class LpipsDistance(nn.Module):
         self.resize_below = resize_below
         self.lpips = _load_lpips(vgg16).eval().requires_grad_(False)
         if pooling == "avg":
-            for stage in (
-                self.lpips.net.slice2,
-                self.lpips.net.slice3,
-                self.lpips.net.slice4,
-                self.lpips.net.slice5,
-            ):
+            for number in (2, 3, 4, 5):
+                stage = self.lpips.get_submodule(f"net.slice{number}")
                 for name, module in stage.named_children():
                     if isinstance(module, nn.MaxPool2d):
                         setattr(stage, name, nn.AvgPool2d(2))

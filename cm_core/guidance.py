@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-LabelledDenoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x [B, ...], sigma [B], labels [B]) -> x0_hat
+LabelledDenoiser = Callable[..., Tensor]  # (x [B, ...], sigma [B], labels [B]) -> x0_hat
 NO_LABEL = -1
 
 

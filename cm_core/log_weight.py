@@ -14,6 +14,9 @@ class LogWeight(nn.Module):
     exp(w) * error - w is minimal where exp(-w) is the mean error of the level, so all levels get equal weight.
     """
 
+    frequencies: Tensor
+    phases: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("frequencies", 2 * math.pi * torch.randn(FEATURES))

@@ -19,4 +19,4 @@ def set_float32_products(precision: Precision) -> None:
     """Let this process's float32 matrix products and convolutions use TF32 if `precision` says so, else IEEE."""
     kind = "tf32" if precision == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = kind
-    torch.backends.cudnn.conv.fp32_precision = kind
+    torch.backends.cudnn.conv.fp32_precision = kind  # type: ignore[attr-defined]  # unknown to torch's types

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cm_core.noise import Noise
+from cm_core.precond import Precond
 
 
 class Batch(NamedTuple):
@@ -21,9 +22,9 @@ class Batch(NamedTuple):
 class Models:
     """The networks of one training step. Only the student and the weighting get gradients."""
 
-    student: nn.Module
-    target: nn.Module  # the student itself if the method keeps no EMA
-    teacher: nn.Module | None = None
+    student: Precond
+    target: Precond  # the student itself if the method keeps no EMA
+    teacher: Precond | None = None
     distance: Callable[[Tensor, Tensor], Tensor] | None = None
     weighting: nn.Module | None = None  # sigma [B] -> log-weight [B], learned with the student
 

@@ -46,7 +46,7 @@ from flows.workspace.git import describe_code
 from flows.workspace.locations import cache_of, workspace_root
 
 logger = logging.getLogger(__name__)
-RETRY_DELAYS = [2, 20]  # seconds; a training resumes from its last state
+RETRY_DELAYS: list[float] = [2, 20]  # seconds; a training resumes from its last state
 FIGURES_OF = ("prepare/", "sample/", "edit/", "evaluate/")  # stages whose figures go to the parent run
 
 
@@ -146,7 +146,8 @@ def key_unless_gone(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     known = {path: md5 for entry in parameters["inputs"].values() for path, md5 in locked_outs(entry).items()}
     key = f"{stage.name}-{stage_key(workspace.root, stage, known)}"
     if store.exists(key) and not cache_of(workspace.root).holds(locked_outs(store.read(key).result)):
-        store.write(None, key=key, expiration=datetime.now(UTC))
+        now: Any = datetime.now(UTC)  # Prefect wants a subclass of its own
+        store.write(None, key=key, expiration=now)
     return key
 
 

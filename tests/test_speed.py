@@ -18,7 +18,7 @@ from cm_core.methods.ect import ECT
 from cm_core.methods.edm import EDM
 from cm_core.methods.scm import SCM
 from cm_core.model import ModelSpec
-from cm_core.networks import SongUNetParams, layers
+from cm_core.networks import SongUNetParams, modes
 from cm_core.noise import Noise
 from cm_core.philox import normals, philox
 from cm_core.training.config import Train
@@ -59,7 +59,7 @@ def test_the_fused_form_of_the_layers_computes_the_same(monkeypatch, name):
     net = build(NETWORKS[name])
     expected = pass_through(net)
     monkeypatch.setitem(sys.modules, "cm_core.networks.kernels", fused_formulas)
-    monkeypatch.setattr(layers, "fuses", lambda x: True)
+    monkeypatch.setattr(modes, "fuses", lambda x: True)
     for found, true in zip(pass_through(net), expected, strict=True):
         torch.testing.assert_close(found, true, rtol=1e-3, atol=1e-5)
 

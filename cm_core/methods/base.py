@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cm_core.guidance import guided
-from cm_core.networks.layers import forward_mode_attention
+from cm_core.networks.modes import forward_mode_attention
 from cm_core.noise import Noise
 from cm_core.params import Params
 from cm_core.solvers import Denoiser
@@ -22,6 +22,7 @@ class Method(Params):
     that compares images has a field `distance`. Methods override the hooks below where they differ from the defaults.
     """
 
+    kind: str
     starts_from: ClassVar[Literal["teacher", "random"]] = "random"
     """The student's default initial weights."""
     forward_mode: ClassVar[bool] = False
@@ -101,4 +102,5 @@ def consistency_distance(
 def derivative(function: Callable[..., Tensor], primals: Any, tangents: Any) -> tuple[Tensor, Tensor]:
     """Return a function's value and its derivative along `tangents`, by forward-mode differentiation."""
     with forward_mode_attention():
-        return torch.func.jvp(function, primals, tangents)
+        found = torch.func.jvp(function, primals, tangents)
+    return found[0], found[1]

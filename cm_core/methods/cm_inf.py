@@ -73,6 +73,7 @@ class CMInf(Method):
             x0_hat, v = derivative(f, (x_t, t), (dx, torch.ones_like(t)))
         if not self.stop_gradient:
             return Loss((v.abs() if isinstance(self.distance, L1) else v.square()).flatten(1).mean(1), t)
+        assert models.distance is not None, "the caller builds method.distance"
         pull = hessian_product(models.distance, x0_hat, v)
         return Loss((f(x_t, t) * pull).flatten(1).sum(1), t)
 

@@ -67,6 +67,7 @@ class ECT(Method):
             x_r = self._earlier(models, batch, x_t, t, r) if self.needs_teacher else add_noise(x0, eps, r)
             asked = r.clamp(min=context.noise.sigma_min)  # at 0 the network is undefined, and not needed
             target = torch.where(expand_like(r > 0, x0), models.target(x_r, asked, batch.labels), x_r)
+        assert models.distance is not None, "the caller builds method.distance"
         scalars = {"stage": stage, "gap": self.q ** -(stage + 1)}
         return Loss(self.weight(t, r, context.noise.sigma_data) * models.distance(x0_hat, target), t, scalars)
 

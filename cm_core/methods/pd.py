@@ -69,6 +69,7 @@ class PD(Method):
         with torch.no_grad():
             target = two_step_estimate(teacher_of(models, batch, guidance), x_t, t, middle, r)
         x0_hat = models.student(x_t, t, batch.labels)
+        assert models.distance is not None, "the caller builds method.distance"
         weight = (1 / t**2).clamp(min=1)  # the truncated signal-to-noise ratio (PD, section 4)
         return Loss(weight * models.distance(x0_hat, target), t, {"num_intervals": n})
 

@@ -191,7 +191,7 @@ def register_extractors() -> None:
     ensure_torchvision()
     import torch_fidelity
 
-    class Extractor(torch_fidelity.FeatureExtractorBase):
+    class Extractor(torch_fidelity.FeatureExtractorBase):  # type: ignore[misc]  # a library without types
         """Network of this package, built from a weights file; uint8 [B, C, H, W] -> the requested layers."""
 
         def __init__(
@@ -314,7 +314,7 @@ def extract_features(
     """
     if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
         raise ValueError(f"images must be uint8 [N, H, W, C] with N > 0, got {images.dtype} {list(images.shape)}")
-    repeats = 3 if NETWORKS[extractor.name].needs_rgb and images.shape[-1] == 1 else 1
+    repeats = 3 if NETWORKS[str(extractor.name)].needs_rgb and images.shape[-1] == 1 else 1
     batches = []
     for start in range(0, len(images), batch_size):
         pixels = torch.from_numpy(np.array(images[start : start + batch_size])).permute(0, 3, 1, 2)  # [B, C, H, W]

@@ -51,7 +51,7 @@ def _without_compiler() -> Iterator[None]:
         yield
         return
     utils = ModuleType(module)
-    utils.is_compile_supported = lambda kind: importlib.import_module(module).is_compile_supported(kind)
+    vars(utils)["is_compile_supported"] = lambda kind: importlib.import_module(module).is_compile_supported(kind)
     sys.modules |= {package: ModuleType(package), module: utils}
     try:
         yield

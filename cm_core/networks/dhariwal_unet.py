@@ -14,11 +14,10 @@ from cm_core.networks.layers import (
     UNet,
     add_augment,
     check_image_shape,
-    in_own_precision,
-    keep_parts_float32,
     one_hot,
     positional_frequencies,
 )
+from cm_core.networks.modes import in_own_precision, keep_parts_float32
 from cm_core.params import Params
 
 
@@ -71,8 +70,8 @@ class DhariwalUNet(nn.Module):
         )
         keep_parts_float32(embedding=self.embed, input=self.unet.input, output=self.unet.output)
         for layer in self.unet.residual_ends():  # the other layers keep PyTorch's initialisation, as in ADM
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            for p in layer.parameters():
+                nn.init.zeros_(p)
 
     def forward(
         self,
@@ -87,6 +86,8 @@ class DhariwalUNet(nn.Module):
 
 class Embedding(nn.Module):
     """Noise level and augmentation through two layers; the class is added before the last SiLU."""
+
+    frequencies: Tensor
 
     def __init__(self, channels: int, num_classes: int, augment_dim: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the U-Nets share: embeddings, resampling, attention, the residual block and the U itself.
+"""What the U-Nets share: embeddings, attention, the residual block and the U itself.
 
 The design is that of EDM's re-implementations (arXiv:2206.00364, App. F.1) of DDPM++ and NCSN++
 (arXiv:2011.13456) and of ADM (arXiv:2105.05233): one block whose style says which network it serves.
@@ -6,8 +6,6 @@ The design is that of EDM's re-implementations (arXiv:2206.00364, App. F.1) of D
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -15,76 +13,16 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from cm_core.networks import modes
 from cm_core.networks.dropout import dropout, of_these_rows
+from cm_core.networks.resample import DOWN, UP, Filter, PyramidInput
 from cm_core.tensors import expand_like
-
-Filter = Literal["box", "fir"]
 
 EMB_MULT = 4  # width of the embedding in base channels: all published configurations
 KINDS_OF_BLOCKS = 64  # shapes, resamplings and modes of a network's blocks, each compiled once
 MAX_PERIOD = 10_000  # of the positional embedding (DDPM)
-# Parts of a U-Net that compute in float32 beside a body in half precision: "embedding", "input", "output".
-FLOAT32_PARTS = frozenset({"embedding", "input", "output"})
-
-
-_plain: ContextVar[bool] = ContextVar("plain", default=False)
-
-
-@contextmanager
-def plain_layers() -> Iterator[None]:
-    """Compute by PyTorch's own layers alone within this context, on a GPU too."""
-    token = _plain.set(True)
-    try:
-        yield
-    finally:
-        _plain.reset(token)
-
-
-@contextmanager
-def forward_mode_attention() -> Iterator[None]:
-    """Compute plainly, attention by matmul and softmax: fused kernels have no forward-mode derivative.
-
-    >>> with forward_mode_attention():
-    ...     out, tangent = torch.func.jvp(net, primals, tangents)
-    """
-    with plain_layers(), sdpa_kernel(SDPBackend.MATH):
-        yield
-
-
-def keep_parts_float32(**parts: nn.Module) -> None:
-    """Let `in_own_precision` compute those of the named parts in float32 that FLOAT32_PARTS names."""
-    for name in FLOAT32_PARTS & parts.keys():
-        for module in parts[name].modules():
-            module.keeps_float32 = True
-
-
-def in_own_precision(module: nn.Module, *args: Tensor | None) -> Tensor:
-    """Compute a part of a network; under autocast in float32 where it was told to keep that."""
-    device = next(arg for arg in args if arg is not None).device
-    if half_precision(device) is None or not getattr(module, "keeps_float32", False):
-        return module(*args)
-    args = tuple(arg.float() if arg is not None and arg.is_floating_point() else arg for arg in args)
-    with torch.autocast(device.type, enabled=False):
-        return module(*args)
-
-
-def half_precision(device: torch.device) -> torch.dtype | None:
-    """Return the dtype of autocast where it is in force on a device."""
-    enabled = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if enabled else None
-
-
-def is_plain() -> bool:
-    """Whether `plain_layers` is in force."""
-    return _plain.get()
-
-
-def fuses(x: Tensor) -> bool:
-    """Whether layers run `x` through the kernels of this package: on a GPU, unless torch.compile makes its own."""
-    return x.is_cuda and not torch.compiler.is_compiling() and not is_plain()
 
 
 def conv_without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -92,6 +30,12 @@ def conv_without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
     if conv.kernel_size != (1, 1):
         return F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
     return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1)).permute(0, 3, 1, 2)
+
+
+def bias_of(conv: nn.Conv2d) -> Tensor:
+    """Return the bias of a convolution, which those of the U-Nets all have."""
+    assert conv.bias is not None
+    return conv.bias
 
 
 def fused_norm(
@@ -109,8 +53,10 @@ def fused_norm(
     """
     from cm_core.networks.kernels import norm_act
 
-    affine, added = {"scale": norm.weight, "shift": norm.bias}, {"bias": bias, "before": before}
-    return norm_act(x, groups=norm.num_groups, eps=norm.eps, silu=silu, beside=beside, **added, **affine)
+    affine = {"scale": norm.weight, "shift": norm.bias}
+    return norm_act(
+        x, groups=norm.num_groups, eps=norm.eps, silu=silu, bias=bias, before=before, beside=beside, **affine
+    )
 
 
 def with_channels(x: Tensor, beside: Tensor | None) -> Tensor:
@@ -164,68 +110,9 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if x.dtype.itemsize >= 4 else x.float()
-        if not torch.compiler.is_compiling() and is_plain():
+        if not torch.compiler.is_compiling() and modes.is_plain():
             x = x.contiguous()  # the forward-mode derivative's formula takes views
         return super().forward(x)
-
-
-class BoxDown(nn.Module):
-    """Halve the resolution by 2x2 averaging."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if fuses(x):
-            from cm_core.networks.kernels import downsample
-
-            return downsample(x, 1 / 4)
-        return F.avg_pool2d(x, 2)
-
-
-class BoxUp(nn.Module):
-    """Double the resolution by repeating each pixel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if fuses(x):
-            from cm_core.networks.kernels import upsample
-
-            return upsample(x, 1.0)
-        return F.interpolate(x, scale_factor=2.0, mode="nearest")
-
-
-class FirDown(nn.Module):
-    """Halve the resolution with the filter [1, 3, 3, 1] (NCSN++)."""
-
-    def __init__(self, padding: int = 1) -> None:
-        super().__init__()
-        self.padding = padding
-        self.register_buffer("kernel", _fir_kernel(), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, _depthwise(self.kernel, x), stride=2, padding=self.padding, groups=x.shape[1])
-
-
-class FirUp(nn.Module):
-    """Double the resolution with the filter [1, 3, 3, 1] (NCSN++)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("kernel", _fir_kernel(4), persistent=False)  # only a fourth of its inputs count
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv_transpose2d(x, _depthwise(self.kernel, x), stride=2, padding=1, groups=x.shape[1])
-
-
-def _fir_kernel(gain: int = 1) -> Tensor:
-    # Numbers, as in positional_frequencies, and exact ones.
-    taps = [tap / 8 for tap in (1, 3, 3, 1)]
-    return torch.tensor([[gain * row * column for column in taps] for row in taps])
-
-
-def _depthwise(kernel: Tensor, x: Tensor) -> Tensor:
-    return kernel.to(x.dtype).expand(x.shape[1], 1, *kernel.shape)
-
-
-DOWN = {"box": BoxDown, "fir": FirDown}
-UP = {"box": BoxUp, "fir": FirUp}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,7 +151,7 @@ class Attention(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # x [B, C, H, W]
-        if fuses(x):
+        if modes.fuses(x):
             return self._fused(x)
         return (x + self.proj(self.attend(self.qkv(self.norm(x))))) * self.skip_scale
 
@@ -281,7 +168,7 @@ class Attention(nn.Module):
 
         h, x, _ = fused_norm(self.norm, x, silu=False)
         qkv = F.linear(h.permute(0, 2, 3, 1), self.qkv.weight.flatten(1), self.qkv.bias).permute(0, 3, 1, 2)
-        return residual_add(x, conv_without_bias(self.proj, self.attend(qkv)), self.proj.bias, self.skip_scale)
+        return residual_add(x, conv_without_bias(self.proj, self.attend(qkv)), bias_of(self.proj), self.skip_scale)
 
 
 class Block(nn.Module):
@@ -306,19 +193,19 @@ class Block(nn.Module):
         self.norm1 = group_norm(out_channels, eps=style.eps)
         self.conv1 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         project = in_channels != out_channels or (resample is not None and style.resample_proj)
-        self.skip = nn.Conv2d(in_channels, out_channels, 1) if project else nn.Identity()
+        self.skip: nn.Conv2d | nn.Identity = nn.Conv2d(in_channels, out_channels, 1) if project else nn.Identity()
         self.attention = Attention(out_channels, style) if attention else nn.Identity()
         self.number = 0  # among the blocks of its network
         self.checkpointed = False  # keep only the inputs, and compute the rest again in the backward pass (1604.06174)
 
     def forward(self, x: Tensor, emb: Tensor, beside: Tensor | None = None) -> Tensor:
         """Return [B, out, H, W] of x [B, C, H, W] and emb [B, E]; `beside` has the last of the channels, if given."""
-        if self.checkpointed and torch.is_grad_enabled() and not is_plain():
+        if self.checkpointed and torch.is_grad_enabled() and not modes.is_plain():
             return checkpoint(of_these_rows(self._compute), x, emb, beside, use_reentrant=False)
         return self._compute(x, emb, beside)
 
     def _compute(self, x: Tensor, emb: Tensor, beside: Tensor | None) -> Tensor:
-        if fuses(x):
+        if modes.fuses(x):
             return self._fused(x, emb, beside)
         x = with_channels(x, beside)
         h = self.conv0(self.resample(F.silu(self.norm0(x))))
@@ -345,10 +232,10 @@ class Block(nn.Module):
     def _fused_residual_add(self, x: Tensor, beside: Tensor | None, h: Tensor) -> Tensor:
         from cm_core.networks.kernels import project_residual_add, projects, residual_add
 
-        bias = self.conv1.bias
+        bias = bias_of(self.conv1)
         if isinstance(self.skip, nn.Identity):
             return residual_add(self.resample(with_channels(x, beside)), h, bias, self.skip_scale)
-        bias = bias + self.skip.bias
+        bias = bias + bias_of(self.skip)
         if beside is not None and projects(x, beside):
             return project_residual_add(x, beside, self.skip.weight.flatten(1), h, bias, self.skip_scale)
         skip = conv_without_bias(self.skip, self.resample(with_channels(x, beside)))
@@ -358,7 +245,7 @@ class Block(nn.Module):
         from cm_core.networks.kernels import norm_act
 
         if not self.scale_shift:
-            bias = self.conv0.bias + self.affine.bias
+            bias = bias_of(self.conv0) + self.affine.bias
             return fused_norm(self.norm1, h, silu=True, bias=bias, before=F.linear(emb, self.affine.weight))[0]
         scale, shift = self.affine(emb).float().chunk(2, dim=1)
         h, _, _ = norm_act(
@@ -371,20 +258,6 @@ class Block(nn.Module):
             bias=self.conv0.bias,
         )
         return h
-
-
-class PyramidInput(nn.Module):
-    """Bring the running image pyramid to the next lower resolution: convolution first, then the filter (NCSN++)."""
-
-    def __init__(self, in_channels: int, out_channels: int, resample_filter: Filter) -> None:
-        super().__init__()
-        fir = resample_filter == "fir"
-        # All padding comes before the convolution, so that the filter meets no border of its own.
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=2 if fir else 1)
-        self.down = FirDown(padding=0) if fir else BoxDown()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.conv(x))
 
 
 class UNet(nn.Module):
@@ -422,8 +295,8 @@ class UNet(nn.Module):
             block.number = number
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # x [B, C, H, W], emb [B, E]
-        pyramid, x = x, in_own_precision(self.input, x)
-        x = x.to(half_precision(x.device) or x.dtype)
+        pyramid, x = x, modes.in_own_precision(self.input, x)
+        x = x.to(modes.half_precision(x.device) or x.dtype)
         skips = [x]
         for name, block in self.encoder.items():
             x = block(x, emb)
@@ -434,9 +307,9 @@ class UNet(nn.Module):
             x = block(x, emb)
         for name, block in self.decoder.items():
             x = block(x, emb, None if name.endswith("_up") else skips.pop())
-        if fuses(x):
-            return in_own_precision(self.output, fused_norm(self.output_norm, x, silu=True)[0])
-        return in_own_precision(self.output, F.silu(self.output_norm(x)))
+        if modes.fuses(x):
+            return modes.in_own_precision(self.output, fused_norm(self.output_norm, x, silu=True)[0])
+        return modes.in_own_precision(self.output, F.silu(self.output_norm(x)))
 
     def blocks(self) -> Iterator[Block]:
         """Yield the blocks, encoder first."""
@@ -454,7 +327,7 @@ class UNet(nn.Module):
 
 def compile_blocks(net: nn.Module) -> None:
     """Let torch.compile make code for the repeated blocks, once for each kind of them, not for the whole network."""
-    blocks = [module for module in net.modules() if isinstance(module, Block)]
+    blocks: list[nn.Module] = [module for module in net.modules() if isinstance(module, Block)]
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS_OF_BLOCKS)
     for block in blocks or [net]:
         block.compile()

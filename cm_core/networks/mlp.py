@@ -33,6 +33,7 @@ class MLPParams(Params):
 class MLP(nn.Module):
     """F(x, noise_labels, class_labels, augment_labels) -> like x; class label -1 means no label."""
 
+    frequencies: Tensor
     num_octaves = 4  # noise features: cos and sin of 1, 2, 4, 8 times the label
 
     def __init__(self, params: MLPParams, image_shape: Sequence[int], num_classes: int, augment_dim: int) -> None:

@@ -16,15 +16,14 @@ from cm_core.networks.layers import (
     EMB_MULT,
     Attention,
     BlockStyle,
-    Filter,
     UNet,
     add_augment,
     check_image_shape,
-    in_own_precision,
-    keep_parts_float32,
     one_hot,
     positional_frequencies,
 )
+from cm_core.networks.modes import in_own_precision, keep_parts_float32
+from cm_core.networks.resample import Filter
 from cm_core.params import Params
 
 
@@ -96,7 +95,7 @@ class SongUNet(nn.Module):
 
     def _initialise(self) -> None:
         """Xavier-uniform weights, zero biases; residual branches start near zero, queries and keys small."""
-        gains = {layer: 1e-5 for layer in self.unet.residual_ends()}
+        gains: dict[nn.Module, float] = {layer: 1e-5 for layer in self.unet.residual_ends()}
         gains |= {module.qkv: math.sqrt(0.2) for module in self.modules() if isinstance(module, Attention)}
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -107,6 +106,8 @@ class SongUNet(nn.Module):
 
 class Embedding(nn.Module):
     """Noise level, class and augmentation, summed as features, then two layers, each with SiLU."""
+
+    frequencies: Tensor
 
     def __init__(self, params: SongUNetParams, num_classes: int, augment_dim: int) -> None:
         super().__init__()

@@ -50,7 +50,8 @@ class GradientBuckets:
     """Collects gradients into contiguous buckets for the exchange; the gradients become views of their bucket."""
 
     def __init__(self, on_full: Callable[[Tensor], None]) -> None:
-        self._on_full, self._waiting, self._bytes = on_full, [], 0
+        self._on_full, self._bytes = on_full, 0
+        self._waiting: list[tuple[nn.Parameter, nn.Parameter]] = []
 
     @contextmanager
     def taken_from(
@@ -91,7 +92,7 @@ class GradientBuckets:
         sizes = [p.numel() for p, _ in taken]
         flat = taken[0][0].new_empty(sum(sizes))
         parts = flat.split(sizes)
-        gradients = [_in_memory(leaf.grad) for _, leaf in taken]
+        gradients = [_in_memory(leaf) for _, leaf in taken]
         for dtype in {gradient.dtype for gradient in gradients}:  # one kernel per dtype
             places, found = zip(
                 *((a, b) for a, b in zip(parts, gradients, strict=True) if b.dtype == dtype), strict=True
@@ -103,6 +104,8 @@ class GradientBuckets:
         return flat
 
 
-def _in_memory(gradient: Tensor) -> Tensor:
+def _in_memory(leaf: nn.Parameter) -> Tensor:
     """Return a gradient's numbers in memory order; autograd gives it the layout of its parameter."""
+    gradient = leaf.grad
+    assert gradient is not None, "only a leaf whose gradient came is waiting"
     return gradient.as_strided((gradient.numel(),), (1,))

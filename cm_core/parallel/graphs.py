@@ -1,14 +1,14 @@
 """Replay a network's passes as CUDA graphs: one launch for hundreds of kernels, where the host is the bottleneck."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from cm_core.networks.layers import fuses, half_precision
+from cm_core.networks.modes import fuses, half_precision
 from cm_core.parallel import ranks
 from cm_core.parallel.gradients import GradientBuckets, exchanges
 
@@ -24,7 +24,8 @@ def with_cuda_graphs(net: nn.Module) -> Callable[..., Tensor]:
     eagerly. With several ranks they raise RuntimeError, as captured gradients are sums over the ranks already
     (ranks.py). Only `backward` gives the gradients of a captured pass, not `torch.autograd.grad`.
     """
-    seen, recorded = set(), {}
+    seen: set[Hashable] = set()
+    recorded: dict[Hashable, _Pass] = {}
     cast_weights = functools.cache(functools.partial(_CastWeights, net))
     trained = [p for p in net.parameters() if p.requires_grad]
     anchor = torch.zeros((), requires_grad=True)  # gives a replay a backward pass
@@ -53,7 +54,7 @@ def _replayable(args: tuple[Tensor | None, ...]) -> bool:
     return fuses(tensors[0]) and not any(arg.requires_grad for arg in tensors)
 
 
-def _kind(net: nn.Module, args: tuple[Tensor | None, ...]) -> tuple:
+def _kind(net: nn.Module, args: tuple[Tensor | None, ...]) -> Hashable:
     shapes = tuple(None if arg is None else (arg.shape, arg.dtype) for arg in args)
     return torch.is_grad_enabled(), net.training, half_precision(CUDA), shapes
 
@@ -68,7 +69,7 @@ class _CastWeights:
     def __init__(self, net: nn.Module, precision: torch.dtype | None) -> None:
         layers = [layer for layer in net.modules() if precision and isinstance(layer, (nn.Conv2d, nn.Linear))]
         layers = [layer for layer in layers if not getattr(layer, "keeps_float32", False)]
-        self._homes = [(layer, layer.weight) for layer in layers]
+        self._homes = [(layer, cast(nn.Parameter, layer.weight)) for layer in layers]
         self.half_weights = {
             weight: nn.Parameter(weight.detach().to(precision), weight.requires_grad) for _, weight in self._homes
         }
@@ -110,14 +111,14 @@ class _Pass:
             if parameters:
                 self._d_out = torch.empty_like(self._out)
                 self._backward = _BackwardPass(
-                    *(self._out, self._d_out, parameters, casting.half_weights, self._forward.pool(), stream)
+                    self._out, self._d_out, parameters, casting.half_weights, self._forward.pool(), stream
                 )
         self._out = self._out.detach()
 
     def forward(self, args: tuple[Tensor | None, ...]) -> Tensor:
         self.awaits_backward = bool(self.parameters)
         for held, arg in zip(self.inputs, args, strict=True):
-            if arg is not None:
+            if held is not None and arg is not None:
                 held.copy_(arg)
         self._forward.replay()
         return self._out.clone()

@@ -1,6 +1,7 @@
 """Data parallelism by rows: a rank computes its own rows of every pass; the others are zeros without gradient."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,9 +17,9 @@ def by_rows(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
     Gradients, and forward-mode derivatives, of parameters are those of the own rows.
     """
 
-    def pass_by_rows(*args: Tensor | None) -> Tensor:
-        with rows_from(ranks.rank() * _rows_each(args[0])):
-            return _Place.apply(compute(*(None if arg is None else own_rows(arg) for arg in args)))
+    def pass_by_rows(first: Tensor, *others: Tensor | None) -> Tensor:
+        with rows_from(ranks.rank() * _rows_each(first)):
+            return _Place.apply(compute(own_rows(first), *(None if t is None else own_rows(t) for t in others)))
 
     return pass_by_rows
 
@@ -55,13 +56,13 @@ class _Place(torch.autograd.Function):
         return whole
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         pass
 
     @staticmethod
-    def backward(ctx, d_whole: Tensor) -> Tensor:
+    def backward(ctx: Any, d_whole: Tensor) -> Tensor:
         return own_rows(d_whole)
 
     @staticmethod
-    def jvp(ctx, d_rows: Tensor) -> Tensor:
+    def jvp(ctx: Any, d_rows: Tensor) -> Tensor:
         return _Place.forward(d_rows)

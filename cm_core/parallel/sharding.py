@@ -6,6 +6,7 @@ reduce-scatters the gradients. The results are those of whole weights.
 
 import os
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 
 from cm_core.networks.layers import Block
 from cm_core.parallel import ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 VARIABLE = "CM_SHARD"  # 1: shard the weights; a fact of the machines and no part of a recipe
 
@@ -31,32 +35,33 @@ def shard(net: nn.Module, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard
 
     net.load_state_dict(dict(ranks.broadcast_from_main(net.state_dict())))
+    assert dist.group.WORLD is not None, "the caller has joined the processes"
     mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
     for module in [*(module for module in net.modules() if isinstance(module, Block)), net]:
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
-        module.set_gradient_divide_factor(1.0)  # sum, not mean: ranks split the rows, not the loss
-        module.set_force_sum_reduction_for_comms(True)  # plain sums, which gloo supports
+        sharded = fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        sharded.set_gradient_divide_factor(1.0)  # sum, not mean: ranks split the rows, not the loss
+        sharded.set_force_sum_reduction_for_comms(True)  # plain sums, which gloo supports
     if device.type == "cuda":
         net.register_forward_pre_hook(_with_channels_last)
 
 
-def _with_channels_last(_: nn.Module, args: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def _with_channels_last(_: nn.Module, args: tuple[Tensor, *tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
     """Convert images to the kernels' memory layout, which whole weights would impose: sharded ones are contiguous."""
     image, *others = args
     return image.contiguous(memory_format=torch.channels_last) if image.ndim == 4 else image, *others
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> TypeGuard["DTensor"]:
     """Whether this tensor is sharded."""
     return hasattr(tensor, "full_tensor")  # a DTensor; importing that class takes a second
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Return a sharded tensor whole, any other unchanged; a collective call."""
-    if not is_sharded(tensor):
-        return tensor
-    with ranks.exchange():
-        return tensor.full_tensor()
+    if is_sharded(tensor):
+        with ranks.exchange():
+            return tensor.full_tensor()
+    return tensor
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import ConfigDict, Field
-from torch import Tensor
+from torch import nn
 
 from cm_core.params import Params
 
@@ -36,7 +36,7 @@ class Adam(_AdamLike):
     learning_rate: float = Field(1e-3, gt=0)
     """Step size (EDM, Table 7: 1e-3 on CIFAR-10)."""
 
-    def build(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """Return the optimiser; one fused kernel on a GPU."""
         return torch.optim.Adam(parameters, fused=parameters[0].is_cuda, **self._settings())
 
@@ -51,7 +51,7 @@ class RAdam(_AdamLike):
     learning_rate: float = Field(4e-4, gt=0)
     """Step size (CM, Table 3: 4e-4 on CIFAR-10)."""
 
-    def build(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """Return the optimiser; one fused kernel on a GPU."""
         if parameters[0].is_cuda:
             return FusedRAdam(parameters, **self._settings())
@@ -64,16 +64,16 @@ class FusedRAdam(torch.optim.Adam):
     Early steps, while the rate's variance is unbounded, use momentum alone.
     """
 
-    def __init__(self, parameters: list[Tensor], *, lr: float, betas: tuple[float, float], eps: float) -> None:
+    def __init__(self, parameters: list[nn.Parameter], *, lr: float, betas: tuple[float, float], eps: float) -> None:
         super().__init__(parameters, lr=lr, betas=betas, eps=eps, fused=True)
         self.taken: int | None = None  # steps so far, including those that an overflow skipped
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state of this class or of torch.optim.RAdam."""
         super().load_state_dict(state_dict)
         self.taken = None
 
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # takes no closure
         """Take a step with the current gradients."""
         if self.taken is None:  # read once from the device
             self.taken = next((int(values["step"]) for values in self.state.values()), 0)

@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from cm_core.methods.base import Method
 from cm_core.networks.dropout import of_these_rows, rows_from
-from cm_core.networks.layers import Block, compile_blocks, is_plain
+from cm_core.networks.layers import Block, compile_blocks
+from cm_core.networks.modes import is_plain
 from cm_core.parallel import ranks
 from cm_core.parallel.graphs import with_cuda_graphs
 from cm_core.parallel.rows import by_rows

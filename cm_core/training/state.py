@@ -61,6 +61,7 @@ class TrainState:
 
     def replace_teacher(self) -> None:
         """Let the model become its own teacher, as at the beginning of a halving (PD)."""
+        assert self.teacher is not None, "the caller gives a teacher to methods that replace it"
         self.teacher.load_state_dict(self.model.state_dict())
         self.begin_afresh()
 
@@ -84,8 +85,9 @@ class TrainState:
 
         A collective call: the main process names the state, and all ranks then hold it.
         """
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         if ranks.is_main():
+            assert state is not None, "the first process names the state"
             tensors, values = load_state(state)
             tensors |= {name: torch.tensor(value) for name, value in values.items()}
         self._take(ranks.broadcast_from_main(tensors), source=str(state or "the state of rank 0"))
@@ -137,7 +139,7 @@ class TrainState:
         return tensors
 
     def _weights(self) -> dict[str, Tensor]:
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for role in ("model", "target", "teacher", "weighting"):
             module = getattr(self, role)
             if module is not None:
@@ -168,7 +170,7 @@ class TrainState:
         self.window = [LoggedStep(first + i, Loss(loss, sigma), norm) for i, (loss, sigma, norm) in enumerate(rows)]
 
     def _load_optimizer(self, moments: dict[str, Tensor]) -> None:
-        state = {}
+        state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in moments.items():
             _, index, key = name.split("/")
             state.setdefault(int(index), {})[key] = tensor

@@ -112,7 +112,7 @@ class Trainer:
             optimizer.step()
             return
         if optimizer.defaults.get("fused"):
-            optimizer.found_inf = scale.overflow
+            optimizer.found_inf = scale.overflow  # type: ignore[attr-defined]  # as PyTorch's own GradScaler does
             optimizer.step()
         elif not scale.overflow:
             optimizer.step()

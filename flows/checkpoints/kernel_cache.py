@@ -22,7 +22,9 @@ class KernelBucket(RemoteCacheBackend):
     _given_up = False  # by this process, for all keys: each request that times out would delay the training
 
     def __init__(self, key: str) -> None:
-        self._bucket = Bucket(Settings.read().kernels).below(key)
+        kernels = Settings.read().kernels
+        assert kernels is not None, "Triton is told of this class where there is a bucket"
+        self._bucket = Bucket(kernels).below(key)
         self._folder = Path(os.environ["TRITON_CACHE_DIR"]) / key  # Triton's own folder for the key
 
     def get(self, filenames: list[str]) -> dict[str, bytes]:

@@ -17,8 +17,10 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
 
 from flows.errors import UserError
 from flows.storage.bucket import Bucket, OnBytes, WrongBytes
@@ -33,6 +35,7 @@ PATIENCE = (1, 2, 4, 8)  # seconds between retries of a request that the run dep
 SAY_EVERY = 10.0  # seconds between two progress lines of a long transfer
 
 Say = Callable[[str], None]
+Result = TypeVar("Result")
 
 
 class LeaseLost(RuntimeError):
@@ -77,7 +80,8 @@ class Training:
     def __init__(self, bucket: Bucket, say: Say) -> None:
         self._bucket, self._say = bucket, say
         self._writing = threading.Lock()  # guards the head: renewals and publications run in different threads
-        self._head, self._etag = Head(), None
+        self._head = Head()
+        self._etag: str | None = None
         self._manifests: dict[str, Manifest] = {}  # the readable states by key, newest first
         self._there: set[str] = set()  # keys of stored objects, which this worker may delete
         self.lost: LeaseLost | None = None
@@ -91,12 +95,12 @@ class Training:
                 time.sleep(LEASE_SECONDS / (2 * RENEWALS))
         self._there = patiently(lambda: {entry.key for entry in self._bucket.entries(f"{OBJECTS}/")})
 
-    def _try_acquire(self, holder: Mapping[str, str]) -> bool:
+    def _try_acquire(self, holder: Mapping[str, Any]) -> bool:
         found = self._bucket.read(HEAD)
         before = Head.of(found.data) if found else Head()
-        if before.holder and found.age <= before.lease_seconds:
-            return False
-        if before.holder:
+        if found and before.holder:
+            if found.age <= before.lease_seconds:
+                return False
             self._say(f"the worker {before.who} gave no sign for {found.age:.0f} s; taking over its training")
         head = replace(before, **holder, lease_seconds=LEASE_SECONDS, finished=None)
         return self._write(head, found.etag if found else None)
@@ -119,7 +123,7 @@ class Training:
 
     def release(self, finished: Mapping[str, str] | None) -> None:
         """Return the lease; `finished` records the outputs of the training. Raises LeaseLost."""
-        self._update(lambda head: replace(head, holder=None, finished=finished and dict(finished)))
+        self._update(lambda head: replace(head, holder=None, finished=None if finished is None else dict(finished)))
 
     def _update(self, change: Callable[[Head], Head]) -> None:
         with self._writing:
@@ -139,9 +143,9 @@ class Training:
 
         for name in self._head.states:
             try:
-                manifest = patiently(lambda n=name: self._read_manifest(n))
+                manifest = patiently(partial(self._read_manifest, name))
                 if newest_state(manifest) > newest_state(list_files(folder)):
-                    patiently(lambda m=manifest: self._download(m, folder))
+                    patiently(partial(self._download, manifest, folder))
                 self._manifests[name] = manifest
             except WrongBytes as error:
                 self._say(f"a stored checkpoint is damaged ({error})")
@@ -162,7 +166,7 @@ class Training:
         scratch.mkdir()
         try:
             _in_parallel(
-                lambda p=path, s=stored: self._bucket.download(s.key, scratch / p, s.sha256, on_bytes)
+                partial(self._bucket.download, stored.key, scratch / path, stored.sha256, on_bytes)
                 for path, stored in manifest.items()
             )
             drop_folder(folder)
@@ -178,7 +182,7 @@ class Training:
         manifest = {name: self._described(path, known) for name, path in list_files(folder).items()}
         new = {path: stored for path, stored in manifest.items() if stored.sha256 not in known}
         on_bytes = _log_transfer(self._say, "upload", sum(stored.size for stored in new.values()))
-        _in_parallel(lambda p=path, s=stored: self._upload(folder / p, s.key, on_bytes) for path, stored in new.items())
+        _in_parallel(partial(self._upload, folder / path, stored.key, on_bytes) for path, stored in new.items())
         name = self._upload_manifest(manifest)
         kept = dict(list({name: manifest, **self._manifests}.items())[:KEPT])
         self._update(lambda head: replace(head, states=tuple(kept)))
@@ -261,7 +265,7 @@ def drop_folder(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def patiently(action: Callable[[], object]) -> object:
+def patiently(action: Callable[[], Result]) -> Result:
     """Return the result of `action`, retried for a while if the store fails, but not if its bytes are wrong."""
     for pause in PATIENCE:
         try:

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from flows.atomic import replace_text, try_lock, wait_lock
@@ -154,7 +155,7 @@ class CheckpointUploader:
 
     def _upload(self) -> None:
         while snapshot := self._next():
-            while not self._try(lambda s=snapshot: self._training.publish(s)):
+            while not self._try(partial(self._training.publish, snapshot)):
                 if self._wait(lambda: self._ending, RETRY_EVERY) or self._waiting:
                     break  # `_hand_back` publishes the newest state at the end; a retry takes the newer of two
             shutil.rmtree(snapshot)
@@ -215,7 +216,7 @@ def drop_finished(shared_root: Path, is_stored: Stored) -> list[str]:
     """Remove the checkpoints whose outputs are stored, unless a process holds them; return their locations."""
     dropped = []
     for marker in states_folder(shared_root).glob(f"*/{FINISHED_FILE}"):
-        if drop_unheld(marker.parent, lambda m=marker: is_stored(json.loads(m.read_text()))):
+        if drop_unheld(marker.parent, partial(lambda file: is_stored(json.loads(file.read_text())), marker)):
             dropped.append(str(marker.parent))
     bucket = states_bucket()
     return dropped + (patiently(lambda: s3_store.drop_finished(bucket, is_stored)) if bucket else [])

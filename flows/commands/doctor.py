@@ -206,7 +206,7 @@ def _prove_leases(bucket: "Bucket") -> str:
     key = f"cm-doctor-{os.getpid()}"
     etag = bucket.write(key, PROBE, replacing=None)
     try:
-        if bucket.write(key, b"", replacing=None) is not None or bucket.read(key).data != PROBE:
+        if bucket.write(key, b"", replacing=None) is not None or bucket.contents(key) != PROBE:
             raise Broken(
                 f"{bucket.uri}: the store ignores If-None-Match, two workers could train the same; use another"
             )
@@ -242,7 +242,8 @@ def _prefect_results() -> str:
     slug = PREFECT_DEFAULT_RESULT_STORAGE_BLOCK.value()
     if not slug:
         return "in Prefect's own folder of each machine"
-    block, name = Block.load(slug), f"cm-doctor-{os.getpid()}"
+    block: Any = Block.load(slug)
+    name = f"cm-doctor-{os.getpid()}"
     place = block.write_path(name, PROBE)
     read = block.read_path(name)
     if hasattr(block, "filesystem"):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from flows.commands.output import add_json_option, positive, print_json, print_table
-from flows.commands.runs import SHORT, tracker_of
+from flows.commands.runs import SHORT, existing_tracker, tracker_of
 from flows.workspace.locations import workspace_root
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def promote(args: Namespace) -> None:
     """Move the alias `champion` to a version."""
     from flows.tracking.registry import Registry
 
-    Registry(tracker_of(workspace_root(), must_exist=True)).promote(args.name, args.version, force=args.force)
+    Registry(existing_tracker(workspace_root())).promote(args.name, args.version, force=args.force)
     print(f"{args.name}: the champion is version {args.version}; models:/{args.name}@champion names it")
 
 

@@ -51,7 +51,7 @@ def runs(args: Namespace) -> None:
 
 def compare(args: Namespace) -> None:
     """Print the params that differ, then every metric with its difference to the first run."""
-    tracker = tracker_of(workspace_root(), must_exist=True)
+    tracker = existing_tracker(workspace_root())
     newest = find_pipelines(tracker, SEARCHED)
     found = [describe(resolve(given, newest, tracker)) for given in (args.first, *args.others)]
     params = list(differing([run["params"] for run in found]))
@@ -63,16 +63,20 @@ def compare(args: Namespace) -> None:
         _print_comparison([run["id"][:SHORT] for run in found], params, metrics)
 
 
-def tracker_of(root: Path, *, must_exist: bool = False) -> "Tracker | None":
-    """Return the MLflow connection; before the first tracked run None, or raise UserError if one is required."""
-    database = shared_root(root) / "mlflow.db"
-    if os.environ.get("MLFLOW_TRACKING_URI") or database.exists():
+def tracker_of(root: Path) -> "Tracker | None":
+    """Return the MLflow connection; None before the first tracked run."""
+    if os.environ.get("MLFLOW_TRACKING_URI") or (shared_root(root) / "mlflow.db").exists():
         from flows.tracking.tracker import Tracker
 
         return Tracker(shared_root(root))
-    if must_exist:
-        raise UserError(f"{database}: no runs yet; `cm run RECIPE` makes one")
     return None
+
+
+def existing_tracker(root: Path) -> "Tracker":
+    """Return the MLflow connection. Raises UserError before the first tracked run."""
+    if (tracker := tracker_of(root)) is None:
+        raise UserError(f"{shared_root(root) / 'mlflow.db'}: no runs yet; `cm run RECIPE` makes one")
+    return tracker
 
 
 def find_pipelines(tracker: "Tracker", limit: int) -> "list[Run]":
@@ -156,7 +160,7 @@ def side_by_side(metrics: Sequence[Mapping[str, float]]) -> Iterator[dict[str, A
     """Yield every metric with the values of all runs and the differences to the first."""
     for name in sorted({name for run in metrics for name in run}):
         first, *others = values = [run.get(name) for run in metrics]
-        differences = [None if None in (first, other) else other - first for other in others]
+        differences = [None if first is None or other is None else other - first for other in others]
         yield {"metric": name, "values": values, "differences": differences}
 
 

@@ -110,13 +110,13 @@ def find(
 
         def score(indices: tuple[int, ...]) -> float:
             sigmas = [grid[index] for index in indices]
-            fid = scorer.fid(sigmas, f"candidate {len(search.scores) + 1}: sigma {_words(sigmas)}")
-            run.metrics({scorer.metric: fid}, len(search.scores))
+            fid = scorer.fid(sigmas, f"candidate {len(candidates.scores) + 1}: sigma {_words(sigmas)}")
+            run.metrics({scorer.metric: fid}, len(candidates.scores))
             logger.info("search: sigma %s, %s %.4g", _words(sigmas), scorer.metric, fid)
             return fid
 
-        search = Search(score)
-        best = search.run(num_scales=len(grid), nfe=args.nfe)
+        candidates = Search(score)
+        best = candidates.run(num_scales=len(grid), nfe=args.nfe)
         found = {
             "recipe": args.recipe,
             "nfe": args.nfe,
@@ -125,9 +125,9 @@ def find(
             "grid": list(grid),
             "candidates": [
                 {"indices": list(indices), "sigmas": [grid[index] for index in indices], "fid": fid}
-                for indices, fid in search.scores.items()
+                for indices, fid in candidates.scores.items()
             ],
-            "best": {"indices": list(best), "sigmas": [grid[index] for index in best], "fid": search.scores[best]},
+            "best": {"indices": list(best), "sigmas": [grid[index] for index in best], "fid": candidates.scores[best]},
         }
         run.submit(partial(_log, recipe=recipe, found=found))
     return found

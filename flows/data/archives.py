@@ -107,7 +107,9 @@ def _tar_files(path: Path, scratch: Path) -> Files:
                 unpacked += member.size
                 _refuse_bomb(path, unpacked)
                 copy = scratch / str(len(files))
-                with archive.extractfile(member) as source, copy.open("wb") as target:
+                source = archive.extractfile(member)
+                assert source is not None, "a regular file has contents"
+                with source, copy.open("wb") as target:
                     shutil.copyfileobj(source, target)
                 files[name] = partial(Path, copy)
             elif not member.isdir():

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
@@ -12,7 +13,7 @@ from flows.errors import UserError
 # Formats by name: by default Pillow also tries decoders that start other programs (EPS).
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm")
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # Pillow's own bound, which only triggers a warning there
+MAX_PIXELS = cast(int, Image.MAX_IMAGE_PIXELS)  # Pillow's own bound, which only triggers a warning there
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright, from 5 on width and height swap
 TRAITS = (

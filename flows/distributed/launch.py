@@ -43,7 +43,7 @@ def launch(count: int, entrypoint: Callable[..., Any] | str, *arguments: Any) ->
     elastic = logging.getLogger("torch.distributed.elastic")
     elastic.addHandler(logging.NullHandler())  # the caller reports in one line how a process ended
     elastic.propagate = False
-    here = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "local_addr": "127.0.0.1", "run_id": "stage"}
+    here: Facts = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "local_addr": "127.0.0.1", "run_id": "stage"}
     with TemporaryDirectory() as folder:
         logs = DefaultLogsSpecs(folder)
         config = LaunchConfig(1, 1, count, logs_specs=logs, max_restarts=0, **here)  # DVC and Prefect restart
@@ -125,10 +125,11 @@ def worker_group(
 def _compare(stage: str, facts: Callable[[], Facts]) -> None:
     processor = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
     shards = os.environ.get(sharding.VARIABLE, "0")
-    own: Facts | UserError = {"PyTorch": torch.__version__, "the processor": processor, sharding.VARIABLE: shards}
+    known = {"PyTorch": torch.__version__, "the processor": processor, sharding.VARIABLE: shards}
+    own: Facts | UserError = known
     if ranks.local_rank() == 0:  # the node's other processes read the same files
         try:
-            own = {**own, **facts()}
+            own = {**known, **facts()}
         except UserError as error:  # such as a missing input: all ranks must raise it
             own = error
     everyone = ranks.all_gather((socket.gethostname(), ranks.local_rank(), own))

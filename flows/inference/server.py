@@ -57,8 +57,9 @@ class ServedStudent(PythonModel):
     def _draw(self, request: Request) -> np.ndarray:
         labels = self._checked_labels(request)
         sampler = partial(few_steps, self._spec, mid_sigmas=self._mid_sigmas(request.steps))
-        how = {"n": request.n, "seed": request.seed, "device": self._device, "labels": labels}
-        return draw_images(self._spec, self._model, sampler, **how)
+        return draw_images(
+            self._spec, self._model, sampler, n=request.n, seed=request.seed, device=self._device, labels=labels
+        )
 
     def _mid_sigmas(self, steps: int | None) -> list[float]:
         if self._spec.form != "euler":

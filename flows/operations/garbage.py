@@ -128,9 +128,10 @@ def object_key(md5: str) -> str:
     return f"{OBJECTS}{md5[:2]}/{md5[2:]}"
 
 
-def _load(text: bytes | str) -> Any:
+def _load(text: bytes | str | None) -> Any:
     import yaml
 
+    assert text is not None, "it was listed"
     return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
@@ -201,7 +202,9 @@ def _bucket_states(bucket: Bucket, *, older_than: timedelta) -> Iterator[Garbage
 
 
 def _torn_uploads(store: Store, before: datetime) -> Iterator[Garbage]:
-    for key, upload_id, started in store.open_uploads() if isinstance(store, Bucket) else ():
+    if not isinstance(store, Bucket):
+        return
+    for key, upload_id, started in store.open_uploads():
         if started < before:
             yield Garbage("torn upload", f"{store.uri}/{key}", 0, partial(store.abort_upload, key, upload_id))
 

@@ -24,7 +24,8 @@ class ProgressArtifact:
     """A stage's progress artifact, created at its first progress report."""
 
     def __init__(self, stage: str) -> None:
-        self._stage, self._id = stage, None
+        self._stage = stage
+        self._id: Any = None
 
     def show(self, progress: Mapping[str, Any]) -> None:
         """Show {done, total, unit}; an unreachable server does not stop a training."""

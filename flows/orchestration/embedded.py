@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import prefect
 from prefect.client.orchestration import get_client
@@ -40,7 +41,7 @@ def embedded_prefect(root: Path) -> Iterator[None]:
         _refuse_silent_server()
         yield
         return
-    settings = {
+    settings: dict[Any, Any] = {
         PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: STARTUP_SECONDS,
         PREFECT_SERVER_ANALYTICS_ENABLED: False,
         # Disable the automations of `cm up`: no worker is here to restart a run, and they kept SQLite locked.

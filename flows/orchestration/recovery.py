@@ -24,7 +24,7 @@ def _end_task_runs() -> None:
     this = FlowRunFilter(id=FlowRunFilterId(any_=[runtime.flow_run.id]))
     with get_client(sync_client=True) as client:
         for task_run in client.read_task_runs(flow_run_filter=this):
-            if not task_run.state.is_final():
+            if task_run.state and not task_run.state.is_final():
                 client.set_task_run_state(task_run.id, Crashed(message="Its process is gone."), force=True)
 
 

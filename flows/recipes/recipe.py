@@ -145,12 +145,12 @@ def _absolute_paths(tree: dict[str, Any], base: Path | None) -> dict[str, Any]:
 
     A path with a .dvc file beside it stays: every clone can restore that file. Malformed values are left to `validate`.
     """
-    for key in PATH_KEYS if base else ():
+    for key in PATH_KEYS:
         *sections, name = key.split(".")
         section: Any = tree
         for part in sections:
             section = section.get(part) if isinstance(section, dict) else None
-        if isinstance(section, dict) and section.get(name):
+        if base and isinstance(section, dict) and section.get(name):
             section[name] = _absolute(section[name], base)
     return tree
 

@@ -25,9 +25,10 @@ class Bar(Monitor):
 
     def __init__(self, title: str, *, lines: bool = False) -> None:
         self._title, self._lines, self._loss = title, lines, ""
-        self._last, self._phase = time.monotonic(), None
+        self._last = time.monotonic()
+        self._phase: tuple[int, str] | None = None
         self._bar = _rich_bar(transient=not lines) if sys.stderr.isatty() else None
-        self._task = self._bar and self._bar.add_task(title, total=None, count="")
+        self._task = self._bar.add_task(title, total=None, count="") if self._bar else None
 
     def __enter__(self) -> "Bar":
         if self._bar:
@@ -40,7 +41,7 @@ class Bar(Monitor):
 
     def progress(self, done: int, total: int, unit: str = "images") -> None:
         count = f"{done:,} of {total:,} {unit}{self._loss}"
-        if self._bar:
+        if self._bar and self._task is not None:
             if self._phase != (total, unit):
                 self._phase = (total, unit)
                 self._bar.reset(self._task, total=total, completed=done, count=count)  # a resumed training begins here

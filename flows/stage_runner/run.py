@@ -24,6 +24,7 @@ from flows.checkpoints.store import (
     share_kernels,
     states_folder,
 )
+from flows.data.sources import FileSource
 from flows.distributed.launch import launch_stage, processes_for, worker_group
 from flows.errors import UserError
 from flows.monitor import Monitor
@@ -67,7 +68,7 @@ def run_stage(name: str, root: Path) -> None:
     stage, recipe, function = _read_stage(name, root)
     inputs = {path: dvc_md5(root / path) for path in stage.deps if path.startswith("out/")}
     source = recipe.data.source
-    if "data" in stage.params and hasattr(source, "path"):  # fetch data that DVC versions
+    if "data" in stage.params and isinstance(source, FileSource):  # fetch data that DVC versions
         inputs |= fetch_versioned(root, source.path, source.version)
     out_dir, parameters = root / "out" / name, inspect.signature(function).parameters
     with _signals(function) as signals, ExitStack() as stack:
@@ -100,7 +101,7 @@ def share_stage(name: str, root: Path) -> None:
     with _signals(function) as signals, TemporaryDirectory() as scratch:
         beside_main = os.environ["GROUP_RANK"] == "0"  # all ranks of a node write their images into one file
         monitor = Monitor()
-        monitor.stop_requested = signals.received
+        monitor.stop_requested = signals.received  # type: ignore[method-assign]  # all else of it does nothing
         given = {
             "out_dir": root / "out" / name if beside_main and name == "sample" else Path(scratch),
             "state_dir": states_folder(shared_root(root)) / name,  # stays empty; compiled kernels are kept beside it

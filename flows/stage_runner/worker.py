@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     except ranks.ProcessLost as error:  # on one node the launcher knows its exit code
         code, line = ranks.EXIT_PEER_LOST, f"{stage}: {error}; {RESUMES}" if several_nodes else ""
     except SystemExit as end:
-        return end.code
+        return int(end.code or 0)
     except Exception:
         traceback.print_exc()
         return 1

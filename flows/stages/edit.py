@@ -232,10 +232,10 @@ def _interpolate(edit: Edit, spec: ModelSpec, f: Precond, device: torch.device, 
     weights = torch.linspace(0, 1, FRAMES, device=device)
     for pair in range(PAIRS):
         indices = (2 * pair, 2 * pair + 1)
-        ends = [ImageNoise(edit.seed, [index], spec.image_shape, device) for index in indices]
+        a, b = (ImageNoise(edit.seed, [index], spec.image_shape, device) for index in indices)
         labels = torch.full((FRAMES,), pair % spec.num_classes, device=device) if spec.num_classes else None
         labelled = partial(f, labels=labels)
-        drawn = editing.interpolate_samples(labelled, *ends, weights, sigmas, sigma_min=spec.boundary)
+        drawn = editing.interpolate_samples(labelled, a, b, weights, sigmas, sigma_min=spec.boundary)
         rows["sample {} to {}".format(*indices)] = to_pixels(drawn).cpu().numpy()
     save_rows(rows, path)
     return {"picture": path.name, "nfe": len(sigmas), "sigmas": sigmas}

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def _measure(rows: Sequence[Row], files: FeatureFiles, evaluate: Evaluate, monit
             params=evaluate,
             batch_size=evaluate.batch_size,
             device=device,
-            on_batch=lambda done, _, before=before: monitor.progress(before + done, total, "images"),
+            on_batch=partial(lambda before, done, _: monitor.progress(before + done, total, "images"), before),
         )
         measured.append(replace(row, metrics=metrics))
         before += len(row.images)

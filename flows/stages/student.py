@@ -3,7 +3,7 @@
 import copy
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -100,7 +100,7 @@ def student(
         augment_dim=teacher_spec.augment_dim if teacher_spec else 0,
         euler_steps=student.method.euler_steps_at(student.train.num_steps, student.train.num_steps),
     )
-    origin = {"init_from": student.initial_weights, "seed": derive_seed(seed, "init")}
+    origin: dict[str, Any] = {"init_from": student.initial_weights, "seed": derive_seed(seed, "init")}
     monitor.remark(f"first weights: {origin['init_from']}")
     model = _first_weights(spec, student.train, origin, teacher_dir)
     target = place(copy.deepcopy(model), device) if student.method.keeps_target else None
@@ -154,7 +154,7 @@ def build_weighting(method: Method, seed: int, device: torch.device) -> nn.Modul
     return None if weighting is None else weighting.to(device)
 
 
-def _first_weights(spec: ModelSpec, train: Train, origin: dict, teacher_dir: Path) -> Precond:
+def _first_weights(spec: ModelSpec, train: Train, origin: dict[str, Any], teacher_dir: Path) -> Precond:
     model = initial_student(spec, **origin, teacher_dir=teacher_dir)
     model.autocast = train.autocast
     return model

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from flows.errors import UserError
@@ -60,7 +60,7 @@ class Version:
     protocol: str
     numbers: Mapping[str, float]
     model_id: str | None = None
-    tags: Mapping[str, str] | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, found: "ModelVersion") -> "Version":
@@ -80,7 +80,7 @@ class Registered:
     """One registered model: versions by number, aliases, and the latest promotion by a user."""
 
     name: str
-    versions: Mapping[int, Version]
+    versions: dict[int, Version]
     aliases: Mapping[str, int]
     promoted: int | None = None
     promoted_among: int = 0  # the newest version at the promotion; only later ones may replace the promoted one

@@ -17,7 +17,7 @@ class SystemMetrics:
         from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
         from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 
-        self._monitors = [CPUMonitor()]
+        self._monitors: list[CPUMonitor | GPUMonitor] = [CPUMonitor()]
         with suppress(ImportError, RuntimeError):  # no nvidia-ml-py, or no GPU
             self._monitors.append(GPUMonitor())
         self._collect()  # utilisation is measured from here

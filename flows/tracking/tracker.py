@@ -63,7 +63,7 @@ class Tracker:
             return found.experiment_id if found else self.client.create_experiment(name, artifact_location=artifacts)
         except MlflowException as error:
             if error.error_code == "RESOURCE_ALREADY_EXISTS":  # another process was faster
-                return self.client.get_experiment_by_name(name).experiment_id
+                return self.client.get_experiment_by_name(name).experiment_id  # type: ignore[union-attr]  # it exists
             raise UserError(f"MLflow at {self.uri}: {' '.join(str(error).split())[:300]}") from error
 
     def find_stage_run(self, stage: str, data_version: str) -> str | None:
@@ -167,7 +167,8 @@ class Tracker:
         """List a model among a run's outputs, once."""
         from mlflow.entities import LoggedModelOutput
 
-        if model_id not in [output.model_id for output in self.client.get_run(run_id).outputs.model_outputs]:
+        outputs = self.client.get_run(run_id).outputs
+        if model_id not in [output.model_id for output in (outputs.model_outputs if outputs else ())]:
             self.client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
 
 

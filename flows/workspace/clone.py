@@ -263,11 +263,12 @@ class _Progress:
 
     def __init__(self, path: Path, on_progress: Callable[[dict[str, Any]], None]) -> None:
         path.unlink(missing_ok=True)
-        self.path, self._on_progress, self._last = path, on_progress, None
+        self.path, self._on_progress = path, on_progress
+        self._last: str | None = None
 
     def look(self) -> None:
         text = self.path.read_text() if self.path.exists() else None
-        if text != self._last:
+        if text is not None and text != self._last:
             self._last = text
             self._on_progress(json.loads(text))
 

@@ -28,7 +28,8 @@ def declare(root: Path, stage: str) -> dict[str, object]:
 
 def whole_folders(root: Path, files: Sequence[str]) -> list[str]:
     """Replace files by their folder if `files` contains all of its files: shorter, and as exact."""
-    known, found = set(files), {}
+    known = set(files)
+    found: dict[str, None] = {}
     for file in files:
         folders = [folder.as_posix() for folder in Path(file).parents][-2::-1]  # outermost first
         whole = (folder for folder in folders if {f"{folder}/{name}" for name in files_in(root / folder)} <= known)

@@ -64,7 +64,7 @@ def _run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
 def _templates(tree: ast.AST, folder: Path) -> Iterator[Path]:
     """Yield the files in `templates` beside a module that its string constants name."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and str(node.value).startswith("templates/"):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("templates/"):
             yield from [path] if (path := folder / node.value).is_file() else ()
 
 

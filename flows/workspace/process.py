@@ -68,6 +68,7 @@ class Process:
                 self._signal(signal.SIGTERM)
 
     def _read(self) -> None:
+        assert self._popen.stdout is not None, "a pipe, as it was asked to be"
         for line in self._popen.stdout:
             self._output.put(line.rstrip("\n"))
         self._output.put(None)

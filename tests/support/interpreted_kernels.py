@@ -10,7 +10,7 @@ import torch
 
 import fused_formulas
 from cm_core.model import ModelSpec
-from cm_core.networks import dropout, kernels, layers
+from cm_core.networks import dropout, kernels, modes
 from cm_core.networks.kernels import norm_device, residual
 from cm_core.networks.kernels.dropout import masked
 from cm_core.noise import Noise
@@ -82,7 +82,7 @@ def network_error(params):
         out.square().mean().backward()
         return [out.detach(), *(p.grad.clone() for p in model.parameters())]
 
-    with layers.plain_layers():
+    with modes.plain_layers():
         expected = run()
     return relative(run(), expected)
 
@@ -126,7 +126,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
     norm_device.libdevice = types.SimpleNamespace(fast_dividef=lambda a, b: a / b)  # CUDA's own, not interpreted
-    layers.fuses = lambda x: not layers.is_plain()
+    modes.fuses = lambda x: not modes.is_plain()
     least = residual.PROJECT["least"]
     kernels.projects = lambda x, beside: x.shape[1] % least == beside.shape[1] % least == 0  # float32 too
     print(json.dumps(all_errors()))

@@ -29,8 +29,8 @@ def channels_last(x: Tensor) -> Tensor:
 
 def empty_channels_last(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     """Return a tensor for as many images, channels last."""
-    kind = {"dtype": like.dtype, "device": like.device, "memory_format": torch.channels_last}
-    return torch.empty(len(like), channels, height, width, **kind)
+    size = (len(like), channels, height, width)
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def pixel_stride(x: Tensor | None) -> int:

@@ -81,11 +81,11 @@ class _NormAct(torch.autograd.Function):
         return y, *passed
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *d_passed: Tensor | None) -> tuple:
+    def backward(ctx: Any, dy: Tensor, *d_passed: Tensor | None) -> tuple[Tensor | None, ...]:
         x, beside, bias, before, scale, shift, mean, rstd = ctx.saved_tensors
         passes = any(d is not None for d in d_passed)
         if passes:
-            d_passed = [_passed(d, t) for d, t in zip(d_passed, (x, beside), strict=True)]
+            d_passed = tuple(_passed(d, t) for d, t in zip(d_passed, (x, beside), strict=True))
         dy, shape = channels_last(dy), _NormShape(x, beside, ctx.groups, arrays=2)
         dx, d_beside = (None if t is None else empty_channels_last(t, *t.shape[1:]) for t in (x, beside))
         added = bias is not None or before is not None

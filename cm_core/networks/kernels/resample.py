@@ -27,7 +27,7 @@ class _Resample(torch.autograd.Function):
         return _resample(x, factor, halves)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return _resample(dy, ctx.factor, not ctx.halves), None, None  # each is the other's adjoint
 
 

@@ -46,7 +46,7 @@ class _ResidualAdd(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx, d_bias = _residual_add_backward(dy, ctx.factor)
         return dx, dx, d_bias.to(ctx.bias_dtype), None
 
@@ -73,7 +73,7 @@ class _ProjectResidualAdd(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, beside, weight = ctx.saved_tensors
         dh, d_bias = _residual_add_backward(dy, ctx.factor)
         rows = [t.permute(0, 2, 3, 1).flatten(0, 2) for t in (x, beside, dh)]  # [B H W, channels], views

@@ -8,17 +8,9 @@ from torch import nn
 
 from cm_core.networks import DhariwalUNetParams, MLPParams, Network, SongUNetParams
 from cm_core.networks.dropout import seed_dropout
-from cm_core.networks.layers import (
-    Attention,
-    Block,
-    BoxDown,
-    BoxUp,
-    FirDown,
-    FirUp,
-    PyramidInput,
-    forward_mode_attention,
-    group_norm,
-)
+from cm_core.networks.layers import Attention, Block, group_norm
+from cm_core.networks.modes import forward_mode_attention
+from cm_core.networks.resample import BoxDown, BoxUp, FirDown, FirUp, PyramidInput
 
 NCSNPP = {"fourier_scale": 16, "encoder": "residual", "resample_filter": "fir"}
 DIGITS = {"channels": 16, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,)}

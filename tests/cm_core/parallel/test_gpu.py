@@ -17,7 +17,7 @@ from cm_core.methods.pd import PD
 from cm_core.methods.scm import SCM
 from cm_core.model import ModelSpec
 from cm_core.networks.dropout import seed_dropout
-from cm_core.networks.layers import plain_layers
+from cm_core.networks.modes import plain_layers
 from cm_core.noise import Noise
 from cm_core.parallel import gradients, graphs, ranks
 from cm_core.parallel.graphs import with_cuda_graphs
