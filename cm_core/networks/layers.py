@@ -1,7 +1,7 @@
-"""What the U-Nets share: embeddings, attention, the residual block and the U itself.
+"""Shared parts of the U-Nets: embeddings, attention, the residual block and the U itself.
 
-The design is that of EDM's re-implementations (arXiv:2206.00364, App. F.1) of DDPM++ and NCSN++
-(arXiv:2011.13456) and of ADM (arXiv:2105.05233): one block whose style says which network it serves.
+The design follows EDM's re-implementations (arXiv:2206.00364, App. F.1) of DDPM++ and NCSN++ (arXiv:2011.13456) and of
+ADM (arXiv:2105.05233): one block whose style selects the network.
 """
 
 import math
@@ -22,18 +22,18 @@ from cm_core.tensors import expand_like
 
 EMB_MULT = 4  # width of the embedding in base channels: all published configurations
 KINDS_OF_BLOCKS = 64  # shapes, resamplings and modes of a network's blocks, each compiled once
-MAX_PERIOD = 10_000  # of the positional embedding (DDPM)
+MAX_PERIOD = 10_000  # longest period of the positional embedding (DDPM)
 
 
 def conv_without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Convolve; who calls adds the bias where memory is passed over anyway. 1x1 is a matmul over channels last."""
+    """Convolve without the bias, which the caller fuses into a later kernel. 1x1 is a matmul over channels last."""
     if conv.kernel_size != (1, 1):
         return F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
     return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1)).permute(0, 3, 1, 2)
 
 
 def bias_of(conv: nn.Conv2d) -> Tensor:
-    """Return the bias of a convolution, which those of the U-Nets all have."""
+    """Return the bias of a convolution; those of the U-Nets all have one."""
     assert conv.bias is not None
     return conv.bias
 
@@ -49,7 +49,7 @@ def fused_norm(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return act(norm([x, beside] + bias + before)) by one kernel, and x and beside again; `bias` [C], `before` [B, C].
 
-    Take the two from here where they are needed after the norm: one kernel less adds up their gradients.
+    Use the returned x and beside downstream; the backward kernel then accumulates both gradients.
     """
     from cm_core.networks.kernels import norm_act
 
@@ -60,12 +60,12 @@ def fused_norm(
 
 
 def with_channels(x: Tensor, beside: Tensor | None) -> Tensor:
-    """Return x and what lies beside it as one tensor."""
+    """Return x and beside concatenated over channels."""
     return x if beside is None else torch.cat([x, beside], dim=1)
 
 
 def check_image_shape(image_shape: Sequence[int], *, levels: int, kind: str) -> None:
-    """Raise ValueError unless an image [C, H, W] can be halved between each two of `levels` resolutions."""
+    """Raise ValueError unless an image [C, H, W] can be halved between consecutive ones of `levels` resolutions."""
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise ValueError(f"{kind}: image_shape is {tuple(image_shape)}; allowed: (channels, height, width), all >= 1")
     _, height, width = image_shape
@@ -79,7 +79,7 @@ def check_image_shape(image_shape: Sequence[int], *, levels: int, kind: str) -> 
 
 def positional_frequencies(num: int, *, endpoint: bool) -> Tensor:
     """Return geometric angular frequencies [num] from 1 down to 1 / MAX_PERIOD, which `endpoint` includes."""
-    # Numbers, not tensor arithmetic: on the device "meta", where recipes are checked, that imports the compiler.
+    # Numbers, not tensors: tensor arithmetic on the device "meta", where recipes are checked, imports the compiler.
     return torch.tensor([MAX_PERIOD ** -(i / (num - endpoint)) for i in range(num)])
 
 
@@ -91,7 +91,7 @@ def one_hot(class_labels: Tensor | None, num_classes: int, like: Tensor) -> Tens
 
 
 def add_augment(emb: Tensor, layer: nn.Linear | None, augment_labels: Tensor | None) -> Tensor:
-    """Add the projected augmentation labels to `emb`; none of them means that no transform was drawn."""
+    """Add the projected augmentation labels to `emb`; None means that no transform was drawn."""
     if augment_labels is None:
         return emb
     if layer is None:
@@ -117,11 +117,11 @@ class GroupNorm(nn.GroupNorm):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockStyle:
-    """What all blocks of one network have in common."""
+    """Settings common to all blocks of one network."""
 
     emb_channels: int
     dropout: float
-    eps: float  # of the group norms
+    eps: float  # of group norm
     skip_scale: float  # factor after each residual sum; sqrt(1/2) keeps the variance
     scale_shift: bool  # the embedding scales and shifts the second norm, rather than being added before it
     channels_per_head: int | None  # None: one head
@@ -129,7 +129,7 @@ class BlockStyle:
     resample_proj: bool  # a resampling block has a 1x1 convolution on its skip path
 
     def num_heads(self, channels: int) -> int:
-        """Return the heads of an attention over `channels`; raise ValueError if they do not come out even."""
+        """Return the heads of an attention over `channels`; raise ValueError if they do not divide evenly."""
         if self.channels_per_head is None:
             return 1
         if channels % self.channels_per_head:
@@ -141,7 +141,7 @@ class BlockStyle:
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels, added to its input. Channels of `qkv` are ordered (3, heads, channels a head)."""
+    """Self-attention over the pixels, added to the input. `qkv` channels are ordered (3, heads, channels per head)."""
 
     def __init__(self, channels: int, style: BlockStyle) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual block of two convolutions, told the noise level by an embedding; may resample first, attend last."""
+    """Residual block of two convolutions, conditioned on an embedding; may resample first, attend last."""
 
     def __init__(
         self,
@@ -195,11 +195,11 @@ class Block(nn.Module):
         project = in_channels != out_channels or (resample is not None and style.resample_proj)
         self.skip: nn.Conv2d | nn.Identity = nn.Conv2d(in_channels, out_channels, 1) if project else nn.Identity()
         self.attention = Attention(out_channels, style) if attention else nn.Identity()
-        self.number = 0  # among the blocks of its network
-        self.checkpointed = False  # keep only the inputs, and compute the rest again in the backward pass (1604.06174)
+        self.number = 0  # index among the blocks of its network
+        self.checkpointed = False  # activation checkpointing (1604.06174)
 
     def forward(self, x: Tensor, emb: Tensor, beside: Tensor | None = None) -> Tensor:
-        """Return [B, out, H, W] of x [B, C, H, W] and emb [B, E]; `beside` has the last of the channels, if given."""
+        """Return [B, out, H, W] of x [B, C, H, W] and emb [B, E]; `beside` holds the last channels, if given."""
         if self.checkpointed and torch.is_grad_enabled() and not modes.is_plain():
             return checkpoint(of_these_rows(self._compute), x, emb, beside, use_reentrant=False)
         return self._compute(x, emb, beside)
@@ -223,7 +223,7 @@ class Block(nn.Module):
         return torch.addcmul(shift, self.norm1(h), 1 + scale)
 
     def _fused(self, x: Tensor, emb: Tensor, beside: Tensor | None) -> Tensor:
-        """The same with the biases of the convolutions added by the kernels that follow them."""
+        """The same, with the convolutions' biases added by the kernels that follow them."""
         h, x, beside = fused_norm(self.norm0, x, silu=True, beside=beside)
         h = conv_without_bias(self.conv0, self.resample(h))
         h = self.drop(self._fused_modulate(h, emb))
@@ -285,7 +285,7 @@ class UNet(nn.Module):
         self.middle = nn.ModuleList(Block(widths[-1], widths[-1], style, attention=on) for on in (True, False))
         every = decoder_attention == "every"
         self.decoder = _decoder(widths, skips, style, num_blocks, attn_levels, every)
-        self.pyramid = nn.ModuleDict()  # after a `down` block, what joins it; empty: no pyramid
+        self.pyramid = nn.ModuleDict()  # the input added after each `down` block; empty: no pyramid
         for level, pair in enumerate(pairwise([image_channels, *widths[:-1]]), start=1):
             if pyramid:
                 self.pyramid[f"level{level}_down"] = PyramidInput(*pair, style.resample_filter)
@@ -316,7 +316,7 @@ class UNet(nn.Module):
         return (module for module in self.modules() if isinstance(module, Block))
 
     def residual_ends(self) -> Iterator[nn.Conv2d]:
-        """Yield the layers that start near zero: the last of every residual branch, and the last of all."""
+        """Yield the layers that start near zero: the last of every residual branch, and the output layer."""
         for module in self.modules():
             if isinstance(module, Block):
                 yield module.conv1
@@ -326,7 +326,7 @@ class UNet(nn.Module):
 
 
 def compile_blocks(net: nn.Module) -> None:
-    """Let torch.compile make code for the repeated blocks, once for each kind of them, not for the whole network."""
+    """Compile the repeated blocks with torch.compile, once per kind, not the whole network."""
     blocks: list[nn.Module] = [module for module in net.modules() if isinstance(module, Block)]
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS_OF_BLOCKS)
     for block in blocks or [net]:

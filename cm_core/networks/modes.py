@@ -1,4 +1,4 @@
-"""How layers compute: plainly or by the kernels of this package, in float32 or in the precision of autocast."""
+"""Modes of the layers: PyTorch's own or this package's kernels, in float32 or in autocast's precision."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# Parts of a U-Net that compute in float32 beside a body in half precision: "embedding", "input", "output".
+# Parts of a U-Net that stay in float32 beside a half-precision body: "embedding", "input", "output".
 FLOAT32_PARTS = frozenset({"embedding", "input", "output"})
 
 _plain: ContextVar[bool] = ContextVar("plain", default=False)
@@ -16,7 +16,7 @@ _plain: ContextVar[bool] = ContextVar("plain", default=False)
 
 @contextmanager
 def plain_layers() -> Iterator[None]:
-    """Compute by PyTorch's own layers alone within this context, on a GPU too."""
+    """Use only PyTorch's own layers within this context, on a GPU too."""
     token = _plain.set(True)
     try:
         yield
@@ -26,7 +26,7 @@ def plain_layers() -> Iterator[None]:
 
 @contextmanager
 def forward_mode_attention() -> Iterator[None]:
-    """Compute plainly, attention by matmul and softmax: fused kernels have no forward-mode derivative.
+    """Use PyTorch's layers, with attention by matmul and softmax: fused kernels have no forward-mode derivative.
 
     >>> with forward_mode_attention():
     ...     out, tangent = torch.func.jvp(net, primals, tangents)
@@ -36,14 +36,14 @@ def forward_mode_attention() -> Iterator[None]:
 
 
 def keep_parts_float32(**parts: nn.Module) -> None:
-    """Let `in_own_precision` compute those of the named parts in float32 that FLOAT32_PARTS names."""
+    """Mark the parts named in FLOAT32_PARTS, which `in_own_precision` then computes in float32."""
     for name in FLOAT32_PARTS & parts.keys():
         for module in parts[name].modules():
             module.keeps_float32 = True  # type: ignore[assignment]  # a mark, neither tensor nor module
 
 
 def in_own_precision(module: nn.Module, *args: Tensor | None) -> Tensor:
-    """Compute a part of a network; under autocast in float32 where it was told to keep that."""
+    """Compute a part of a network, under autocast in float32 if it is marked so."""
     device = next(arg for arg in args if arg is not None).device
     if half_precision(device) is None or not getattr(module, "keeps_float32", False):
         return module(*args)
@@ -53,7 +53,7 @@ def in_own_precision(module: nn.Module, *args: Tensor | None) -> Tensor:
 
 
 def half_precision(device: torch.device) -> torch.dtype | None:
-    """Return the dtype of autocast where it is in force on a device."""
+    """Return autocast's dtype if it is enabled on a device."""
     enabled = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if enabled else None
 
@@ -64,5 +64,5 @@ def is_plain() -> bool:
 
 
 def fuses(x: Tensor) -> bool:
-    """Whether layers run `x` through the kernels of this package: on a GPU, unless torch.compile makes its own."""
+    """Whether layers run `x` through this package's kernels: on a GPU, except under torch.compile."""
     return x.is_cuda and not torch.compiler.is_compiling() and not is_plain()

@@ -1,4 +1,4 @@
-"""Halving and doubling the resolution: boxes (DDPM++, ADM) and the filter [1, 3, 3, 1] (NCSN++)."""
+"""Downsampling and upsampling by 2: boxes (DDPM++, ADM) and the filter [1, 3, 3, 1] (NCSN++)."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ Filter = Literal["box", "fir"]
 
 
 class BoxDown(nn.Module):
-    """Halve the resolution by 2x2 averaging."""
+    """Downsample by 2x2 averaging."""
 
     def forward(self, x: Tensor) -> Tensor:
         if modes.fuses(x):
@@ -23,7 +23,7 @@ class BoxDown(nn.Module):
 
 
 class BoxUp(nn.Module):
-    """Double the resolution by repeating each pixel."""
+    """Upsample by repeating each pixel."""
 
     def forward(self, x: Tensor) -> Tensor:
         if modes.fuses(x):
@@ -34,7 +34,7 @@ class BoxUp(nn.Module):
 
 
 class FirDown(nn.Module):
-    """Halve the resolution with the filter [1, 3, 3, 1] (NCSN++)."""
+    """Downsample with the filter [1, 3, 3, 1] (NCSN++)."""
 
     kernel: Tensor
 
@@ -48,13 +48,13 @@ class FirDown(nn.Module):
 
 
 class FirUp(nn.Module):
-    """Double the resolution with the filter [1, 3, 3, 1] (NCSN++)."""
+    """Upsample with the filter [1, 3, 3, 1] (NCSN++)."""
 
     kernel: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("kernel", _fir_kernel(4), persistent=False)  # only a fourth of its inputs count
+        self.register_buffer("kernel", _fir_kernel(4), persistent=False)  # only a fourth of its inputs are nonzero
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv_transpose2d(x, _depthwise(self.kernel, x), stride=2, padding=1, groups=x.shape[1])
@@ -75,7 +75,7 @@ UP = {"box": BoxUp, "fir": FirUp}
 
 
 class PyramidInput(nn.Module):
-    """Bring the running image pyramid to the next lower resolution: convolution first, then the filter (NCSN++)."""
+    """Downsample the running image pyramid: convolution first, then the filter (NCSN++)."""
 
     def __init__(self, in_channels: int, out_channels: int, resample_filter: Filter) -> None:
         super().__init__()
