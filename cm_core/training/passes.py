@@ -51,7 +51,7 @@ def compose(net: nn.Module, train: Train, *, graphs: bool) -> Pass:
         compile_blocks(net)
     for block in (module for module in net.modules() if isinstance(module, Block)):
         block.checkpointed = train.checkpoint_activations
-    network_pass: Pass = net
+    network_pass: Pass = net.__call__  # no module, which would become a part of the model that is trained
     if train.accumulate > 1:
         network_pass = in_parts(net, train.accumulate)
     elif graphs and not train.compile and not train.checkpoint_activations:

@@ -25,8 +25,9 @@ def test_every_method_takes_the_plain_steps_whatever_saves_memory(name, saving):
     other.models = compose_passes(other.models, other.method, other.train, graphs=False)
     for found, wanted in zip(other.steps(), plain.steps(), strict=True):
         assert found == pytest.approx(wanted, rel=2e-4)
-    tensors = other.tensors()
-    for key, tensor in plain.tensors().items():
+    tensors, expected = other.tensors(), plain.tensors()
+    assert tensors.keys() == expected.keys()
+    for key, tensor in expected.items():
         torch.testing.assert_close(tensors[key], tensor, rtol=1e-3, atol=1e-5)
 
 
