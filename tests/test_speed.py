@@ -1,4 +1,4 @@
-"""What makes training fast or small changes nothing but rounding; what it costs is counted right."""
+"""Fast and memory-saving forms of training differ by rounding alone; their cost is counted right."""
 
 import json
 import os

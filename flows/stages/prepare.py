@@ -43,7 +43,7 @@ class Data(Params):
     channels: Literal["auto", "grey", "rgb"] = "auto"
     """One or three; auto: one if no image has colour, else three."""
     background: Literal["white", "black"] = "white"
-    """What shows through transparent pixels."""
+    """The colour behind transparent pixels."""
     heldout_fraction: float = Field(0.25, ge=0, le=0.9)
     """Part of each class held out from training, chosen by a hash of the names, where the source has no such split."""
     max_images: int | None = Field(None, ge=1)

@@ -1,4 +1,4 @@
-"""What cm_core.networks.kernels computes, by PyTorch's own functions: lets tests run the fused layers on the CPU."""
+"""The functions of cm_core.networks.kernels by PyTorch's own functions: lets tests run the fused layers on the CPU."""
 
 import torch
 import torch.nn.functional as F

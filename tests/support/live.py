@@ -57,7 +57,7 @@ def cm(root: Path, *arguments: str, **variables: str) -> subprocess.CompletedPro
 
 
 class Api:
-    """What tests ask of the Prefect server of a workspace."""
+    """Requests to the Prefect server of a workspace."""
 
     def __init__(self, root: Path, note: dict) -> None:
         self.root, self.note = root, note

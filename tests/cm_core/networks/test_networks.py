@@ -156,7 +156,7 @@ def test_augment_labels_need_a_network_built_for_them(inputs):
 
 
 def noise_features(params, noise_label):
-    """What the first layer of the embedding sees."""
+    """Return the input of the first layer of the embedding."""
     embed, seen = params.build((1, 8, 8), num_classes=0).embed, []
     embed.layer0.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     embed(torch.tensor([noise_label]), None, None)

@@ -1,4 +1,4 @@
-"""What only a GPU can show: kernels, graphs and masks. Skipped where there is none; a minute where there is one."""
+"""Tests that need a GPU: kernels, graphs and masks. Skipped where there is none; a minute where there is one."""
 
 import copy
 from contextlib import nullcontext

@@ -1,4 +1,4 @@
-"""What stands around a pass changes neither losses nor gradients, dropout included."""
+"""The wrappers of a pass change neither losses nor gradients, dropout included."""
 
 import copy
 

@@ -22,7 +22,7 @@ def key(tmp_path):
 
 @pytest.fixture
 def shared(s3, monkeypatch, tmp_path):
-    """What a training with its states in a bucket tells Triton."""
+    """The environment that a training with its checkpoints in a bucket gives Triton."""
     for name in (KERNELS_VARIABLE, "TRITON_CACHE_DIR", "TRITON_CACHE_MANAGER", "TRITON_REMOTE_CACHE_BACKEND"):
         monkeypatch.setenv(name, "")  # so that what is set now is undone
         del os.environ[name]

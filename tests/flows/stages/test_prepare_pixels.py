@@ -1,4 +1,4 @@
-"""What prepare makes of colours, bit depths, transparency, rotation and sizes."""
+"""Colours, bit depths, transparency, rotation and sizes in the stage prepare."""
 
 import io
 
