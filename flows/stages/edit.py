@@ -46,7 +46,7 @@ class Edit(Params):
     num_steps: int = Field(39, ge=1)
     """Network calls of inpaint, colorize and superres (CM, App. D: 40 levels, the last of which needs none)."""
     mask: Literal["square", "right", "pixels"] = "square"
-    """The part that inpaint invents: the central square of half the side, the right half, or half of the pixels at random."""
+    """The part that inpaint fills: the central square of half the side, the right half, or half of the pixels."""
     factor: int = Field(2, ge=2)
     """Side of the patches of which superres knows the means alone (CM, App. D: 8 for 256 pixels)."""
     stroke_sigma: float = Field(5.38, gt=0)
