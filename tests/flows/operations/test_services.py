@@ -102,14 +102,14 @@ def test_a_device_comes_back_when_its_holder_is_killed(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stage_waits_for_its_slot_while_the_server_or_its_database_is_away(monkeypatch):
+def test_a_stage_waits_for_its_slot_while_the_server_or_its_database_is_away(monkeypatch, caplog):
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
     from flows.orchestration import gpu_slots
 
     monkeypatch.setattr(gpu_slots, "LOOK_EVERY", 0.02)
-    path, lease, said = "/api/v2/concurrency_limits/increment-with-lease", uuid.uuid4(), []
+    path, lease = "/api/v2/concurrency_limits/increment-with-lease", uuid.uuid4()
     answers, run = {path: (500, {}, b"{}")}, SimpleNamespace(ending=False)
     stage = read_stages(REPOSITORY)["student"]
 
@@ -124,8 +124,9 @@ def test_a_stage_waits_for_its_slot_while_the_server_or_its_database_is_away(mon
         get_client(sync_client=True) as client,
     ):
         threading.Thread(target=come_back).start()
-        assert gpu_slots._take_slots(client, stage, 1, run, said.append) == lease
-    assert said == ["student: waits for a slot of the limit `gpu`"]
+        with caplog.at_level("INFO", logger="flows.orchestration.gpu_slots"):
+            assert gpu_slots._take_slots(client, stage, 1, run) == lease
+    assert caplog.messages == ["student: waits for a slot of the limit `gpu`"]
     with temporary_settings({PREFECT_API_URL: f"{url}/api", PREFECT_CLIENT_MAX_RETRIES: 0}):
         with get_client(sync_client=True) as client:  # nobody listens there any more
             assert gpu_slots._ask_for_slots(client, stage, 1) is None
