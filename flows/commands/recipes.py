@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.output import add_json_option, print_json, print_table
+from flows.recipes.files import RECIPES_DIR, first_comment
 from flows.workspace.locations import workspace_root
 
-RECIPES_DIR = Path("params/recipes")  # as in flows.recipes.recipe, whose import would cost this command two seconds
 MAX_NAME = 120  # characters of a run's name, however many overrides it has
 
 
@@ -54,8 +54,6 @@ def run_name(recipe: str, overrides: Sequence[str]) -> str:
 
 def recipes(args: Namespace) -> None:
     """List the recipes by name with the first line of each file."""
-    from flows.recipes.overrides import first_comment
-
     found = {path.stem: first_comment(path) for path in sorted((workspace_root() / RECIPES_DIR).glob("*.yaml"))}
     if args.json:
         print_json([{"name": name, "summary": summary} for name, summary in found.items()])

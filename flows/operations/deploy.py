@@ -166,7 +166,7 @@ def _schedules(client: "SyncPrefectClient", deployment: str) -> "list[Deployment
 
 def deployment_entries(root: Path) -> list[dict[str, Any]]:
     """Return name, description and parameters of each deployment, one per recipe."""
-    from flows.recipes.overrides import first_comment
+    from flows.recipes.files import first_comment
     from flows.recipes.recipe import load_recipe, recipe_names
 
     return [

@@ -35,12 +35,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def first_comment(path: Path) -> str:
-    """Return the first line of the comment that heads a file."""
-    line = path.read_text(encoding="utf-8").partition("\n")[0]
-    return line.lstrip("#").strip() if line.startswith("#") else ""
-
-
 def parse_override(override: str) -> dict[str, Any]:
     """Turn `a.b=value` into {"a": {"b": value}}, the value read as YAML. Raises UserError for other forms."""
     key, equals, text = override.partition("=")

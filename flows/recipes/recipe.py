@@ -24,6 +24,7 @@ from cm_core.params import Params
 from cm_core.sampling import check_levels
 from flows.atomic import replace_text
 from flows.errors import UserError
+from flows.recipes.files import RECIPES_DIR
 from flows.recipes.overrides import flatten, merge, nested, parse_override, read_yaml
 from flows.stages.edit import Edit
 from flows.stages.evaluate import Evaluate
@@ -33,7 +34,7 @@ from flows.stages.sample import Sample
 from flows.stages.student import Student
 from flows.stages.teacher import Teacher
 
-RECIPES_DIR, ACTIVE_FILE = Path("params/recipes"), Path("params/active.yaml")
+ACTIVE_FILE = Path("params/active.yaml")
 EDITED = "edited"  # the name of a recipe without a file
 PATH_KEYS = (  # values that may name a local file or folder
     "data.source.path",
