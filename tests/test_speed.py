@@ -26,7 +26,7 @@ from cm_core.training.cost import StepCost, advice, step_cost
 from cm_core.training.profiling import RECORDED, SKIPPED
 from flows.cli import main
 from flows.monitor import PROFILE_VARIABLE
-from small_networks import small_networks
+from small_networks import build_shaken, pass_through, small_networks
 from small_stages import run_small, small_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -34,29 +34,10 @@ CPU = torch.device("cpu")
 NETWORKS = small_networks(channels_per_head=8, fourier_scale=16)
 
 
-def build(params):
-    net = params.build((1, 8, 8), num_classes=4)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in net.parameters():  # residual branches start near zero, where nothing would show
-            p.copy_(0.2 * torch.randn(p.shape, generator=generator))
-    return net
-
-
-def pass_through(net, batch=6):
-    """Return the output and the gradients of one pass."""
-    generator = torch.Generator().manual_seed(1)
-    x, noise_labels = torch.randn(batch, 1, 8, 8, generator=generator), torch.rand(batch, generator=generator)
-    net.zero_grad()
-    out = net(x, noise_labels, torch.arange(batch) % 4)
-    out.square().mean().backward()
-    return [out.detach(), *(p.grad for p in net.parameters())]
-
-
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_fused_form_of_the_layers_computes_the_same(monkeypatch, name):
     """The formulas that the kernels compute, by PyTorch on the CPU; test_kernels.py compares the kernels themselves."""
-    net = build(NETWORKS[name])
+    net = build_shaken(NETWORKS[name])
     expected = pass_through(net)
     monkeypatch.setitem(sys.modules, "cm_core.networks.kernels", fused_formulas)
     monkeypatch.setattr(modes, "fuses", lambda x: True)

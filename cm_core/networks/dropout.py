@@ -48,11 +48,8 @@ def of_these_rows(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     first = _first_row.get()
 
     def of_rows(*args: Any) -> Tensor:
-        token = _first_row.set(first)
-        try:
+        with rows_from(first - _first_row.get()):
             return function(*args)
-        finally:
-            _first_row.reset(token)
 
     return of_rows
 

@@ -55,7 +55,7 @@ class Trainer:
             state.window.append(self.step())
             on_step()
             if state.step % train.log_every == 0 or state.step == train.num_steps:
-                metrics = _summarise(state.window) | _scale_metrics(state.loss_scale)
+                metrics = _summarise(state.window, state.loss_scale)
                 state.window.clear()
                 yield metrics
             elif stop_requested():
@@ -131,17 +131,17 @@ def _finite_losses(window: list[LoggedStep]) -> Tensor:
     return losses
 
 
-def _summarise(window: list[LoggedStep]) -> dict[str, float]:
+def _summarise(window: list[LoggedStep], scale: LossScale | None) -> dict[str, float]:
     losses, last = _finite_losses(window), window[-1]
     norms = torch.stack([logged.grad_norm for logged in window])
-    norms = norms[norms.isfinite()]  # skipped steps have non-finite norms
+    scaling = {}
+    if scale is not None:
+        norms = norms[norms.isfinite()]  # skipped steps have none, and are counted
+        scaling = {"loss_scale": scale.scale.item(), "skipped_steps": scale.skipped.item()}
     return {
         "step": last.step + 1,
         "loss": losses.mean().item(),
         **({"grad_norm": norms.mean().item()} if len(norms) else {}),
         **{name: float(value) for name, value in last.loss.scalars.items()},
+        **scaling,
     }
-
-
-def _scale_metrics(scale: LossScale | None) -> dict[str, float]:
-    return {} if scale is None else {"loss_scale": scale.scale.item(), "skipped_steps": scale.skipped.item()}

@@ -7,7 +7,7 @@ import torch
 
 from cm_core.training.config import Train
 from cm_core.training.passes import compose, compose_passes
-from small_networks import small_networks
+from small_networks import build_shaken, pass_through, small_networks
 from tiny_training import METHODS, Training
 
 NETWORKS = small_networks(channels_per_head=8, fourier_scale=16)
@@ -32,22 +32,7 @@ def test_every_method_takes_the_plain_steps_whatever_saves_memory(name, saving):
 
 
 def build(name):
-    net = NETWORKS[name].model_copy(update={"dropout": 0.3}).build((1, 8, 8), num_classes=4)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in net.parameters():  # residual branches start near zero, where nothing would show
-            p.copy_(0.2 * torch.randn(p.shape, generator=generator))
-    return net
-
-
-def pass_through(net, network_pass, batch=6):
-    """Return the output and the gradients of one pass."""
-    generator = torch.Generator().manual_seed(1)
-    x, noise_labels = torch.randn(batch, 1, 8, 8, generator=generator), torch.rand(batch, generator=generator)
-    net.zero_grad()
-    out = network_pass(x, noise_labels, torch.arange(batch) % 4)
-    out.square().mean().backward()
-    return [out.detach(), *(p.grad for p in net.parameters())]
+    return build_shaken(NETWORKS[name].model_copy(update={"dropout": 0.3}))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
