@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         reference = Reference.of(features)
     with timed("features"):
         found = extract(generated)
-    params = MetricParams().adapted_to(args.images)
+    params = MetricParams().adapted_to(args.images, reference)
     for part, measure in PARTS.items():
         with timed(part):
             measure(found, reference, params)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import told
-from cm_core.methods.base import Method
+from cm_core.methods.base import Batch, Method, Models, StepContext
 from cm_core.methods.ect import ECT
 from cm_core.methods.ict import ICT
 from cm_core.model import load_model
@@ -26,7 +26,6 @@ from cm_core.networks import modes
 from cm_core.precision import autocast_dtype, set_float32_products
 from cm_core.precond import Precond
 from cm_core.tensors import from_pixels
-from cm_core.types import Batch, Models, StepContext
 from flows.stages.models import pick_device, to_device
 
 PAIRS: dict[str, Method] = {

@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("recipe")
     parser.add_argument("folder", type=Path)
     parser.add_argument("stages", nargs="+")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
-    parser.add_argument("--from", action="append", default=[], metavar="STAGE=FOLDER", dest="elsewhere")
+    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--from", action="extend", nargs="+", default=[], metavar="STAGE=FOLDER", dest="elsewhere")
     parts = "parts of a U-Net that compute in float32, separated by commas; empty: none"
     parser.add_argument("--float32-parts", metavar="PARTS", help=parts)
     args = parser.parse_args(argv)

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import NOISE, hardware, network, parser, report, seconds, synchronise, told
-from cm_core.methods.base import Method
+from cm_core.methods.base import Method, Models
 from cm_core.methods.cd import CD
 from cm_core.methods.edm import EDM
 from cm_core.methods.ict import ICT
 from cm_core.model import ModelSpec, build_seeded
-from cm_core.networks.layers import compile_blocks
 from cm_core.networks.modes import plain_layers
 from cm_core.parallel.graphs import with_cuda_graphs
 from cm_core.precision import Precision, set_float32_products
@@ -34,10 +33,10 @@ from cm_core.precond import Precond
 from cm_core.training.batches import Batches
 from cm_core.training.config import Train
 from cm_core.training.cost import step_cost
-from cm_core.training.optimizers import Adam, RAdam
+from cm_core.training.optimizers import Optimizer
+from cm_core.training.passes import compile_blocks
 from cm_core.training.state import TrainState
 from cm_core.training.trainer import Trainer
-from cm_core.types import Models
 from flows.stages.models import pick_device, to_device
 
 METHODS: dict[str, Method] = {"ict": ICT(), "edm": EDM(), "cd": CD()}  # ict: four forward passes, as CT and ECT
@@ -52,7 +51,9 @@ class Step:
         shape = (3, args.size, args.size)
         precision = "fp32" if variant == "fp32" else getattr(args, "precision", "bf16")
         set_float32_products(precision)
-        optimizer = Adam() if isinstance(method, EDM) else RAdam()
+        optimizer = (
+            Optimizer(kind="adam", learning_rate=1e-3) if isinstance(method, EDM) else Optimizer(learning_rate=4e-4)
+        )
         self.train = Train(batch_size=args.batch_size, precision=precision, optimizer=optimizer, flip=True)
         self.spec = ModelSpec(form=method.form, network=network(args), noise=NOISE, image_shape=shape)
         student = self._model(variant, device)
@@ -185,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments.add_argument("--steps", type=int, default=10, help="steps that are timed, after three that are not")
     args = arguments.parse_args(argv)
     device, facts = pick_device(), hardware()
-    torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
+    set_float32_products("fp32")
     facts |= {f"relative error of {form}": round(error, 7) for form, error in check(args, device).items()}
     peak = facts["matmul_tflops"] and facts["matmul_tflops"] * 1e12
     rows: list[dict[str, Any]] = []

@@ -27,11 +27,10 @@ def ct_target_decay(num_scales: int, *, s0: int, mu0: float, per_interval: bool)
 def ict_num_scales(step: int, *, num_steps: int, s0: int, s1: int) -> int:
     """Grid points N(k): s0 intervals, doubled at equal pace up to s1, plus one (iCT, section 3.4).
 
-    Integer arithmetic replaces the paper's floor(K / levels), which is zero for a run shorter than its levels.
+    One division replaces the paper's floor(k / floor(K / levels)), undefined for a run shorter than its levels.
     """
-    levels = int(math.log2(s1 // s0)) + 1
-    doublings = min(step * levels // num_steps, levels - 1)
-    return min(s0 * 2**doublings, s1) + 1
+    levels = math.log2(s1 // s0) + 1
+    return min(s0 * 2 ** int(step * levels / num_steps), s1) + 1
 
 
 def ect_stage(step: int, *, num_steps: int, num_stages: int) -> int:
@@ -59,6 +58,19 @@ def pd_halving(step: int, *, num_steps: int, start_steps: int, end_steps: int) -
     ends = [num_steps * share // shares[-1] for share in shares]
     index = min(bisect_right(ends, step), len(ends) - 1)
     return Halving(intervals[index], ends[index - 1] if index else 0, ends[index])
+
+
+def learning_rate_decay(schedule: str, step: int, *, num_steps: int, start: int) -> float:
+    """Factor that is 1 up to the step `start`, then falls as `schedule` says.
+
+    `linear` and `cosine` reach 0 after the last step; `inverse_sqrt` is sqrt(start / step) (EDM2, eq. 67; sCM; ECT).
+    """
+    if schedule == "constant" or step <= start:
+        return 1.0
+    if schedule == "inverse_sqrt":
+        return math.sqrt(start / step)
+    progress = (step - start) / (num_steps - start)
+    return 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
 
 
 def linear_ramp(step: int, *, ramp_steps: int) -> float:

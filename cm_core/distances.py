@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from cm_core.params import Params
@@ -16,36 +16,20 @@ from cm_core.params import Params
 Distance = Callable[[Tensor, Tensor], Tensor]
 
 
-class L1(Params):
-    """Mean absolute difference over the sample (CM, section 5: l1, as the code computes it)."""
+class Pixelwise(Params):
+    """Mean over the sample of absolute or squared differences (CM, section 5, as the code computes l1 and l2)."""
 
-    model_config = ConfigDict(title="l1")
-
-    kind: Literal["l1"] = "l1"
-    """Name of the distance."""
+    kind: Literal["l2", "l1"] = "l2"
+    """Name of the distance: l1 absolute, l2 squared differences."""
 
     def build(self, image_shape: tuple[int, ...]) -> Distance:
         """Return the function; any image shape."""
-        return lambda a, b: (a - b).abs().flatten(1).mean(1)
-
-
-class L2(Params):
-    """Mean squared difference over the sample (CM, section 5: squared l2, as the code computes it)."""
-
-    model_config = ConfigDict(title="l2")
-
-    kind: Literal["l2"] = "l2"
-    """Name of the distance."""
-
-    def build(self, image_shape: tuple[int, ...]) -> Distance:
-        """Return the function; any image shape."""
-        return lambda a, b: (a - b).square().flatten(1).mean(1)
+        size = Tensor.abs if self.kind == "l1" else Tensor.square
+        return lambda a, b: size(a - b).flatten(1).mean(1)
 
 
 class PseudoHuber(Params):
     """sqrt(|a - b|^2 + c^2) - c with the norm over the whole sample (iCT, eq. 7), never element-wise."""
-
-    model_config = ConfigDict(title="pseudo_huber")
 
     kind: Literal["pseudo_huber"] = "pseudo_huber"
     """Name of the distance."""
@@ -60,8 +44,6 @@ class PseudoHuber(Params):
 
 class Lpips(Params):
     """Learned perceptual distance on VGG16 features (CM, section 5); weights from a download or a path."""
-
-    model_config = ConfigDict(title="lpips")
 
     kind: Literal["lpips"] = "lpips"
     """Name of the distance."""
@@ -80,7 +62,7 @@ class Lpips(Params):
         return LpipsDistance(pooling=self.pooling, resize_below=self.resize_below, vgg16=vgg16)
 
 
-AnyDistance = L1 | L2 | PseudoHuber | Lpips
+AnyDistance = Pixelwise | PseudoHuber | Lpips
 
 
 def pseudo_huber(a: Tensor, b: Tensor, *, c: float) -> Tensor:

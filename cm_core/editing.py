@@ -16,7 +16,6 @@ from cm_core.noise import Noise
 from cm_core.sampling import check_levels
 from cm_core.solvers import Denoiser
 
-NOT_CONSISTENT = ("denoiser", "euler")  # model forms that are not consistency functions
 LUMINANCE = (0.2989, 0.5870, 0.1140)  # of red, green, blue (CM, App. D)
 STROKE_SIGMAS = (5.38, 2.24)  # (CM, App. D, after SDEdit, 2108.01073)
 

@@ -6,21 +6,27 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from cm_core.checkpoint import load_tensors, save_tensors
 from cm_core.networks import Network
 from cm_core.noise import Noise
 from cm_core.params import Params
-from cm_core.precond import Precond
-from cm_core.tensor_files import load_tensors, save_tensors
+from cm_core.precond import AverageVelocity, Precond
+from cm_core.randomness import seeded
 
 SPEC_FILE, WEIGHTS_FILE = "model.json", "ema.safetensors"
+
+
+Form = Literal["denoiser", "skip", "unshifted", "piecewise", "euler", "average_velocity", "generator"]
 
 
 class ModelSpec(Params):
     """A network, its preconditioning, and its images; stored beside the weights as model.json."""
 
-    form: Literal["denoiser", "skip", "unshifted", "piecewise", "euler"]
+    form: Form
     """denoiser: EDM's scalings; skip, piecewise: a consistency function, its boundary at sigma_min (CM, eq. 5, 4);
-    unshifted: one with EDM's scalings, its boundary at 0 (ECT, sCM); euler: a denoiser for few Euler steps (PD)."""
+    unshifted: one with EDM's scalings, its boundary at 0 (ECT, sCM); euler: a denoiser for few Euler steps (PD);
+    average_velocity: a flow map between two times, by a network of both, without scalings (MeanFlow); generator: maps
+    noise of one level to images (DMD2)."""
     network: Network
     """The raw network's hyperparameters."""
     noise: Noise
@@ -35,6 +41,18 @@ class ModelSpec(Params):
     """Factor on ln(sigma) / 4 before the noise embedding; 1000 for networks in OpenAI's convention."""
     euler_steps: int = Field(1, ge=1)
     """Steps that a model of form euler was distilled to; it samples with exactly that many."""
+    generator_sigma: float | None = Field(None, gt=0)
+    """The only noise level of a model of form generator; empty: noise.sigma_max."""
+
+    @property
+    def is_consistency_function(self) -> bool:
+        """Whether f maps every point of a trajectory to its end: what editing and levels of one's choice need."""
+        return self.form in ("skip", "unshifted", "piecewise")
+
+    @property
+    def fixed_steps(self) -> int | None:
+        """The network calls for which a student was trained, if it samples with no other number."""
+        return {"euler": self.euler_steps, "generator": 1}.get(self.form)
 
     @property
     def boundary(self) -> float:
@@ -43,8 +61,9 @@ class ModelSpec(Params):
 
     def build(self, *, autocast: torch.dtype | None = None) -> Precond:
         """Return the model with fresh weights from the global generator."""
-        net = self.network.build(self.image_shape, self.num_classes, augment_dim=self.augment_dim)
-        return Precond(
+        two_times = {"two_times": True} if self.form == "average_velocity" else {}
+        net = self.network.build(self.image_shape, self.num_classes, augment_dim=self.augment_dim, **two_times)
+        return (AverageVelocity if two_times else Precond)(
             net,
             sigma_min=self.boundary,
             sigma_data=self.noise.sigma_data,
@@ -55,10 +74,15 @@ class ModelSpec(Params):
         )
 
 
+def count_parameters(spec: ModelSpec) -> int:
+    """Return the number of a model's parameters, without their memory."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in spec.build().parameters())
+
+
 def build_seeded(spec: ModelSpec, seed: int, *, autocast: torch.dtype | None = None) -> Precond:
     """Build the model on the CPU with weights that depend on `seed` alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return spec.build(autocast=autocast)
 
 

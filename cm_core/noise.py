@@ -55,6 +55,17 @@ def karras_grid(num_scales: int, *, sigma_min: float, sigma_max: float, rho: flo
     return sigmas
 
 
+def warp(u: Tensor, noise: Noise) -> Tensor:
+    """Map 0..1 to sigma_min..sigma_max as the Karras grid does, [B]."""
+    low, high = noise.sigma_min ** (1 / noise.rho), noise.sigma_max ** (1 / noise.rho)
+    return ((low + u * (high - low)) ** noise.rho).clamp(noise.sigma_min, noise.sigma_max)
+
+
+def edm_weight(sigma: Tensor, sigma_data: float) -> Tensor:
+    """Return the weight of a denoiser's squared error at noise levels sigma, like sigma (EDM, Table 1)."""
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+
+
 def draw_lognormal(
     batch_size: int, *, p_mean: float, p_std: float, generator: torch.Generator, device: torch.device
 ) -> Tensor:

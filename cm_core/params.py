@@ -4,7 +4,7 @@ One class serves YAML, the Prefect form, MLflow's params and the object that run
 description (unit, range, source), so a field is documented where it is defined.
 """
 
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -22,8 +22,15 @@ class Params(BaseModel):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> dict[str, Any]:
-        """Number the fields: without `position` a form on PostgreSQL sorts them by the length of their names."""
+        """Number the fields: without `position` a form on PostgreSQL sorts them by the length of their names.
+
+        A choice of a union bears the name of its kind, or of both, unless its config gives it a title. Choices of one
+        union must differ in their keys: by those alone Prefect's pages tell which one a value is.
+        """
         schema = handler(core_schema)
-        for position, field in enumerate(handler.resolve_ref_schema(schema).get("properties", {}).values()):
+        own = handler.resolve_ref_schema(schema)
+        for position, field in enumerate(own.get("properties", {}).values()):
             field["position"] = position
+        if "kind" in cls.model_fields and "title" not in cls.model_config:
+            own["title"] = " or ".join(get_args(cls.model_fields["kind"].annotation))
         return schema

@@ -17,6 +17,5 @@ def autocast_dtype(precision: Precision) -> torch.dtype | None:
 
 def set_float32_products(precision: Precision) -> None:
     """Let this process's float32 matrix products and convolutions use TF32 if `precision` says so, else IEEE."""
-    kind = "tf32" if precision == "tf32" else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = kind
-    torch.backends.cudnn.conv.fp32_precision = kind  # type: ignore[attr-defined]  # unknown to torch's types
+    # Not by `fp32_precision`, the newer names: PyTorch's compiler reads these, and refuses to where both were used.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"

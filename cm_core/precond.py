@@ -48,10 +48,13 @@ class Precond(nn.Module):
         self, x_in: Tensor, sigma: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
     ) -> Tensor:
         """Return the network's raw output for its own, scaled input, in that input's dtype."""
+        return self._run(x_in, self.noise_labels(sigma), labels, augment_labels)
+
+    def _run(self, x_in: Tensor, *conditions: Tensor | None) -> Tensor:
         # Only the body may run in half precision: scalings and combination stay in x's dtype.
         with torch.autocast(x_in.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             network_pass = self.network_pass or self.net
-            return network_pass(x_in, self.noise_labels(sigma), labels, augment_labels).to(x_in.dtype)
+            return network_pass(x_in, *conditions).to(x_in.dtype)
 
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return c_skip, c_out, c_in, each [B]."""
@@ -69,3 +72,37 @@ class Precond(nn.Module):
         """Return c_noise, the network's input for the noise level, [B]."""
         told = (sigma / self.sigma_data).atan() if self.c_noise == "angle" else sigma.log() / 4
         return self.noise_scale * told
+
+
+class AverageVelocity(Precond):
+    """The flow map of a network u(z, t, t - r), the mean velocity from t to r on z = (1 - t) x0 + t eps (MeanFlow).
+
+    No preconditioning: z_r = z_t - (t - r) u. In this package's terms sigma = t / (1 - t) and x = (1 + sigma) z, so
+    that f(x, sigma) -> x0_hat is the map to r = 0, which leaves x unchanged at sigma = 0.
+    """
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C, H, W]
+        sigma: Tensor,  # [B]
+        labels: Tensor | None = None,  # [B] int64, -1 for none
+        augment_labels: Tensor | None = None,  # [B, 9]
+        *,
+        to: Tensor | None = None,  # [B], the noise level of the result; None: 0
+    ) -> Tensor:
+        t = time_of(sigma)
+        span = t if to is None else t - time_of(to)
+        z = expand_like(1 - t, x) * x
+        z = z - expand_like(span, x) * self.velocity(z, t, span, labels, augment_labels)
+        return z if to is None else expand_like(1 + to, x) * z
+
+    def velocity(
+        self, z: Tensor, t: Tensor, span: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> Tensor:
+        """Return u(z, t, span), like z, for t and span = t - r in 0..1, [B]."""
+        return self._run(z, self.noise_scale * t, labels, augment_labels, self.noise_scale * span)
+
+
+def time_of(sigma: Tensor) -> Tensor:
+    """Return the time in 0..1 at which the straight path from data to noise has the noise-to-signal ratio sigma."""
+    return sigma / (1 + sigma)

@@ -1,6 +1,8 @@
 """Randomness from (seed, purpose, position): a resumed run draws what the uninterrupted run drew."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -14,3 +16,11 @@ def derive_seed(*parts: int | str) -> int:
 def make_generator(device: torch.device | str, *parts: int | str) -> torch.Generator:
     """Return a generator on `device`, seeded by `derive_seed(*parts)`."""
     return torch.Generator(device).manual_seed(derive_seed(*parts))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Let the global generator of the CPU, which initialises weights, begin at `seed`; restore it afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

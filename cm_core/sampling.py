@@ -1,4 +1,4 @@
-"""Sampling: the teacher's ODE and SDE samplers, one-step and multistep consistency sampling (CM, Algorithm 1).
+"""Sampling: the teacher's ODE and SDE samplers, consistency sampling (CM, Algorithm 1), steps of a flow map.
 
 Noise is a function of (seed, index, draw): image i depends neither on the batch size nor on the device.
 """
@@ -9,10 +9,10 @@ from functools import partial
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from cm_core.guidance import LabelledDenoiser, guided
+from cm_core.guidance import Interval, LabelledDenoiser, autoguided, guided
 from cm_core.noise import Noise
 from cm_core.params import Params
 from cm_core.philox import normals
@@ -70,6 +70,19 @@ def euler_steps(denoiser: Denoiser, noise: ImageNoise, sigmas: Sequence[float]) 
     return x.float().clamp(-1, 1)
 
 
+def flow_map_steps(flow_map: Callable[..., Tensor], noise: ImageNoise, sigmas: Sequence[float]) -> Tensor:
+    """Sample a flow map along its ODE from the first of decreasing `sigmas` to the next ones and 0, [B, C, H, W].
+
+    Nothing adds noise again (MeanFlow). Raises ValueError unless the levels decrease and stay above 0.
+    """
+    check_levels(sigmas, sigma_min=0.0)
+    x = sigmas[0] * noise.draw()
+    for t, r in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
+        t_, r_ = _levels(x, t, r)
+        x = flow_map(x, t_, to=r_)
+    return x.clamp(-1, 1)
+
+
 def check_levels(sigmas: Sequence[float], *, sigma_min: float) -> None:
     """Raise ValueError unless noise levels decrease and stay above sigma_min."""
     ordered = all(a > b for a, b in zip(sigmas, sigmas[1:], strict=False))
@@ -93,7 +106,21 @@ class TeacherSampler(Params):
     s_noise: float = Field(1.0, gt=0)
     """Standard deviation of the added noise relative to what the level asks for (EDM, Alg. 2)."""
     guidance: float = Field(1.0, ge=0)
-    """Weight of the label in classifier-free guidance, which doubles the network calls; 1: none (2207.12598)."""
+    """Weight of the label in classifier-free guidance, which doubles the network calls; 1: none (2207.12598).
+    With a weaker model, the weight of the difference between the two (autoguidance, 2406.02507)."""
+    guidance_interval: Interval | None = None
+    """Noise levels low < sigma <= high at which guidance acts; empty: all (2404.07724)."""
+
+    @model_validator(mode="after")
+    def _guides_somewhere(self) -> "TeacherSampler":
+        if self.guidance_interval is None:
+            return self
+        low, high = self.guidance_interval
+        if not 0 <= low < high:
+            raise ValueError(f"guidance_interval=[{low:g}, {high:g}] must be two noise levels, 0 <= low < high")
+        if self.guidance == 1:
+            raise ValueError(f"guidance_interval=[{low:g}, {high:g}] has no effect with guidance=1, which is none")
+        return self
 
     @property
     def nfe(self) -> int:
@@ -102,14 +129,22 @@ class TeacherSampler(Params):
         return calls if self.guidance == 1 else 2 * calls
 
     def sample(
-        self, denoiser: Denoiser | LabelledDenoiser, noise: ImageNoise, levels: Noise, labels: Tensor | None = None
+        self,
+        denoiser: Denoiser | LabelledDenoiser,
+        noise: ImageNoise,
+        levels: Noise,
+        labels: Tensor | None = None,
+        *,
+        weak: LabelledDenoiser | None = None,
     ) -> Tensor:
         """Return images, [B, C, H, W], from noise at sigma_max; the state is float64 (EDM, generate).
 
-        Raises ValueError if guidance lacks labels [B].
+        Raises ValueError if guidance lacks labels [B], or a weaker denoiser in their place.
         """
-        if labels is not None:
-            denoiser = partial(guided(denoiser, self.guidance), labels=labels)
+        if weak is not None:
+            denoiser = partial(autoguided(denoiser, weak, self.guidance, self.guidance_interval), labels=labels)
+        elif labels is not None:
+            denoiser = partial(guided(denoiser, self.guidance, self.guidance_interval), labels=labels)
         elif self.guidance != 1:
             raise ValueError(f"guidance={self.guidance} needs a model of labelled images")
         sigmas = [*levels.grid(self.num_steps).tolist(), 0.0]

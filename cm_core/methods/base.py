@@ -1,8 +1,10 @@
-"""Shared parts of the methods: their interface and the consistency loss between two points of a trajectory."""
+"""Shared parts of the methods: their interface, and the consistency loss between two points of a trajectory."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +13,48 @@ from cm_core.guidance import guided
 from cm_core.networks.modes import forward_mode_attention
 from cm_core.noise import Noise
 from cm_core.params import Params
+from cm_core.precond import Precond
 from cm_core.solvers import Denoiser
-from cm_core.types import Batch, Loss, Models, StepContext
+
+FEATURES = 128  # of LogWeight (EDM2)
+
+
+class Batch(NamedTuple):
+    """A training batch on the device."""
+
+    x0: Tensor  # [B, C, H, W] float32 in -1..1
+    labels: Tensor | None  # [B] int64, -1 for none; None for unconditional networks
+
+
+@dataclass(frozen=True)
+class Models:
+    """The networks of one training step. Gradients go to the student and the weighting, or to the critic's two."""
+
+    student: Precond
+    target: Precond  # the student itself if the method keeps no EMA
+    teacher: Precond | None = None
+    distance: Callable[[Tensor, Tensor], Tensor] | None = None
+    weighting: nn.Module | None = None  # sigma [B] -> log-weight [B], learned with the student
+    score: Precond | None = None  # the critic's denoiser, of the student's images
+    discriminator: Precond | None = None  # the critic's logits of noisy images
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """The position of a step in the training, and its randomness."""
+
+    step: int
+    num_steps: int
+    noise: Noise
+    generator: torch.Generator  # on the batch's device; draws times and noise
+
+
+class Loss(NamedTuple):
+    """Weighted losses and extra values to log."""
+
+    per_sample: Tensor  # [B]
+    sigma: Tensor  # [B], each sample's (larger) noise level
+    scalars: Mapping[str, float] = {}
 
 
 class Method(Params):
@@ -54,6 +96,22 @@ class Method(Params):
         return None
 
     @property
+    def cycle(self) -> int:
+        """Steps of a cycle, the first of which trains the student and the others a critic; 1: there is no critic."""
+        return 1
+
+    def trains_student_at(self, step: int) -> bool:
+        """Whether `step` trains the student, and not the critic."""
+        return step % self.cycle == 0
+
+    def check_network(self, net: nn.Module) -> None:
+        """Raise ValueError if the method cannot train this kind of network."""
+
+    def build_discriminator(self, teacher: Precond, image_shape: tuple[int, ...]) -> Precond | None:
+        """Return the critic's discriminator on a teacher's features; None if there is none."""
+        return None
+
+    @property
     def replaces_teacher(self) -> bool:
         """Whether the student replaces the teacher during training."""
         return False
@@ -69,6 +127,34 @@ class Method(Params):
     def euler_steps_at(self, step: int, num_steps: int) -> int:
         """Return the number of Euler steps of a student of form euler after `step` training steps."""
         return 1
+
+
+class LogWeight(nn.Module):
+    """A learned weight of noise levels: random Fourier features of ln(sigma) / 4 and a linear layer (EDM2, 2312.02696).
+
+    exp(w) * error - w is minimal where exp(-w) is the mean error of the level, so all levels get equal weight.
+    `gain` scales the features, and with them how far a step of the optimiser moves w.
+    """
+
+    frequencies: Tensor
+    phases: Tensor
+
+    def __init__(self, gain: float = math.sqrt(2)) -> None:
+        super().__init__()
+        self.gain = gain
+        self.register_buffer("frequencies", 2 * math.pi * torch.randn(FEATURES))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(FEATURES))
+        self.linear = nn.Linear(FEATURES, 1, bias=False)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, sigma: Tensor) -> Tensor:  # [B] -> [B]
+        features = self.gain * torch.cos(sigma.log()[:, None] / 4 * self.frequencies + self.phases)
+        return self.linear(features).squeeze(1)
+
+
+def weighted(error: Tensor, log_weight: Tensor) -> Tensor:
+    """Return errors [B] under a learned log-weight [B] (EDM2, eq. 21; sCM, eq. 11)."""
+    return log_weight.exp() * error - log_weight
 
 
 @functools.lru_cache(maxsize=8)

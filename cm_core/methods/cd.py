@@ -6,19 +6,27 @@ Differs from the paper: nothing. The weight lambda is 1, and l1 and l2 are means
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from cm_core.distances import L2, AnyDistance
-from cm_core.methods.base import Method, consistency_distance, draw_eps, grid_on, teacher_of
+from cm_core.distances import AnyDistance, Pixelwise
+from cm_core.methods.base import (
+    Batch,
+    Loss,
+    Method,
+    Models,
+    StepContext,
+    consistency_distance,
+    draw_eps,
+    grid_on,
+    teacher_of,
+)
 from cm_core.noise import add_noise
 from cm_core.solvers import STEPS
-from cm_core.types import Batch, Loss, Models, StepContext
 
 
 class CD(Method):
     """Make f agree along the teacher's trajectories: one solver step from t to r, f(x_t, t) pulled to f(x_r, r)."""
 
-    model_config = ConfigDict(title="cd")
     starts_from: ClassVar[Literal["teacher", "random"]] = "teacher"
 
     kind: Literal["cd"] = "cd"
@@ -29,7 +37,7 @@ class CD(Method):
     """The teacher's step from t to r (CM, section 6.1)."""
     guidance: float = Field(1.0, ge=0)
     """Weight of the label in the teacher's classifier-free guidance, distilled with it; 1: none (2207.12598)."""
-    distance: AnyDistance = L2()
+    distance: AnyDistance = Pixelwise()
     """How f(x_t, t) and its target are compared (CM, section 6.1: LPIPS is best where it applies)."""
     target_decay: float = Field(0.0, ge=0, lt=1)
     """Decay mu of the target's EMA; 0: the student's current weights (CM, Table 3)."""

@@ -7,20 +7,18 @@ code: l2 is the squared norm, as printed, not its root; like l1 it is a mean ove
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from cm_core.distances import L1, L2, AnyDistance, Distance
-from cm_core.methods.base import Method, derivative, draw_eps, teacher_of
-from cm_core.noise import Noise, add_noise
+from cm_core.distances import AnyDistance, Distance, Pixelwise
+from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, derivative, draw_eps, teacher_of
+from cm_core.noise import add_noise, warp
 from cm_core.solvers import slope
-from cm_core.types import Batch, Loss, Models, StepContext
 
 
 class CMInf(Method):
     """Make df/dsigma vanish along trajectories directly, or along the limit of the discrete gradient."""
 
-    model_config = ConfigDict(title="cm_inf")
     starts_from: ClassVar[Literal["teacher", "random"]] = "teacher"
     forward_mode: ClassVar[bool] = True
 
@@ -32,7 +30,7 @@ class CMInf(Method):
     """Weight of the label in the teacher's classifier-free guidance, distilled with it; 1: none (2207.12598)."""
     stop_gradient: bool = True
     """Stop the gradient at the target, as the discrete losses do, or let it flow through df/dsigma (CM, App. B)."""
-    distance: AnyDistance = L2()
+    distance: AnyDistance = Pixelwise()
     """The metric whose Hessian weighs df/dsigma: l1 and l2 without stop_gradient, all but l1 with it (CM, App. B)."""
     form: Literal["skip", "piecewise"] = "skip"
     """How the boundary f(x, sigma_min) = x is built in (CM, eq. 5 or eq. 4)."""
@@ -72,7 +70,7 @@ class CMInf(Method):
         with torch.set_grad_enabled(not self.stop_gradient):
             x0_hat, v = derivative(f, (x_t, t), (dx, torch.ones_like(t)))
         if not self.stop_gradient:
-            return Loss((v.abs() if isinstance(self.distance, L1) else v.square()).flatten(1).mean(1), t)
+            return Loss((v.abs() if self.distance.kind == "l1" else v.square()).flatten(1).mean(1), t)
         assert models.distance is not None, "the caller builds method.distance"
         pull = hessian_product(models.distance, x0_hat, v)
         return Loss((f(x_t, t) * pull).flatten(1).sum(1), t)
@@ -82,12 +80,6 @@ class CMInf(Method):
         noise, generator = context.noise, context.generator
         u = torch.rand(batch_size, generator=generator, device=generator.device)
         return warp(u, noise)
-
-
-def warp(u: Tensor, noise: Noise) -> Tensor:
-    """Map 0..1 to sigma_min..sigma_max as the Karras grid does, [B]."""
-    low, high = noise.sigma_min ** (1 / noise.rho), noise.sigma_max ** (1 / noise.rho)
-    return ((low + u * (high - low)) ** noise.rho).clamp(noise.sigma_min, noise.sigma_max)
 
 
 def hessian_product(distance: Distance, at: Tensor, v: Tensor) -> Tensor:

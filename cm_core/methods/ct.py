@@ -6,19 +6,16 @@ Differs from the paper: mu(k) divides by N(k) - 1, as the released code; `mu_per
 from typing import Literal
 
 import torch
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from cm_core.curricula import ct_num_scales, ct_target_decay
-from cm_core.distances import L2, AnyDistance
-from cm_core.methods.base import Method, consistency_distance, draw_eps, grid_on
+from cm_core.distances import AnyDistance, Pixelwise
+from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, consistency_distance, draw_eps, grid_on
 from cm_core.noise import add_noise
-from cm_core.types import Batch, Loss, Models, StepContext
 
 
 class CT(Method):
     """Make f agree along straight noise paths, without a teacher: the same eps at t and at r."""
-
-    model_config = ConfigDict(title="ct")
 
     kind: Literal["ct"] = "ct"
     """Name of the method."""
@@ -34,7 +31,7 @@ class CT(Method):
     """Target decay mu at every step; empty: mu(k), which follows N(k) (CM, Figure 3d)."""
     mu_per_interval: bool = True
     """Divide mu's exponent by N - 1 intervals (released code) or by N points (paper)."""
-    distance: AnyDistance = L2()
+    distance: AnyDistance = Pixelwise()
     """How f(x_t, t) and its target are compared (CM, section 6.1: LPIPS is best where it applies)."""
     form: Literal["skip", "piecewise"] = "skip"
     """How the boundary f(x, sigma_min) = x is built in (CM, eq. 5 or eq. 4)."""

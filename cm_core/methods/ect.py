@@ -7,22 +7,20 @@ keeps a tiny c, so that equal images have a gradient; the same preconditioning t
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from cm_core.curricula import ect_stage
 from cm_core.distances import AnyDistance, PseudoHuber
-from cm_core.methods.base import Method, draw_eps, teacher_of
-from cm_core.noise import add_noise, draw_lognormal
+from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, draw_eps, teacher_of
+from cm_core.noise import add_noise, draw_lognormal, edm_weight
 from cm_core.solvers import STEPS
 from cm_core.tensors import expand_like
-from cm_core.types import Batch, Loss, Models, StepContext
 
 
 class ECT(Method):
     """Tune a denoiser into a consistency function: pairs (t, r) start as denoising and close up in stages."""
 
-    model_config = ConfigDict(title="ect")
     starts_from: ClassVar[Literal["teacher", "random"]] = "teacher"
     form: ClassVar[str] = "unshifted"
 
@@ -65,7 +63,7 @@ class ECT(Method):
         x0_hat = models.student(x_t, t, batch.labels)
         with torch.no_grad():
             x_r = self._earlier(models, batch, x_t, t, r) if self.needs_teacher else add_noise(x0, eps, r)
-            asked = r.clamp(min=context.noise.sigma_min)  # at 0 the network is undefined, and not needed
+            asked = torch.where(r > 0, r, t)  # at 0 the network is undefined, and not needed
             target = torch.where(expand_like(r > 0, x0), models.target(x_r, asked, batch.labels), x_r)
         assert models.distance is not None, "the caller builds method.distance"
         scalars = {"stage": stage, "gap": self.q ** -(stage + 1)}
@@ -80,7 +78,7 @@ class ECT(Method):
         """Return w(t, r), [B]."""
         if self.weighting == "inverse_gap":
             return 1 / (t - r)
-        return (t**2 + sigma_data**2) / (t * sigma_data) ** 2
+        return edm_weight(t, sigma_data)
 
     def _earlier(self, models: Models, batch: Batch, x_t: Tensor, t: Tensor, r: Tensor) -> Tensor:
         teacher = teacher_of(models, batch, self.guidance)

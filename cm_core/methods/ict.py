@@ -1,24 +1,21 @@
 """Improved consistency training (Song and Dhariwal 2023, arXiv 2310.14189).
 
-Differs from the paper: N(k) doubles by integer arithmetic, so that runs shorter than the levels have them all.
+Differs from the paper: N(k) doubles by one division, so that runs shorter than its levels have them, too.
 """
 
 from typing import Literal
 
 import torch
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from cm_core.curricula import ict_num_scales
 from cm_core.distances import AnyDistance, PseudoHuber
-from cm_core.methods.base import Method, consistency_distance, draw_eps, grid_on
+from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, consistency_distance, draw_eps, grid_on
 from cm_core.noise import add_noise, lognormal_pair_probabilities
-from cm_core.types import Batch, Loss, Models, StepContext
 
 
 class ICT(Method):
     """Consistency training with a pseudo-Huber distance, lognormal pairs, doubling grids and no target EMA."""
-
-    model_config = ConfigDict(title="ict")
 
     kind: Literal["ict"] = "ict"
     """Name of the method."""

@@ -6,22 +6,20 @@ Differs from the paper: EDM's denoiser and grid in place of a cosine schedule, a
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from cm_core.curricula import Halving, pd_halving
-from cm_core.distances import L2, AnyDistance
-from cm_core.methods.base import Method, draw_eps, grid_on, teacher_of
+from cm_core.distances import AnyDistance, Pixelwise
+from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, draw_eps, grid_on, teacher_of
 from cm_core.noise import add_noise
 from cm_core.solvers import Denoiser, euler_step
 from cm_core.tensors import expand_like
-from cm_core.types import Batch, Loss, Models, StepContext
 
 
 class PD(Method):
     """Halve the steps repeatedly: one Euler step of the student lands where two of the teacher land."""
 
-    model_config = ConfigDict(title="pd")
     starts_from: ClassVar[Literal["teacher", "random"]] = "teacher"
     form: ClassVar[str] = "euler"
 
@@ -31,7 +29,7 @@ class PD(Method):
     """Steps of the first student; its teacher takes twice as many (CM, App. C: 4096)."""
     end_steps: int = Field(1, ge=1)
     """Steps of the last student, with which images are made; start_steps is this times a power of two."""
-    distance: AnyDistance = L2()
+    distance: AnyDistance = Pixelwise()
     """How the student's estimate and the teacher's are compared (CM, Table 1: squared l2, or LPIPS)."""
     guidance: float = Field(1.0, ge=0)
     """Weight of the label in the teacher's classifier-free guidance, distilled with it; 1: none (2207.12598)."""

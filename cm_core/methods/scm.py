@@ -8,20 +8,28 @@ Differs from the paper: nothing. As d/d(ln sigma) = cos sin d/d(angle), its rear
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
-from cm_core.log_weight import LogWeight
-from cm_core.methods.base import Method, derivative, draw_eps, teacher_of
+from cm_core.methods.base import (
+    Batch,
+    LogWeight,
+    Loss,
+    Method,
+    Models,
+    StepContext,
+    derivative,
+    draw_eps,
+    teacher_of,
+    weighted,
+)
 from cm_core.noise import add_noise, draw_lognormal
 from cm_core.tensors import expand_like
-from cm_core.types import Batch, Loss, Models, StepContext
 
 
 class SCM(Method):
     """Pull f along its own derivative on the trajectory until that vanishes, without a grid."""
 
-    model_config = ConfigDict(title="scm")
     starts_from: ClassVar[Literal["teacher", "random"]] = "teacher"
     form: ClassVar[str] = "unshifted"
     forward_mode: ClassVar[bool] = True
@@ -66,7 +74,7 @@ class SCM(Method):
         f = -models.student.raw(x_in, sigma, batch.labels)
         error = (f - f_minus - g).square().flatten(1).mean(1)
         log_weight = models.weighting(sigma) if models.weighting is not None else torch.zeros_like(sigma)
-        return Loss(log_weight.exp() * error - log_weight, sigma, {"tangent_share": share})
+        return Loss(weighted(error, log_weight), sigma, {"tangent_share": share})
 
     def tangent_at(
         self, models: Models, batch: Batch, context: StepContext, sigma: Tensor, share: float

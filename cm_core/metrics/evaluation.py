@@ -4,9 +4,9 @@ FID: Heusel et al. 2017; IS: Salimans et al. 2016; KID: Binkowski et al. 2018; p
 et al. 2019. Reference features are extracted once and compared with every set of generated images.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,11 @@ from torch import Tensor, nn
 
 from cm_core.metrics.features import ImageFeatures, extract_features, register_extractors
 from cm_core.params import Params
+from cm_core.randomness import make_generator
+
+MOST_KEPT = 50_000  # reference images whose features are kept, for KID, precision and recall: 400 MB for Inception
+NEEDED_FEATURES = "features of single reference images, which published statistics do not have"
+SUBSET_SEED = 0  # of the subsets of precision and recall; torch-fidelity has its own for KID and the Inception score
 
 
 class MetricParams(Params):
@@ -32,11 +37,17 @@ class MetricParams(Params):
     """Images per subset of KID; at most a quarter of the smaller set."""
     prc_neighbourhood: int = Field(3, ge=1)
     """Precision and recall: the k-th nearest neighbour sets the radius of a sample's ball."""
-    prc_images: int = Field(10_000, ge=4)
-    """Precision and recall: images of each set, spread evenly over it; time and memory grow with the square."""
+    prc_images: int = Field(10_000, ge=4, le=MOST_KEPT)
+    """Precision and recall: images of each set, drawn at random; time and memory grow with the square."""
 
-    def adapted_to(self, num_images: int) -> "MetricParams":
-        """Shrink parts and subsets to fit `num_images`; raise ValueError if a metric needs more images."""
+    @property
+    def needs_features(self) -> bool:
+        """Whether a metric compares single images of the reference."""
+        return bool({"kid", "precision_recall"} & set(self.beside_fid))
+
+    def adapted_to(self, num_images: int, reference: "Reference") -> "MetricParams":
+        """Shrink parts and subsets to fit both sets; raise ValueError if a metric needs more images."""
+        num_images = min(num_images, num_images if reference.features is None else len(reference.features))
         needed = self.prc_neighbourhood + 1
         if num_images < needed:
             raise ValueError(
@@ -47,17 +58,56 @@ class MetricParams(Params):
         return self.model_copy(update={"isc_splits": splits, "kid_subset_size": subset})
 
 
+class Moments:
+    """Mean and covariance of rows that come in batches, float64; batches are merged around their means (Chan 1979)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self._squares = torch.zeros(())  # the latter around the mean
+
+    def add(self, rows: Tensor) -> None:
+        """Take in rows [B, D], on any device."""
+        rows = rows.double()
+        mean, total = rows.mean(0), self.count + len(rows)
+        centred, gap = rows - mean, mean - self.mean.to(rows)
+        between = torch.outer(gap, gap) * (self.count * len(rows) / total)
+        self._squares = self._squares.to(rows) + centred.T @ centred + between
+        self.mean = self.mean.to(rows) + gap * (len(rows) / total)
+        self.count = total
+
+    def statistics(self) -> "Statistics":
+        """Return what a Fréchet distance compares; the covariance is the unbiased estimate."""
+        return Statistics(self.mean.cpu().numpy(), (self._squares / (self.count - 1)).cpu().numpy())
+
+
+class Statistics(NamedTuple):
+    """The Gaussian of a set of features."""
+
+    mu: np.ndarray  # float64 [D]
+    sigma: np.ndarray  # float64 [D, D]
+
+
 @dataclass(frozen=True)
 class Reference:
-    """Features of the real reference images, and their mean and covariance."""
+    """The reference that generated images are compared with."""
 
-    features: Tensor  # float32 [M, D]
-    statistics: dict[str, Any]
+    statistics: Statistics
+    features: Tensor | None = None  # float32 [M, D] of at most MOST_KEPT images, drawn at random; None: not known
 
     @classmethod
     def of(cls, features: Tensor) -> "Reference":
-        """Compute the statistics once: it takes seconds for 50,000 x 2048 features."""
-        return cls(features, _statistics(features))
+        """Return the reference of features [N, D]."""
+        return cls.collect([features], len(features))
+
+    @classmethod
+    def collect(cls, batches: Iterable[Tensor], num_images: int) -> "Reference":
+        """Return the reference of batches of features [B, D]; memory does not grow with the number of images."""
+        moments, kept, chosen = Moments(), [], random_rows(num_images, MOST_KEPT)
+        for batch in batches:
+            rows = chosen - moments.count
+            kept.append(batch[rows[(rows >= 0) & (rows < len(batch))].to(batch.device)].float().cpu())
+            moments.add(batch)
+        return cls(moments.statistics(), torch.cat(kept))
 
 
 def evaluate_images(
@@ -74,35 +124,38 @@ def evaluate_images(
 
     Raises ValueError for too few images.
     """
-    params = params.adapted_to(min(len(generated), len(reference.features)))
+    params = params.adapted_to(len(generated), reference)
     found = extract_features(generated, extractor, batch_size=batch_size, device=device, on_batch=on_batch)
     return compare(found, reference, params)
 
 
 def compare(generated: ImageFeatures, reference: Reference, params: MetricParams) -> dict[str, float]:
-    """Compute the metrics from features; `params` already fit the number of images."""
+    """Compute the metrics from features; `params` already fit the number of images.
+
+    Raises ValueError if a metric needs features of a reference that has statistics alone.
+    """
     metrics = {"fid": frechet_distance(generated.features, reference)}
     if "is" in params.beside_fid and generated.logits is not None:
         metrics |= _inception_score(generated.logits, params)
-    if "kid" in params.beside_fid:
-        metrics |= _kernel_distance(generated.features, reference.features, params)
-    if "precision_recall" in params.beside_fid:
-        metrics |= _precision_recall(generated.features, reference.features, params)
+    if params.needs_features:
+        if reference.features is None:
+            raise ValueError(f"kid and precision_recall need {NEEDED_FEATURES}")
+        if "kid" in params.beside_fid:
+            metrics |= _kernel_distance(generated.features, reference.features, params)
+        if "precision_recall" in params.beside_fid:
+            metrics |= _precision_recall(generated.features, reference.features, params)
     return metrics
 
 
 def frechet_distance(features: Tensor, reference: Reference) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 sqrt(C1 C2)) of the two Gaussians with these moments."""
+    register_extractors()  # torch_fidelity imports torchvision
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-    return fid_statistics_to_metric(_statistics(features), reference.statistics, verbose=False)[KEY_METRIC_FID]
-
-
-def _statistics(features: Tensor) -> dict[str, Any]:
-    register_extractors()  # torch_fidelity imports torchvision
-    from torch_fidelity.metric_fid import fid_features_to_statistics
-
-    return fid_features_to_statistics(features.double())  # float32 sums over 50,000 images lose digits
+    moments = Moments()
+    moments.add(features)
+    pair = (moments.statistics()._asdict(), reference.statistics._asdict())
+    return fid_statistics_to_metric(*pair, verbose=False)[KEY_METRIC_FID]
 
 
 def _kernel_distance(generated: Tensor, reference: Tensor, params: MetricParams) -> dict[str, float]:
@@ -119,8 +172,8 @@ def _precision_recall(generated: Tensor, reference: Tensor, params: MetricParams
 
     # torch-fidelity's order: generated first. Releases before 0.4 had the reverse.
     found = prc_features_to_metric(
-        spread(generated, params.prc_images),
-        spread(reference, params.prc_images),
+        generated[random_rows(len(generated), params.prc_images)],
+        reference[random_rows(len(reference), params.prc_images)],
         prc_neighborhood=params.prc_neighbourhood,
         save_cpu_ram=True,  # distances in chunks
         verbose=False,
@@ -128,11 +181,10 @@ def _precision_recall(generated: Tensor, reference: Tensor, params: MetricParams
     return {"precision": found["precision"], "recall": found["recall"]}
 
 
-def spread(features: Tensor, count: int) -> Tensor:
-    """Return at most `count` rows, evenly spaced: a data set may be sorted by class."""
-    if len(features) <= count:
-        return features
-    return features[torch.arange(count) * len(features) // count]
+def random_rows(num_rows: int, count: int) -> Tensor:
+    """Return at most `count` of `num_rows` indices, increasing: a seeded random draw, as images may be sorted."""
+    order = torch.randperm(num_rows, generator=make_generator("cpu", SUBSET_SEED, "subset"))
+    return order[:count].sort().values
 
 
 def _inception_score(logits: Tensor, params: MetricParams) -> dict[str, float]:

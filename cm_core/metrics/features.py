@@ -14,11 +14,11 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from cm_core.params import Params
-from cm_core.randomness import derive_seed, make_generator
+from cm_core.randomness import derive_seed, make_generator, seeded
 from cm_core.tensors import from_pixels
 
 
@@ -42,10 +42,11 @@ NETWORKS = {
 }
 
 
+DINO_SIDE = 224  # pixels, of published FD-DINOv2
+
+
 class ClassifierFeatures(Params):
     """A small network trained on the data set's labels: any images, no download."""
-
-    model_config = ConfigDict(title="classifier")
 
     kind: Literal["classifier"] = "classifier"
     """Name of the feature network."""
@@ -129,8 +130,7 @@ def train_classifier(
 
 
 def _initialised(image_shape: tuple[int, int, int], num_classes: int, width: int, seed: int) -> Classifier:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "classifier", "weights"))
+    with seeded(derive_seed(seed, "classifier", "weights")):
         return Classifier(image_shape, num_classes=num_classes, width=width)
 
 
@@ -235,7 +235,10 @@ class _ClassifierReader(nn.Module):
 
 
 class _DinoReader(nn.Module):
-    """uint8 [B, 3, H, W] -> class token; resized and normalised like torch-fidelity's extractor."""
+    """uint8 [B, 3, H, W] -> class token; resized and normalised as for published FD-DINOv2 (2306.04675, dgm-eval)."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, weights: Path, size: str) -> None:
         from cm_core.metrics.dinov2 import SIZES, DinoV2
@@ -247,10 +250,18 @@ class _DinoReader(nn.Module):
             self.register_buffer(name, 255 * torch.tensor(values)[:, None, None])
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x as resize
+        return {"features": self.net((resize_like_pillow(pixels, DINO_SIDE) - self.mean) / self.std)}
 
-        x = resize(pixels.float(), size=(224, 224), align_corners=False)
-        return {"features": self.net((x - self.mean) / self.std)}
+
+def resize_like_pillow(pixels: Tensor, side: int) -> Tensor:
+    """Return uint8 images [B, C, H, W] at `side` pixels, float32 of whole numbers: Pillow's bicubic to a grey level.
+
+    Pillow rounds and clips after each of its passes, along rows first; one pass differs at edges by 20 levels.
+    """
+    x = pixels.float()
+    for size in ((x.shape[2], side), (side, side)):
+        x = F.interpolate(x, size, mode="bicubic", antialias=True).add(0.5).floor().clamp(0, 255)
+    return x
 
 
 _READERS: dict[str, Callable[[Path], nn.Module]] = {
@@ -299,7 +310,6 @@ class ImageFeatures:
     logits: Tensor | None  # float32 [N, K]
 
 
-@torch.no_grad()
 def extract_features(
     images: np.ndarray,  # uint8 [N, H, W, C]
     extractor: nn.Module,
@@ -308,18 +318,30 @@ def extract_features(
     device: torch.device,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> ImageFeatures:
-    """Run images through an extractor, grey repeated for networks that take colour.
+    """Run images through an extractor; raises as `feature_batches` does."""
+    batches = feature_batches(images, extractor, batch_size=batch_size, device=device, on_batch=on_batch)
+    columns = [torch.cat(column) for column in zip(*([x.cpu() for x in batch] for batch in batches), strict=True)]
+    return ImageFeatures(columns[0], columns[1] if len(columns) > 1 else None)
+
+
+@torch.no_grad()
+def feature_batches(
+    images: np.ndarray,  # uint8 [N, H, W, C]
+    extractor: nn.Module,
+    *,
+    batch_size: int,
+    device: torch.device,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[list[Tensor]]:
+    """Yield an extractor's outputs batch by batch, on the device; grey is repeated for networks that take colour.
 
     Raises ValueError for images that are not uint8 [N, H, W, C].
     """
     if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
         raise ValueError(f"images must be uint8 [N, H, W, C] with N > 0, got {images.dtype} {list(images.shape)}")
     repeats = 3 if NETWORKS[str(extractor.name)].needs_rgb and images.shape[-1] == 1 else 1
-    batches = []
     for start in range(0, len(images), batch_size):
         pixels = torch.from_numpy(np.array(images[start : start + batch_size])).permute(0, 3, 1, 2)  # [B, C, H, W]
         outputs = extractor(pixels.repeat(1, repeats, 1, 1).to(device))
-        batches.append([output.float().cpu() for output in outputs])
+        yield [output.float() for output in outputs]
         on_batch(min(start + batch_size, len(images)), len(images))
-    columns = [torch.cat(column) for column in zip(*batches, strict=True)]
-    return ImageFeatures(columns[0], columns[1] if len(columns) > 1 else None)

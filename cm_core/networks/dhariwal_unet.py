@@ -5,19 +5,18 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict, Field, PositiveInt
+from pydantic import ConfigDict, Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from cm_core.networks.layers import (
     EMB_MULT,
     BlockStyle,
+    EmbeddedUNet,
     UNet,
     add_augment,
-    check_image_shape,
     one_hot,
     positional_frequencies,
 )
-from cm_core.networks.modes import in_own_precision, keep_parts_float32
 from cm_core.params import Params
 
 
@@ -40,56 +39,57 @@ class DhariwalUNetParams(Params):
     """Channels of one attention head (ADM: 64)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability of dropping an activation (ADM's and EDM's ImageNet-64 teachers: 0.1; CD and CT students: 0)."""
+    dropout_resolution: int | None = Field(None, ge=1)
+    """Largest image height, in pixels, at which blocks drop; null: all of them (sCM on ImageNet-64: 16)."""
     scale_shift: bool = True
     """The noise level scales and shifts each block's second norm (ImageNet-64), rather than being added (LSUN-256)."""
+    double_norm: bool = False
+    """Normalise that scale and shift over channels: adaptive double normalisation, for continuous time (sCM, 4.1)."""
+    norm_groups: PositiveInt | None = None
+    """Groups of every norm (ADM: 32); empty: min(32, channels / 4), the same for widths from 128 (EDM)."""
 
-    def build(self, image_shape: Sequence[int], num_classes: int, augment_dim: int = 0) -> nn.Module:
+    @model_validator(mode="after")
+    def _has_what_it_normalises(self) -> "DhariwalUNetParams":
+        if self.double_norm and not self.scale_shift:
+            raise ValueError("double_norm=true normalises scale and shift by the noise level, and scale_shift is false")
+        return self
+
+    def build(
+        self, image_shape: Sequence[int], num_classes: int, augment_dim: int = 0, *, two_times: bool = False
+    ) -> nn.Module:
         """Return the network for images [C, H, W]; raise ValueError if sizes or heads do not divide evenly."""
-        return DhariwalUNet(self, image_shape, num_classes, augment_dim)
-
-
-class DhariwalUNet(nn.Module):
-    """F(x, noise_labels, class_labels, augment_labels) -> [B, C, H, W]; class label -1 means no label."""
-
-    def __init__(
-        self, params: DhariwalUNetParams, image_shape: Sequence[int], num_classes: int, augment_dim: int
-    ) -> None:
-        super().__init__()
-        check_image_shape(image_shape, levels=len(params.channel_mult), kind=params.kind)
-        image_channels, height, _ = image_shape
-        self.embed = Embedding(params.channels, num_classes, augment_dim)
-        self.unet = UNet(
-            image_channels,
-            params.channels,
-            params.channel_mult,
-            _block_style(params),
-            num_blocks=params.num_blocks,
-            attn_levels=[i for i in range(len(params.channel_mult)) if height >> i in params.attn_resolutions],
-            decoder_attention="every",
-            pyramid=False,
-        )
-        keep_parts_float32(embedding=self.embed, input=self.unet.input, output=self.unet.output)
-        for layer in self.unet.residual_ends():  # the other layers keep PyTorch's initialisation, as in ADM
+        embed = Embedding(self.channels, num_classes, augment_dim, two_times)
+        unet = UNet(self, image_shape, self._style(), decoder_attention="every", pyramid=False)
+        for layer in unet.residual_ends():  # the other layers keep PyTorch's initialisation, as in ADM
             for p in layer.parameters():
                 nn.init.zeros_(p)
+        return EmbeddedUNet(embed, unet)
 
-    def forward(
-        self,
-        x: Tensor,  # [B, C, H, W]
-        noise_labels: Tensor,  # [B]
-        class_labels: Tensor | None = None,  # int64 [B]
-        augment_labels: Tensor | None = None,  # [B, augment_dim]
-    ) -> Tensor:
-        emb = in_own_precision(self.embed, noise_labels, class_labels, augment_labels)
-        return self.unet(x, emb)
+    def _style(self) -> BlockStyle:
+        return BlockStyle(
+            emb_channels=EMB_MULT * self.channels,
+            dropout=self.dropout,
+            dropout_resolution=self.dropout_resolution,
+            eps=1e-5,
+            skip_scale=1.0,
+            scale_shift=self.scale_shift,
+            double_norm=self.double_norm,
+            channels_per_head=self.channels_per_head,
+            resample_filter="box",
+            resample_proj=False,
+            norm_groups=self.norm_groups,
+        )
 
 
 class Embedding(nn.Module):
-    """Noise level and augmentation through two layers; the class is added before the last SiLU."""
+    """Noise level and augmentation through two layers; the class is added before the last SiLU.
+
+    A second time has features and weights of its own in the first layer, as if the features were concatenated.
+    """
 
     frequencies: Tensor
 
-    def __init__(self, channels: int, num_classes: int, augment_dim: int) -> None:
+    def __init__(self, channels: int, num_classes: int, augment_dim: int, two_times: bool) -> None:
         super().__init__()
         self.num_classes, width = num_classes, EMB_MULT * channels
         self.register_buffer("frequencies", positional_frequencies(channels // 2, endpoint=False), persistent=False)
@@ -97,28 +97,28 @@ class Embedding(nn.Module):
         self.layer0 = nn.Linear(channels, width)
         self.layer1 = nn.Linear(width, width)
         self.label = nn.Linear(num_classes, width, bias=False) if num_classes else None
+        self.second = nn.Linear(channels, width, bias=False) if two_times else None
         if self.augment is not None:
             nn.init.zeros_(self.augment.weight)
         if self.label is not None:
             nn.init.normal_(self.label.weight)  # one unit-variance row per class, like an embedding table
 
-    def forward(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
-        angles = noise_labels[:, None] * self.frequencies  # [B, channels / 2]
-        emb = add_augment(torch.cat([angles.cos(), angles.sin()], dim=1), self.augment, augment_labels)
-        emb = self.layer1(F.silu(self.layer0(emb)))
+    def forward(
+        self,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        second_labels: Tensor | None = None,
+    ) -> Tensor:
+        h = self.layer0(add_augment(self._features(noise_labels), self.augment, augment_labels))
+        if self.second is not None:
+            assert second_labels is not None, "a network of two times gets both"
+            h = h + self.second(self._features(second_labels))
+        emb = self.layer1(F.silu(h))
         if self.label is not None:
             emb = emb + self.label(one_hot(class_labels, self.num_classes, noise_labels))
         return F.silu(emb)
 
-
-def _block_style(params: DhariwalUNetParams) -> BlockStyle:
-    return BlockStyle(
-        emb_channels=EMB_MULT * params.channels,
-        dropout=params.dropout,
-        eps=1e-5,
-        skip_scale=1.0,
-        scale_shift=params.scale_shift,
-        channels_per_head=params.channels_per_head,
-        resample_filter="box",
-        resample_proj=False,
-    )
+    def _features(self, times: Tensor) -> Tensor:
+        angles = times[:, None] * self.frequencies  # [B, channels / 2]
+        return torch.cat([angles.cos(), angles.sin()], dim=1)

@@ -22,7 +22,7 @@ _first_row: ContextVar[int] = ContextVar("first_row", default=0)
 
 
 @functools.cache
-def _seed_on(device: torch.device) -> Tensor:
+def seed_on(device: torch.device) -> Tensor:
     """Return the seed of all masks on a device, in device memory, where CUDA graphs read it."""
     return torch.zeros((), dtype=torch.int64, device=device)
 
@@ -30,7 +30,7 @@ def _seed_on(device: torch.device) -> Tensor:
 def seed_dropout(seed: int, device: torch.device) -> None:
     """Set the seed of all masks on `device`, for forward and backward passes, until the next call."""
     # A tensor's device has an index, "cuda" has none: they would get separate seeds.
-    _seed_on(torch.empty((), device=device).device).fill_(seed)
+    seed_on(torch.empty((), device=device).device).fill_(seed)
 
 
 @contextmanager
@@ -83,7 +83,7 @@ class _Dropout(torch.autograd.Function):
 
 
 def _masked(h: Tensor, kept: int, layer: int, first: int) -> Tensor:
-    seed = _seed_on(h.device)
+    seed = seed_on(h.device)
     if h.is_cuda and not torch.compiler.is_compiling():
         from cm_core.networks.kernels.dropout import masked
 

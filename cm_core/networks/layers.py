@@ -5,24 +5,31 @@ ADM (arXiv:2105.05233): one block whose style selects the network.
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from cm_core.networks import modes
-from cm_core.networks.dropout import dropout, of_these_rows
-from cm_core.networks.resample import DOWN, UP, Filter, PyramidInput
+from cm_core.networks.blocks import ResidualBlock, attend, decode, num_heads
+from cm_core.networks.fir import FirDown, FirUp
+from cm_core.networks.magnitude import unit_rms
 from cm_core.tensors import expand_like
 
+if TYPE_CHECKING:
+    from cm_core.networks.dhariwal_unet import DhariwalUNetParams
+    from cm_core.networks.edm2 import MPUNet
+    from cm_core.networks.song_unet import SongUNetParams
+
 EMB_MULT = 4  # width of the embedding in base channels: all published configurations
-KINDS_OF_BLOCKS = 64  # shapes, resamplings and modes of a network's blocks, each compiled once
 MAX_PERIOD = 10_000  # longest period of the positional embedding (DDPM)
+
+Filter = Literal["box", "fir"]
 
 
 def conv_without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -99,9 +106,9 @@ def add_augment(emb: Tensor, layer: nn.Linear | None, augment_labels: Tensor | N
     return emb + layer(augment_labels)
 
 
-def group_norm(channels: int, *, eps: float) -> nn.GroupNorm:
-    """Normalise over min(32, channels / 4) groups, or the next smaller number that divides `channels`."""
-    groups = next(n for n in range(min(32, channels // 4), 0, -1) if channels % n == 0)
+def group_norm(channels: int, *, eps: float, groups: int | None = None) -> nn.GroupNorm:
+    """Normalise over `groups`, by default min(32, channels / 4) or the next smaller number that divides `channels`."""
+    groups = groups or next(n for n in range(min(32, channels // 4), 0, -1) if channels % n == 0)
     return GroupNorm(groups, channels, eps=eps)
 
 
@@ -115,29 +122,55 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x)
 
 
+class BoxDown(nn.Module):
+    """Downsample by 2x2 averaging (DDPM++, ADM)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if modes.fuses(x):
+            from cm_core.networks.kernels import downsample
+
+            return downsample(x, 1 / 4)
+        return F.avg_pool2d(x, 2)
+
+
+class BoxUp(nn.Module):
+    """Upsample by repeating each pixel (DDPM++, ADM)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if modes.fuses(x):
+            from cm_core.networks.kernels import upsample
+
+            return upsample(x, 1.0)
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def pyramid_input(in_channels: int, out_channels: int, resample_filter: Filter) -> nn.Sequential:
+    """Return the downsampling of the running image pyramid: convolution first, then the filter (NCSN++)."""
+    fir = resample_filter == "fir"
+    # All padding comes before the convolution, so that the filter meets no border of its own.
+    conv = nn.Conv2d(in_channels, out_channels, 3, padding=2 if fir else 1)
+    return nn.Sequential(OrderedDict(conv=conv, down=FirDown(padding=0) if fir else BoxDown()))
+
+
 @dataclass(frozen=True, kw_only=True)
 class BlockStyle:
     """Settings common to all blocks of one network."""
 
     emb_channels: int
     dropout: float
+    dropout_resolution: int | None  # the largest height with dropout
     eps: float  # of group norm
     skip_scale: float  # factor after each residual sum; sqrt(1/2) keeps the variance
     scale_shift: bool  # the embedding scales and shifts the second norm, rather than being added before it
+    double_norm: bool = False  # scale and shift are themselves normalised over channels (sCM, section 4.1)
     channels_per_head: int | None  # None: one head
     resample_filter: Filter
     resample_proj: bool  # a resampling block has a 1x1 convolution on its skip path
+    norm_groups: int | None = None  # of every norm; None: min(32, channels / 4)
 
     def num_heads(self, channels: int) -> int:
         """Return the heads of an attention over `channels`; raise ValueError if they do not divide evenly."""
-        if self.channels_per_head is None:
-            return 1
-        if channels % self.channels_per_head:
-            raise ValueError(
-                f"channels_per_head is {self.channels_per_head}, which does not divide the {channels} channels "
-                f"of a block with attention; allowed: a divisor of {channels}"
-            )
-        return channels // self.channels_per_head
+        return 1 if self.channels_per_head is None else num_heads(channels, self.channels_per_head)
 
 
 class Attention(nn.Module):
@@ -146,32 +179,25 @@ class Attention(nn.Module):
     def __init__(self, channels: int, style: BlockStyle) -> None:
         super().__init__()
         self.num_heads, self.skip_scale = style.num_heads(channels), style.skip_scale
-        self.norm = group_norm(channels, eps=style.eps)
+        self.norm = group_norm(channels, eps=style.eps, groups=style.norm_groups)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # x [B, C, H, W]
         if modes.fuses(x):
             return self._fused(x)
-        return (x + self.proj(self.attend(self.qkv(self.norm(x))))) * self.skip_scale
-
-    def attend(self, qkv: Tensor) -> Tensor:  # qkv [B, 3 C, H, W] -> [B, C, H, W]
-        batch, channels, height, width = qkv.shape
-        qkv = qkv.permute(0, 2, 3, 1)  # channels last, where each head is contiguous
-        qkv = qkv.reshape(batch, height * width, 3, self.num_heads, channels // 3 // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, H * W, C / heads]
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        return out.reshape(batch, height, width, channels // 3).permute(0, 3, 1, 2)
+        return (x + self.proj(attend(self.qkv(self.norm(x)), self.num_heads))) * self.skip_scale
 
     def _fused(self, x: Tensor) -> Tensor:
         from cm_core.networks.kernels import residual_add
 
         h, x, _ = fused_norm(self.norm, x, silu=False)
         qkv = F.linear(h.permute(0, 2, 3, 1), self.qkv.weight.flatten(1), self.qkv.bias).permute(0, 3, 1, 2)
-        return residual_add(x, conv_without_bias(self.proj, self.attend(qkv)), bias_of(self.proj), self.skip_scale)
+        h = conv_without_bias(self.proj, attend(qkv, self.num_heads))
+        return residual_add(x, h, bias_of(self.proj), self.skip_scale)
 
 
-class Block(nn.Module):
+class Block(ResidualBlock):
     """Residual block of two convolutions, conditioned on an embedding; may resample first, attend last."""
 
     def __init__(
@@ -183,28 +209,22 @@ class Block(nn.Module):
         resample: Literal["down", "up"] | None = None,
         attention: bool = False,
     ) -> None:
-        super().__init__()
-        self.dropout, self.skip_scale, self.scale_shift = style.dropout, style.skip_scale, style.scale_shift
-        resamplers = {"down": DOWN[style.resample_filter], "up": UP[style.resample_filter], None: nn.Identity}
+        super().__init__(style.dropout, style.dropout_resolution)
+        self.skip_scale, self.scale_shift, self.double_norm = style.skip_scale, style.scale_shift, style.double_norm
+        fir = style.resample_filter == "fir"
+        resamplers = {"down": FirDown if fir else BoxDown, "up": FirUp if fir else BoxUp, None: nn.Identity}
         self.resample = resamplers[resample]()
-        self.norm0 = group_norm(in_channels, eps=style.eps)
+        self.norm0 = group_norm(in_channels, eps=style.eps, groups=style.norm_groups)
         self.conv0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.affine = nn.Linear(style.emb_channels, out_channels * (2 if style.scale_shift else 1))
-        self.norm1 = group_norm(out_channels, eps=style.eps)
+        self.norm1 = group_norm(out_channels, eps=style.eps, groups=style.norm_groups)
         self.conv1 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         project = in_channels != out_channels or (resample is not None and style.resample_proj)
         self.skip: nn.Conv2d | nn.Identity = nn.Conv2d(in_channels, out_channels, 1) if project else nn.Identity()
         self.attention = Attention(out_channels, style) if attention else nn.Identity()
-        self.number = 0  # index among the blocks of its network
-        self.checkpointed = False  # activation checkpointing (1604.06174)
 
-    def forward(self, x: Tensor, emb: Tensor, beside: Tensor | None = None) -> Tensor:
-        """Return [B, out, H, W] of x [B, C, H, W] and emb [B, E]; `beside` holds the last channels, if given."""
-        if self.checkpointed and torch.is_grad_enabled() and not modes.is_plain():
-            return checkpoint(of_these_rows(self._compute), x, emb, beside, use_reentrant=False)
-        return self._compute(x, emb, beside)
-
-    def _compute(self, x: Tensor, emb: Tensor, beside: Tensor | None) -> Tensor:
+    def compute(self, x: Tensor, emb: Tensor, beside: Tensor | None) -> Tensor:
+        """Return the output; `beside` is concatenated where a kernel does not read it apart."""
         if modes.fuses(x):
             return self._fused(x, emb, beside)
         x = with_channels(x, beside)
@@ -212,15 +232,17 @@ class Block(nn.Module):
         h = self.drop(F.silu(self.modulate(h, emb)))
         return self.attention((self.skip(self.resample(x)) + self.conv1(h)) * self.skip_scale)
 
-    def drop(self, h: Tensor) -> Tensor:
-        return dropout(h, self.dropout, layer=self.number) if self.training and self.dropout > 0 else h
-
     def modulate(self, h: Tensor, emb: Tensor) -> Tensor:
-        params = expand_like(self.affine(emb), h)
+        params = self.affine(emb)
         if not self.scale_shift:
-            return self.norm1(h + params)
+            return self.norm1(h + expand_like(params, h))
+        factor, shift = (expand_like(part, h) for part in self.factor_and_shift(params))
+        return torch.addcmul(shift, self.norm1(h), factor)
+
+    def factor_and_shift(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the second norm's output is multiplied by, and what is added, each [B, C]."""
         scale, shift = params.chunk(2, dim=1)
-        return torch.addcmul(shift, self.norm1(h), 1 + scale)
+        return (unit_rms(1 + scale, 1), unit_rms(shift, 1)) if self.double_norm else (1 + scale, shift)
 
     def _fused(self, x: Tensor, emb: Tensor, beside: Tensor | None) -> Tensor:
         """The same, with the convolutions' biases added by the kernels that follow them."""
@@ -247,69 +269,78 @@ class Block(nn.Module):
         if not self.scale_shift:
             bias = bias_of(self.conv0) + self.affine.bias
             return fused_norm(self.norm1, h, silu=True, bias=bias, before=F.linear(emb, self.affine.weight))[0]
-        scale, shift = self.affine(emb).float().chunk(2, dim=1)
-        h, _, _ = norm_act(
-            h,
-            groups=self.norm1.num_groups,
-            eps=self.norm1.eps,
-            scale=self.norm1.weight * (1 + scale),
-            shift=self.norm1.bias * (1 + scale) + shift,
-            silu=True,
-            bias=self.conv0.bias,
-        )
-        return h
+        factor, shift = self.factor_and_shift(self.affine(emb).float())
+        affine = {"scale": self.norm1.weight * factor, "shift": self.norm1.bias * factor + shift}
+        norm = self.norm1
+        return norm_act(h, groups=norm.num_groups, eps=norm.eps, silu=True, bias=self.conv0.bias, **affine)[0]
 
 
 class UNet(nn.Module):
     """The U: an encoder whose every output is a skip, two middle blocks, a decoder that takes the skips back.
 
     `level` 0 is the full resolution. Names in the state dict: `encoder.level1_down`, `decoder.level0_block3` ...
+    Raises ValueError if the image cannot be halved often enough, or channels do not divide into heads.
     """
 
     def __init__(
         self,
-        image_channels: int,
-        channels: int,
-        channel_mult: Sequence[int],
+        params: "SongUNetParams | DhariwalUNetParams",
+        image_shape: Sequence[int],  # [C, H, W]
         style: BlockStyle,
         *,
-        num_blocks: int,
-        attn_levels: Collection[int],
-        decoder_attention: Literal["last", "every"],
+        decoder_attention: Literal["last", "every"],  # blocks of a decoder's level that attend
         pyramid: bool,
     ) -> None:
         super().__init__()
-        widths = [channels * mult for mult in channel_mult]
-        self.input = nn.Conv2d(image_channels, channels, 3, padding=1)
-        self.encoder, skips = _encoder(channels, widths, style, num_blocks, attn_levels)
-        self.middle = nn.ModuleList(Block(widths[-1], widths[-1], style, attention=on) for on in (True, False))
-        every = decoder_attention == "every"
-        self.decoder = _decoder(widths, skips, style, num_blocks, attn_levels, every)
+        check_image_shape(image_shape, levels=len(params.channel_mult), kind=params.kind)
+        image_channels, height, _ = image_shape
+        widths = [params.channels * mult for mult in params.channel_mult]
+        attends = [height >> level in params.attn_resolutions for level in range(len(widths))]
+        self.input = nn.Conv2d(image_channels, params.channels, 3, padding=1)
+
+        self.encoder, width, skips = nn.ModuleDict(), params.channels, [params.channels]
+        for level, out in enumerate(widths):
+            if level > 0:
+                self.encoder[f"level{level}_down"] = Block(width, width, style, resample="down")
+                skips.append(width)
+            for i in range(params.num_blocks):
+                self.encoder[f"level{level}_block{i}"] = Block(width, out, style, attention=attends[level])
+                skips.append(width := out)
+        self.middle = nn.ModuleList(Block(width, width, style, attention=on) for on in (True, False))
+        self.decoder = nn.ModuleDict()
+        for level, out in reversed(list(enumerate(widths))):
+            if level < len(widths) - 1:
+                self.decoder[f"level{level}_up"] = Block(width, width, style, resample="up")
+            for i in range(params.num_blocks + 1):
+                on = attends[level] and (decoder_attention == "every" or i == params.num_blocks)
+                self.decoder[f"level{level}_block{i}"] = Block(width + skips.pop(), out, style, attention=on)
+                width = out
+
         self.pyramid = nn.ModuleDict()  # the input added after each `down` block; empty: no pyramid
         for level, pair in enumerate(pairwise([image_channels, *widths[:-1]]), start=1):
             if pyramid:
-                self.pyramid[f"level{level}_down"] = PyramidInput(*pair, style.resample_filter)
-        self.output_norm = group_norm(widths[0], eps=style.eps)
-        self.output = nn.Conv2d(widths[0], image_channels, 3, padding=1)
+                self.pyramid[f"level{level}_down"] = pyramid_input(*pair, style.resample_filter)
+        self.output_norm = group_norm(width, eps=style.eps, groups=style.norm_groups)
+        self.output = nn.Conv2d(width, image_channels, 3, padding=1)
         for number, block in enumerate(self.blocks()):
             block.number = number
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # x [B, C, H, W], emb [B, E]
+        x = decode(self.middle, self.decoder, self.encode(x, emb), emb)
+        h = fused_norm(self.output_norm, x, silu=True)[0] if modes.fuses(x) else F.silu(self.output_norm(x))
+        return modes.in_own_precision(self.output, h)
+
+    def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
+        """Return the outputs of the input layer and of the encoder's blocks, each [B, C', H', W']."""
         pyramid, x = x, modes.in_own_precision(self.input, x)
         x = x.to(modes.half_precision(x.device) or x.dtype)
-        skips = [x]
+        outs = [x]
         for name, block in self.encoder.items():
             x = block(x, emb)
             if name in self.pyramid:
                 x = pyramid = (x + self.pyramid[name](pyramid)) * math.sqrt(0.5)
-            skips.append(x)
-        for block in self.middle:
-            x = block(x, emb)
-        for name, block in self.decoder.items():
-            x = block(x, emb, None if name.endswith("_up") else skips.pop())
-        if modes.fuses(x):
-            return modes.in_own_precision(self.output, fused_norm(self.output_norm, x, silu=True)[0])
-        return modes.in_own_precision(self.output, F.silu(self.output_norm(x)))
+            outs.append(x)
+        return outs
 
     def blocks(self) -> Iterator[Block]:
         """Yield the blocks, encoder first."""
@@ -325,45 +356,17 @@ class UNet(nn.Module):
         yield self.output
 
 
-def compile_blocks(net: nn.Module) -> None:
-    """Compile the repeated blocks with torch.compile, once per kind, not the whole network."""
-    blocks: list[nn.Module] = [module for module in net.modules() if isinstance(module, Block)]
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS_OF_BLOCKS)
-    for block in blocks or [net]:
-        block.compile()
+class EmbeddedUNet(nn.Module):
+    """F(x, noise_labels, class_labels, augment_labels) -> [B, C, H, W]; class label -1 means no label."""
 
+    def __init__(self, embed: nn.Module, unet: "UNet | MPUNet") -> None:
+        super().__init__()
+        self.embed, self.unet = embed, unet
+        modes.keep_parts_float32(embedding=embed, input=unet.input, output=unet.output)
 
-def _encoder(
-    width: int, widths: Sequence[int], style: BlockStyle, num_blocks: int, attn_levels: Collection[int]
-) -> tuple[nn.ModuleDict, list[int]]:
-    """Return the encoder's blocks and the channels of every skip, that of the input convolution included."""
-    blocks, skips = nn.ModuleDict(), [width]
-    for level, out in enumerate(widths):
-        if level > 0:
-            blocks[f"level{level}_down"] = Block(width, width, style, resample="down")
-            skips.append(width)
-        for i in range(num_blocks):
-            blocks[f"level{level}_block{i}"] = Block(width, out, style, attention=level in attn_levels)
-            width = out
-            skips.append(width)
-    return blocks, skips
+    def forward(self, x: Tensor, noise_labels: Tensor, *conditions: Tensor | None) -> Tensor:
+        """Return [B, C, H, W] of x, and noise_labels [B].
 
-
-def _decoder(
-    widths: Sequence[int],
-    skips: list[int],
-    style: BlockStyle,
-    num_blocks: int,
-    attn_levels: Collection[int],
-    every: bool,
-) -> nn.ModuleDict:
-    """Return the decoder's blocks; attention follows `every` block of its levels or only the last."""
-    blocks, width = nn.ModuleDict(), widths[-1]
-    for level, out in reversed(list(enumerate(widths))):
-        if level < len(widths) - 1:
-            blocks[f"level{level}_up"] = Block(width, width, style, resample="up")
-        for i in range(num_blocks + 1):
-            attention = level in attn_levels and (every or i == num_blocks)
-            blocks[f"level{level}_block{i}"] = Block(width + skips.pop(), out, style, attention=attention)
-            width = out
-    return blocks
+        Conditions are class labels int64 [B], augmentation labels [B, augment_dim] and a second time [B], if any.
+        """
+        return self.unet(x, modes.in_own_precision(self.embed, noise_labels, *conditions))

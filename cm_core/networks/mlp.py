@@ -25,9 +25,11 @@ class MLPParams(Params):
     depth: int = Field(3, ge=1)
     """Number of hidden layers."""
 
-    def build(self, image_shape: Sequence[int], num_classes: int, augment_dim: int = 0) -> nn.Module:
+    def build(
+        self, image_shape: Sequence[int], num_classes: int, augment_dim: int = 0, *, two_times: bool = False
+    ) -> nn.Module:
         """Return the network for samples of `image_shape`, which may have any number of axes."""
-        return MLP(self, image_shape, num_classes, augment_dim)
+        return MLP(self, image_shape, num_classes, augment_dim, two_times)
 
 
 class MLP(nn.Module):
@@ -36,12 +38,14 @@ class MLP(nn.Module):
     frequencies: Tensor
     num_octaves = 4  # noise features: cos and sin of 1, 2, 4, 8 times the label
 
-    def __init__(self, params: MLPParams, image_shape: Sequence[int], num_classes: int, augment_dim: int) -> None:
+    def __init__(
+        self, params: MLPParams, image_shape: Sequence[int], num_classes: int, augment_dim: int, two_times: bool
+    ) -> None:
         super().__init__()
-        size = math.prod(image_shape)
-        self.num_classes, self.augment_dim = num_classes, augment_dim
+        size, times = math.prod(image_shape), 2 if two_times else 1
+        self.num_classes, self.augment_dim, self.two_times = num_classes, augment_dim, two_times
         self.register_buffer("frequencies", 2.0 ** torch.arange(self.num_octaves), persistent=False)
-        self.embed = nn.Linear(2 * self.num_octaves + num_classes + augment_dim, params.width)
+        self.embed = nn.Linear(2 * self.num_octaves * times + num_classes + augment_dim, params.width)
         sizes = [size] + [params.width] * params.depth
         self.hidden = nn.ModuleList(nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False))
         self.affine = nn.ModuleList(nn.Linear(params.width, 2 * params.width) for _ in self.hidden)
@@ -56,8 +60,13 @@ class MLP(nn.Module):
         noise_labels: Tensor,  # [B]
         class_labels: Tensor | None = None,  # int64 [B]
         augment_labels: Tensor | None = None,  # [B, augment_dim]
+        second_labels: Tensor | None = None,  # [B], of a network of two times
     ) -> Tensor:
-        emb = F.silu(self.embed(self.features(noise_labels, class_labels, augment_labels)))
+        emb = self.features(noise_labels, class_labels, augment_labels)
+        if self.two_times:
+            assert second_labels is not None, "a network of two times gets both"
+            emb = torch.cat([emb, self._waves(second_labels)], dim=1)
+        emb = F.silu(self.embed(emb))
         h = x.flatten(1)
         for hidden, affine in zip(self.hidden, self.affine, strict=True):
             scale, shift = affine(emb).chunk(2, dim=1)
@@ -65,8 +74,11 @@ class MLP(nn.Module):
         return self.output(h).view_as(x)
 
     def features(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
-        angles = noise_labels[:, None] * self.frequencies
         if augment_labels is None:
             augment_labels = noise_labels.new_zeros(len(noise_labels), self.augment_dim)
         labels = one_hot(class_labels, self.num_classes, noise_labels)
-        return torch.cat([angles.sin(), angles.cos(), labels, augment_labels], dim=1)
+        return torch.cat([self._waves(noise_labels), labels, augment_labels], dim=1)
+
+    def _waves(self, times: Tensor) -> Tensor:
+        angles = times[:, None] * self.frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -16,14 +16,13 @@ from cm_core.networks.layers import (
     EMB_MULT,
     Attention,
     BlockStyle,
+    EmbeddedUNet,
+    Filter,
     UNet,
     add_augment,
-    check_image_shape,
     one_hot,
     positional_frequencies,
 )
-from cm_core.networks.modes import in_own_precision, keep_parts_float32
-from cm_core.networks.resample import Filter
 from cm_core.params import Params
 
 
@@ -44,6 +43,8 @@ class SongUNetParams(Params):
     """Image heights, in pixels, at which blocks attend; the middle of the network always does (EDM: 16)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability of dropping an activation (EDM's CIFAR-10 teachers: 0.13; CD and CT students: 0)."""
+    dropout_resolution: int | None = Field(None, ge=1)
+    """Largest image height, in pixels, at which blocks drop; null: all of them (sCM on ImageNet-64: 16)."""
     fourier_scale: PositiveFloat | None = None
     """Standard deviation of random Fourier frequencies of the noise level (NCSN++: 16; iCT: 0.02); null: positional."""
     encoder: Literal["standard", "residual"] = "standard"
@@ -51,13 +52,29 @@ class SongUNetParams(Params):
     resample_filter: Filter = "box"
     """box: 2x2 average and repetition (DDPM++); fir: [1, 3, 3, 1] (NCSN++)."""
 
-    def build(self, image_shape: Sequence[int], num_classes: int, augment_dim: int = 0) -> nn.Module:
+    def build(
+        self, image_shape: Sequence[int], num_classes: int, augment_dim: int = 0, *, two_times: bool = False
+    ) -> nn.Module:
         """Return the network for images [C, H, W]; raise ValueError if they cannot be halved often enough."""
-        return SongUNet(self, image_shape, num_classes, augment_dim)
+        return SongUNet(self, image_shape, Embedding(self, num_classes, augment_dim, two_times))
+
+    def style(self) -> BlockStyle:
+        """Return the settings of all blocks."""
+        return BlockStyle(
+            emb_channels=EMB_MULT * self.channels,
+            dropout=self.dropout,
+            dropout_resolution=self.dropout_resolution,
+            eps=1e-6,
+            skip_scale=math.sqrt(0.5),
+            scale_shift=False,
+            channels_per_head=None,
+            resample_filter=self.resample_filter,
+            resample_proj=True,
+        )
 
 
-class SongUNet(nn.Module):
-    """F(x, noise_labels, class_labels, augment_labels) -> [B, C, H, W]; class label -1 means no label.
+class SongUNet(EmbeddedUNet):
+    """The network with its initialisation.
 
     EDM's checkpoints use other names: map_* is `embed.*` (frequencies without the factor 2 pi), enc and
     dec are `unet.encoder` and `unet.decoder` with RxR for `levelL`, RxR_conv is `input`, aux_residual `pyramid`,
@@ -65,37 +82,12 @@ class SongUNet(nn.Module):
     `attention`, and the rows of qkv are there in the order (head, channel, 3) rather than (3, head, channel).
     """
 
-    def __init__(self, params: SongUNetParams, image_shape: Sequence[int], num_classes: int, augment_dim: int) -> None:
-        super().__init__()
-        check_image_shape(image_shape, levels=len(params.channel_mult), kind=params.kind)
-        image_channels, height, _ = image_shape
-        self.embed = Embedding(params, num_classes, augment_dim)
-        self.unet = UNet(
-            image_channels,
-            params.channels,
-            params.channel_mult,
-            _block_style(params),
-            num_blocks=params.num_blocks,
-            attn_levels=[i for i in range(len(params.channel_mult)) if height >> i in params.attn_resolutions],
-            decoder_attention="last",
-            pyramid=params.encoder == "residual",
-        )
-        keep_parts_float32(embedding=self.embed, input=self.unet.input, output=self.unet.output)
-        self._initialise()
-
-    def forward(
-        self,
-        x: Tensor,  # [B, C, H, W]
-        noise_labels: Tensor,  # [B]
-        class_labels: Tensor | None = None,  # int64 [B]
-        augment_labels: Tensor | None = None,  # [B, augment_dim]
-    ) -> Tensor:
-        emb = in_own_precision(self.embed, noise_labels, class_labels, augment_labels)
-        return self.unet(x, emb)
-
-    def _initialise(self) -> None:
-        """Xavier-uniform weights, zero biases; residual branches start near zero, queries and keys small."""
-        gains: dict[nn.Module, float] = {layer: 1e-5 for layer in self.unet.residual_ends()}
+    def __init__(self, params: SongUNetParams, image_shape: Sequence[int], embed: "Embedding") -> None:
+        pyramid = params.encoder == "residual"
+        unet = UNet(params, image_shape, params.style(), decoder_attention="last", pyramid=pyramid)
+        super().__init__(embed, unet)
+        # Xavier-uniform weights, zero biases; residual branches start near zero, queries and keys small.
+        gains: dict[nn.Module, float] = {layer: 1e-5 for layer in unet.residual_ends()}
         gains |= {module.qkv: math.sqrt(0.2) for module in self.modules() if isinstance(module, Attention)}
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -105,11 +97,14 @@ class SongUNet(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Noise level, class and augmentation, summed as features, then two layers, each with SiLU."""
+    """Noise level, class and augmentation, summed as features, then two layers, each with SiLU.
+
+    A second time has features and weights of its own in the first layer, as if the features were concatenated.
+    """
 
     frequencies: Tensor
 
-    def __init__(self, params: SongUNetParams, num_classes: int, augment_dim: int) -> None:
+    def __init__(self, params: SongUNetParams, num_classes: int, augment_dim: int, two_times: bool) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.register_buffer("frequencies", _frequencies(params))  # random ones belong to the checkpoint
@@ -118,15 +113,29 @@ class Embedding(nn.Module):
         self.augment = nn.Linear(augment_dim, features, bias=False) if augment_dim else None
         self.layer0 = nn.Linear(features, width)
         self.layer1 = nn.Linear(width, width)
+        self.second = nn.Linear(features, width, bias=False) if two_times else None
 
-    def forward(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
-        angles = noise_labels[:, None] * self.frequencies  # [B, features / 2]
-        emb = torch.cat([angles.sin(), angles.cos()], dim=1)  # sin first: the order of score_sde's weights
+    def forward(
+        self,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        second_labels: Tensor | None = None,
+    ) -> Tensor:
+        emb = self._features(noise_labels)
         if self.label is not None:
             # One-hot vectors are scaled to unit variance.
             emb = emb + self.label(one_hot(class_labels, self.num_classes, noise_labels) * math.sqrt(self.num_classes))
         emb = add_augment(emb, self.augment, augment_labels)
-        return F.silu(self.layer1(F.silu(self.layer0(emb))))
+        h = self.layer0(emb)
+        if self.second is not None:
+            assert second_labels is not None, "a network of two times gets both"
+            h = h + self.second(self._features(second_labels))
+        return F.silu(self.layer1(F.silu(h)))
+
+    def _features(self, times: Tensor) -> Tensor:
+        angles = times[:, None] * self.frequencies  # [B, features / 2]
+        return torch.cat([angles.sin(), angles.cos()], dim=1)  # sin first: the order of score_sde's weights
 
 
 def _frequencies(params: SongUNetParams) -> Tensor:
@@ -136,16 +145,3 @@ def _frequencies(params: SongUNetParams) -> Tensor:
     # On the CPU: arithmetic on "meta", where shapes are checked, would import PyTorch's compiler for a second.
     random = 2 * math.pi * params.fourier_scale * torch.randn(params.channels, device="cpu")
     return random.to(torch.get_default_device())
-
-
-def _block_style(params: SongUNetParams) -> BlockStyle:
-    return BlockStyle(
-        emb_channels=EMB_MULT * params.channels,
-        dropout=params.dropout,
-        eps=1e-6,
-        skip_scale=math.sqrt(0.5),
-        scale_shift=False,
-        channels_per_head=None,
-        resample_filter=params.resample_filter,
-        resample_proj=True,
-    )

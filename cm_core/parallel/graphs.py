@@ -1,7 +1,7 @@
 """Replay a network's passes as CUDA graphs: one launch for hundreds of kernels, where the host is the bottleneck."""
 
 import functools
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -26,8 +26,8 @@ def with_cuda_graphs(net: nn.Module) -> Callable[..., Tensor]:
     """
     seen: set[Hashable] = set()
     recorded: dict[Hashable, _Pass] = {}
-    cast_weights = functools.cache(functools.partial(_CastWeights, net))
-    trained = [p for p in net.parameters() if p.requires_grad]
+    trained = [p for p in net.parameters() if p.requires_grad]  # now: in a step of another network's they need none
+    cast_weights = functools.cache(functools.partial(_CastWeights, net, frozenset(trained)))
     anchor = torch.zeros((), requires_grad=True)  # gives a replay a backward pass
 
     def replayed(*args: Tensor | None) -> Tensor:
@@ -66,12 +66,12 @@ class _CastWeights:
     Autocast must be in force for all convolutions and linear layers, as it is throughout this package's networks.
     """
 
-    def __init__(self, net: nn.Module, precision: torch.dtype | None) -> None:
+    def __init__(self, net: nn.Module, trained: Collection[nn.Parameter], precision: torch.dtype | None) -> None:
         layers = [layer for layer in net.modules() if precision and isinstance(layer, (nn.Conv2d, nn.Linear))]
         layers = [layer for layer in layers if not getattr(layer, "keeps_float32", False)]
         self._homes = [(layer, cast(nn.Parameter, layer.weight)) for layer in layers]
         self.half_weights = {
-            weight: nn.Parameter(weight.detach().to(precision), weight.requires_grad) for _, weight in self._homes
+            weight: nn.Parameter(weight.detach().to(precision), weight in trained) for _, weight in self._homes
         }
 
     @contextmanager

@@ -4,26 +4,37 @@ Each rank holds its shards of weights, gradients, moments and EMAs. A block gath
 reduce-scatters the gradients. The results are those of whole weights.
 """
 
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cm_core.networks.layers import Block
+from cm_core.networks.blocks import ResidualBlock
 from cm_core.parallel import ranks
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-VARIABLE = "CM_SHARD"  # 1: shard the weights; a fact of the machines and no part of a recipe
+_wanted: ContextVar[bool] = ContextVar("wanted", default=False)
 
 
-def is_wanted(processes: int | None = None) -> bool:
-    """Whether weights are to be sharded at this world size, by default this training's."""
-    return (processes or ranks.world_size()) > 1 and os.environ.get(VARIABLE) == "1"
+@contextmanager
+def sharded_weights(wanted: bool = True) -> Iterator[None]:
+    """Shard the weights of the trainings within this context: a fact of the machines and no part of a recipe."""
+    token = _wanted.set(wanted)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
+
+
+def is_wanted() -> bool:
+    """Whether this training is to shard its weights; never with one rank."""
+    return _wanted.get() and ranks.world_size() > 1
 
 
 def shard(net: nn.Module, device: torch.device) -> None:
@@ -37,7 +48,7 @@ def shard(net: nn.Module, device: torch.device) -> None:
     net.load_state_dict(dict(ranks.broadcast_from_main(net.state_dict())))
     assert dist.group.WORLD is not None, "the caller has joined the processes"
     mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
-    for module in [*(module for module in net.modules() if isinstance(module, Block)), net]:
+    for module in [*(module for module in net.modules() if isinstance(module, ResidualBlock)), net]:
         sharded = fully_shard(module, mesh=mesh, reshard_after_forward=True)
         sharded.set_gradient_divide_factor(1.0)  # sum, not mean: ranks split the rows, not the loss
         sharded.set_force_sum_reduction_for_comms(True)  # plain sums, which gloo supports

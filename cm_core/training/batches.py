@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cm_core.methods.base import Batch
 from cm_core.randomness import derive_seed, make_generator
 from cm_core.tensors import from_pixels
-from cm_core.types import Batch
 
 ON_DEVICE_BYTES = 4 << 30  # CIFAR-10 needs 154 MB; beyond this the set is streamed
 

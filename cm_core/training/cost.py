@@ -10,16 +10,20 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from cm_core.methods.base import Method, grid_on
+from cm_core.methods.base import Batch, Method, Models, StepContext, grid_on
 from cm_core.model import ModelSpec
-from cm_core.networks.layers import Attention, Block
-from cm_core.parallel import ranks, sharding
+from cm_core.networks.blocks import ResidualBlock
+from cm_core.networks.dropout import seed_on
+from cm_core.networks.edm2 import MPAttention
+from cm_core.networks.layers import Attention
+from cm_core.networks.magnitude import MPConv
+from cm_core.parallel import ranks
 from cm_core.training.config import Train, why_not_sharded
-from cm_core.types import Batch, Models, StepContext
 
 FP32 = 4  # bytes per value
 HEADROOM = 3 << 30  # bytes for the libraries' workspaces, the batches and fragmentation
 MATMUL_SIZE = 8192  # side of the square matrices that measure a GPU's rate
+KEPT_BY_MP_CONV = 3  # times its input: that itself, and the inputs of the SiLU and the product or sum before it
 COUNTED_BATCH = 2  # images for counting operations, which grow in proportion
 
 
@@ -40,9 +44,9 @@ class StepCost:
         each = self.checkpointed_image_bytes if train.checkpoint_activations else self.image_bytes
         return self.state_bytes + -(-train.batch_size // train.accumulate) * each + HEADROOM
 
-    def peak_bytes_among(self, processes: int, train: Train, *, divided: bool) -> int:
+    def peak_bytes_among(self, processes: int, train: Train, *, sharded: bool) -> int:
         """Estimate it for rank 0 of several, which split the batch and optionally shard the weights."""
-        divisor = processes if divided else 1
+        divisor = processes if sharded else 1
         part = -(-(self.state_bytes - self.whole_bytes) // divisor)
         own = train.model_copy(update={"batch_size": train.batch_size // processes})
         return replace(self, state_bytes=self.whole_bytes + part).peak_bytes(own)
@@ -61,25 +65,25 @@ def advice(
     section: str,
     processes: int = 1,
     *,
-    divided: bool = False,
+    sharded: bool = False,
 ) -> str | None:
     """Return how to fit a training into `memory` bytes, or that nothing helps; None if it fits.
 
-    `processes` ranks split the batch, and the weights if `divided`.
+    `processes` ranks split the batch, and the weights if `sharded`.
     """
-    needed = cost.peak_bytes_among(processes, train, divided=divided)
+    needed = cost.peak_bytes_among(processes, train, sharded=sharded)
     if needed <= memory:
         return None
     problem = f"does not fit: about {needed / 2**30:.0f} GiB of {memory / 2**30:.0f}"
-    can_divide = processes > 1 and not divided and why_not_sharded(method, train) is None
-    if can_divide and cost.peak_bytes_among(processes, train, divided=True) <= memory:
-        return f"{problem}; it would with the environment variable {sharding.VARIABLE}=1"
+    can_shard = processes > 1 and not sharded and why_not_sharded(method, train) is None
+    if can_shard and cost.peak_bytes_among(processes, train, sharded=True) <= memory:
+        return f"{problem}; it would with the environment variable CM_SHARD=1"
     rows = train.batch_size // processes
     for checkpointed in (False, True):
         for parts in range(1, rows + 1):
             if rows % parts == 0:
                 change = {"accumulate": parts, "checkpoint_activations": checkpointed}
-                if cost.peak_bytes_among(processes, train.model_copy(update=change), divided=divided) <= memory:
+                if cost.peak_bytes_among(processes, train.model_copy(update=change), sharded=sharded) <= memory:
                     asked = f"{section}.train.accumulate={parts}"
                     asked += f" {section}.train.checkpoint_activations=true" if checkpointed else ""
                     return f"{problem}; it would with {asked}"
@@ -91,14 +95,17 @@ def step_cost(method: Method, spec: ModelSpec, *, num_emas: int, bytes_per_value
     with _nothing_computed():
         models = _models(method, spec)
         flops, forward_flops = _count_flops(method, spec, models)
-        kept, checkpointed = _count_kept_values(models.student, spec)
+        passes = _count_kept_passes(method, spec, models)
+        kept, checkpointed = (passes * values for values in _count_kept_values(models.student, spec))
+        heads = 0 if models.discriminator is None else sum(p.numel() for p in models.discriminator.parameters())
     parameters = sum(p.numel() for p in models.student.parameters())
-    copies = 4 + num_emas + 1 + method.keeps_target + method.needs_teacher  # weights, gradients, 2 moments; 1 for grids
+    trained = 2 if method.cycle > 1 else 1  # each with weights, gradients and 2 moments; 1 for grids
+    copies = 4 * trained + num_emas + 1 + method.keeps_target + method.needs_teacher
     return StepCost(
         parameters=parameters,
         flops_per_image=flops,
         forward_flops=forward_flops,
-        state_bytes=parameters * (FP32 * copies + bytes_per_value),
+        state_bytes=parameters * (FP32 * copies + bytes_per_value) + 4 * FP32 * heads,
         whole_bytes=parameters * (FP32 + bytes_per_value),
         image_bytes=kept * bytes_per_value,
         checkpointed_image_bytes=checkpointed * bytes_per_value,
@@ -109,18 +116,22 @@ def step_cost(method: Method, spec: ModelSpec, *, num_emas: int, bytes_per_value
 def _nothing_computed() -> Iterator[None]:
     """Tensors have shapes but no data within this context; none of them may stay in a cache."""
     grid_on.cache_clear()
+    seed_on(torch.device("cpu"))  # made outside, to be a real tensor for the trainings that come after
     try:
-        with FakeTensorMode():
+        with FakeTensorMode(allow_non_fake_inputs=True):
             yield
     finally:
         grid_on.cache_clear()
 
 
 def _models(method: Method, spec: ModelSpec) -> Models:
-    student, distance = spec.build(), getattr(method, "distance", None)
+    student, frozen, distance = spec.build(), spec.build().requires_grad_(False), getattr(method, "distance", None)
     # LPIPS is left out: its weights may need a download, and it is a small part of a U-Net's operations.
     build = distance.build if distance is not None and distance.kind != "lpips" else lambda _: _mean_square
-    return Models(student, student, student, build(spec.image_shape), method.build_weighting())
+    models = Models(student, student, frozen, build(spec.image_shape), method.build_weighting())
+    if method.cycle == 1:
+        return models
+    return replace(models, score=frozen, discriminator=method.build_discriminator(frozen, spec.image_shape))
 
 
 def _mean_square(a: Tensor, b: Tensor) -> Tensor:
@@ -128,21 +139,45 @@ def _mean_square(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _count_flops(method: Method, spec: ModelSpec, models: Models) -> tuple[float, float]:
-    """Return the operations per image of a step, and of a forward pass."""
-    labels = torch.zeros(COUNTED_BATCH, dtype=torch.int64) if spec.num_classes else None
-    batch = Batch(torch.empty(COUNTED_BATCH, *spec.image_shape), labels)
-    context = StepContext(0, 1, spec.noise, torch.Generator())
-    with FlopCounterMode(display=False) as counter:
-        method.loss(models, batch, context).per_sample.mean().backward()
+    """Return the operations per image of a step, the mean over a cycle, and of a forward pass."""
+    flops = 0.0
+    for step, count in enumerate((1, method.cycle - 1)[: method.cycle]):
+        trained = models if step == 0 else replace(models, score=models.student)  # of the student's size
+        with FlopCounterMode(display=False) as counter:
+            _loss(method, spec, trained, step).mean().backward()
+        flops += count / method.cycle * counter.get_total_flops() / COUNTED_BATCH
+    x, labels = _counted_batch(spec)
     with FlopCounterMode(display=False) as forward, torch.no_grad():
-        models.student(batch.x0, torch.ones(COUNTED_BATCH), labels)
-    return counter.get_total_flops() / COUNTED_BATCH, forward.get_total_flops() / COUNTED_BATCH
+        models.student(x, torch.ones(COUNTED_BATCH), labels)
+    return flops, forward.get_total_flops() / COUNTED_BATCH
+
+
+def _loss(method: Method, spec: ModelSpec, models: Models, step: int) -> Tensor:
+    context = StepContext(step, method.cycle, spec.noise, torch.Generator())
+    return method.loss(models, _counted_batch(spec), context).per_sample
+
+
+def _counted_batch(spec: ModelSpec) -> Batch:
+    labels = torch.zeros(COUNTED_BATCH, dtype=torch.int64) if spec.num_classes else None
+    return Batch(torch.empty(COUNTED_BATCH, *spec.image_shape), labels)
+
+
+def _count_kept_passes(method: Method, spec: ModelSpec, models: Models) -> int:
+    """Return the passes of a student's step that keep activations; one through an encoder counts as a whole one."""
+    kept: list[bool] = []
+    every = {id(m): m.net for m in (models.student, models.teacher, models.discriminator) if m is not None}
+    handles = [net.register_forward_hook(lambda _, args, out: kept.append(out.requires_grad)) for net in every.values()]
+    _loss(method, spec, models, 0)
+    for handle in handles:
+        handle.remove()
+    return max(sum(kept), 1)
 
 
 def _count_kept_values(model: nn.Module, spec: ModelSpec) -> tuple[int, int]:
     """Return the values that a forward pass keeps per image, without and with activation checkpointing.
 
-    Kept are the norms' inputs and outputs, a block's input, and queries, keys, values and output of attention.
+    Kept are the norms' inputs and outputs, a block's input, and queries, keys, values and output of attention; in
+    EDM2's network the inputs of convolutions and of what comes before them.
     """
     kept: dict[nn.Module, int] = {}
     inputs: dict[nn.Module, int] = {}
@@ -150,9 +185,11 @@ def _count_kept_values(model: nn.Module, spec: ModelSpec) -> tuple[int, int]:
     def note(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         if isinstance(module, nn.GroupNorm):
             kept[module] = args[0].numel() + out.numel()
-        elif isinstance(module, Attention):
+        elif isinstance(module, Attention | MPAttention):
             kept[module] = 4 * out.numel()
-        elif isinstance(module, Block):
+        elif isinstance(module, MPConv) and out.ndim == 4:
+            kept[module] = KEPT_BY_MP_CONV * args[0].numel()
+        elif isinstance(module, ResidualBlock):
             inputs[module] = sum(arg.numel() for arg in args if arg is not None and arg.ndim == 4)
 
     handles = [module.register_forward_hook(note) for module in model.modules()]

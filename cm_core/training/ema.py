@@ -3,16 +3,15 @@
 from typing import Literal
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from torch import nn
 
 from cm_core.params import Params
+from cm_core.training.posthoc import WIDEST, gamma_of
 
 
 class ConstantEma(Params):
     """The same decay at every step (CM, Table 3)."""
-
-    model_config = ConfigDict(title="constant")
 
     kind: Literal["constant"] = "constant"
     """Name of the EMA."""
@@ -26,8 +25,6 @@ class ConstantEma(Params):
 
 class HalfLifeEma(Params):
     """Half-life in images, shorter at the start (EDM, App. F.2)."""
-
-    model_config = ConfigDict(title="half_life")
 
     kind: Literal["half_life"] = "half_life"
     """Name of the EMA."""
@@ -45,18 +42,16 @@ class HalfLifeEma(Params):
 
 
 class PowerEma(Params):
-    """Power-function EMA, whose width grows with training (EDM2, 2312.02696, eq. 127)."""
-
-    model_config = ConfigDict(title="power")
+    """Power-function EMA, whose width grows with training (EDM2, 2312.02696, section 3.1)."""
 
     kind: Literal["power"] = "power"
     """Name of the EMA."""
-    gamma: float = Field(16.97, gt=0)
-    """Exponent; 16.97 is a relative width of 0.05, 6.94 of 0.10 (EDM2, section 3.1)."""
+    width: float = Field(0.05, gt=0, lt=WIDEST)
+    """Standard deviation of the averaged steps, relative to the training's length so far (EDM2: 0.05 and 0.10)."""
 
     def decay_at(self, step: int, batch_size: int) -> float:
         """Return the decay used after optimiser step `step` (0-based)."""
-        return (1 - 1 / (step + 1)) ** (self.gamma + 1)
+        return (1 - 1 / (step + 1)) ** (gamma_of(self.width) + 1)
 
 
 AnyEma = ConstantEma | HalfLifeEma | PowerEma

@@ -4,7 +4,7 @@ import math
 from typing import Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from cm_core.params import Params
@@ -12,50 +12,34 @@ from cm_core.params import Params
 UNRECTIFIED_EPSILON = 1e12  # dwarfs the second moment, in float32 bitwise
 
 
-class _AdamLike(Params):
-    """Common fields of Adam and its variants, in the order of the forms."""
+class Optimizer(Params):
+    """Adam, with decoupled weight decay if asked for (AdamW), or rectified Adam."""
 
-    kind: str
+    kind: Literal["radam", "adam"] = "radam"
+    """Name of the optimiser: radam as in CM, adam as in EDM."""
     learning_rate: float = Field(gt=0)
+    """Step size (on CIFAR-10 4e-4 in CM, Table 3, with radam; 1e-3 in EDM, Table 7, with adam)."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decays of the gradient's first and second moment."""
     epsilon: float = Field(1e-8, gt=0)
     """Added to the denominator."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay per step size, of adam alone (AdamW, 1711.05101; DMD2: 0.01)."""
 
-    def _settings(self) -> dict[str, Any]:
-        return {"lr": self.learning_rate, "betas": self.betas, "eps": self.epsilon}
-
-
-class Adam(_AdamLike):
-    """Adam without weight decay (EDM, Table 7)."""
-
-    model_config = ConfigDict(title="adam")
-
-    kind: Literal["adam"] = "adam"
-    """Name of the optimiser."""
-    learning_rate: float = Field(1e-3, gt=0)
-    """Step size (EDM, Table 7: 1e-3 on CIFAR-10)."""
+    @model_validator(mode="after")
+    def _decays(self) -> "Optimizer":
+        if self.weight_decay > 0 and self.kind != "adam":
+            raise ValueError(f"weight_decay={self.weight_decay:g} needs kind: adam, and kind is {self.kind}")
+        return self
 
     def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """Return the optimiser; one fused kernel on a GPU."""
-        return torch.optim.Adam(parameters, fused=parameters[0].is_cuda, **self._settings())
-
-
-class RAdam(_AdamLike):
-    """Rectified Adam without weight decay (CM, Table 3)."""
-
-    model_config = ConfigDict(title="radam")
-
-    kind: Literal["radam"] = "radam"
-    """Name of the optimiser."""
-    learning_rate: float = Field(4e-4, gt=0)
-    """Step size (CM, Table 3: 4e-4 on CIFAR-10)."""
-
-    def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """Return the optimiser; one fused kernel on a GPU."""
-        if parameters[0].is_cuda:
-            return FusedRAdam(parameters, **self._settings())
-        return torch.optim.RAdam(parameters, foreach=True, **self._settings())
+        on_gpu = parameters[0].is_cuda
+        settings: dict[str, Any] = {"lr": self.learning_rate, "betas": self.betas, "eps": self.epsilon}
+        if self.kind == "adam":
+            settings |= {"weight_decay": self.weight_decay, "decoupled_weight_decay": True}
+            return torch.optim.Adam(parameters, fused=on_gpu, **settings)
+        return FusedRAdam(parameters, **settings) if on_gpu else torch.optim.RAdam(parameters, foreach=True, **settings)
 
 
 class FusedRAdam(torch.optim.Adam):

@@ -19,15 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cm_core.methods.base import Method
+from cm_core.methods.base import Method, Models
+from cm_core.networks.blocks import ResidualBlock
 from cm_core.networks.dropout import of_these_rows, rows_from
-from cm_core.networks.layers import Block, compile_blocks
 from cm_core.networks.modes import is_plain
 from cm_core.parallel import ranks
 from cm_core.parallel.graphs import with_cuda_graphs
 from cm_core.parallel.rows import by_rows
 from cm_core.training.config import Train
-from cm_core.types import Models
+
+KINDS_OF_BLOCKS = 64  # shapes, resamplings and modes of a network's blocks, each compiled once
 
 Pass = Callable[..., Tensor]  # (x [B, C, H, W], noise labels [B], class labels, augmentation labels) -> [B, C, H, W]
 
@@ -37,7 +38,8 @@ def compose_passes(models: Models, method: Method, train: Train, *, graphs: bool
 
     `graphs`: whether CUDA graphs are allowed, which FSDP2 does not support.
     """
-    for model in {id(m): m for m in (models.student, models.target, models.teacher) if m is not None}.values():
+    every = (models.student, models.target, models.teacher, models.score, models.discriminator)
+    for model in {id(m): m for m in every if m is not None}.values():
         model.network_pass = compose(model.net, train, graphs=graphs)
     # LPIPS: a rank needs only its own rows of its loss, unless derivatives are taken through it.
     if isinstance(models.distance, nn.Module) and not method.forward_mode and ranks.world_size() > 1:
@@ -49,7 +51,7 @@ def compose(net: nn.Module, train: Train, *, graphs: bool) -> Pass:
     """Return the wrapped pass of a batch through `net`; the module docstring explains the order."""
     if train.compile:
         compile_blocks(net)
-    for block in (module for module in net.modules() if isinstance(module, Block)):
+    for block in (module for module in net.modules() if isinstance(module, ResidualBlock)):
         block.checkpointed = train.checkpoint_activations
     network_pass: Pass = net.__call__  # no module, which would become a part of the model that is trained
     if train.accumulate > 1:
@@ -57,6 +59,14 @@ def compose(net: nn.Module, train: Train, *, graphs: bool) -> Pass:
     elif graphs and not train.compile and not train.checkpoint_activations:
         network_pass = with_cuda_graphs(net)
     return by_rows(network_pass) if ranks.world_size() > 1 else network_pass
+
+
+def compile_blocks(net: nn.Module) -> None:
+    """Compile the repeated blocks with torch.compile, once per kind, not the whole network."""
+    blocks: list[nn.Module] = [module for module in net.modules() if isinstance(module, ResidualBlock)]
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS_OF_BLOCKS)
+    for block in blocks or [net]:
+        block.compile()
 
 
 def in_parts(network_pass: Pass, parts: int) -> Pass:

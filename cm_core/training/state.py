@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cm_core.checkpoint import load_state, save_state
+from cm_core.methods.base import Loss
 from cm_core.parallel import ranks, sharding
 from cm_core.precond import Precond
-from cm_core.training.checkpoint import load_state, save_state
 from cm_core.training.config import Train
 from cm_core.training.ema import Ema
+from cm_core.training.learner import Learner, moment_like
 from cm_core.training.loss_scale import LossScale
-from cm_core.training.optimizers import FusedRAdam
-from cm_core.types import Loss
 
 
 class LoggedStep(NamedTuple):
@@ -30,7 +30,8 @@ class LoggedStep(NamedTuple):
 class TrainState:
     """The mutable state of a training. Steps are counted from 0; `step` is the next one to take.
 
-    The target begins as a copy of the model; neither it nor a teacher gets gradients.
+    The target begins as a copy of the model; neither it nor a teacher gets gradients. A critic, the score and perhaps a
+    discriminator, has an optimiser of its own and is trained by all steps but the first of each `cycle`.
     """
 
     model: Precond
@@ -38,10 +39,14 @@ class TrainState:
     target: Precond | None = None  # EMA of the model, for methods that keep one
     teacher: Precond | None = None  # for methods that replace their teacher during training
     weighting: nn.Module | None = None  # the learned part of the loss
+    score: Precond | None = None  # the critic's denoiser, for methods that train one
+    discriminator: Precond | None = None
+    cycle: int = 1
     step: int = 0
     began: int = 0  # the step of the last optimiser reset
-    optimizer: torch.optim.Optimizer = dataclasses.field(init=False)
-    loss_scale: LossScale | None = dataclasses.field(init=False)  # for fp16
+    student: Learner = dataclasses.field(init=False)
+    critic: Learner | None = dataclasses.field(init=False)
+    nonfinite: Tensor = dataclasses.field(init=False)  # steps skipped so far because a loss or gradient was not finite
     emas: list[Ema] = dataclasses.field(init=False)
     window: list[LoggedStep] = dataclasses.field(default_factory=list)  # steps not yet aggregated
 
@@ -50,12 +55,15 @@ class TrainState:
             self.target.load_state_dict(self.model.state_dict())
             self.target.requires_grad_(False)
         device = next(self.model.parameters()).device
-        self.loss_scale = LossScale(device) if self.train.precision == "fp16" else None
+        self.nonfinite = torch.zeros((), dtype=torch.int64, device=device)
+        self.student = Learner((self.model, self.weighting), self.train)
+        beside = (self.score, self.discriminator)
+        self.critic = None if self.score is None else Learner(beside, self.train, prefix="critic/")
         self.begin_afresh()
 
     def begin_afresh(self) -> None:
         """Reset optimiser and EMAs at the current weights."""
-        self.optimizer = self.train.optimizer.build(self.parameters())
+        self.student.reset()
         self.emas = [Ema(rule, self.model) for rule in self.train.emas]
         self.began = self.step
 
@@ -65,9 +73,32 @@ class TrainState:
         self.teacher.load_state_dict(self.model.state_dict())
         self.begin_afresh()
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Return the optimised parameters."""
-        return [p for module in (self.model, self.weighting) if module is not None for p in module.parameters()]
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The student's optimiser."""
+        return self.student.optimizer
+
+    @property
+    def loss_scale(self) -> LossScale | None:
+        """The student's loss scale, for fp16."""
+        return self.student.loss_scale
+
+    @property
+    def learners(self) -> list[Learner]:
+        """The student and, if there is one, the critic."""
+        return [self.student] if self.critic is None else [self.student, self.critic]
+
+    def learner_at(self, step: int) -> Learner:
+        """Return the learner that `step` trains, as its method's `trains_student_at` says."""
+        return self.student if self.critic is None or step % self.cycle == 0 else self.critic
+
+    def take_turn(self) -> Learner:
+        """Return the learner whose turn it is; no other gets gradients until the next turn."""
+        turn = self.learner_at(self.step)
+        if self.critic is not None:
+            for learner in self.learners:
+                learner.learn(learner is turn)
+        return turn
 
     @property
     def is_sharded(self) -> bool:
@@ -78,7 +109,7 @@ class TrainState:
         """Write the state, unsharded, to `folder/step-<step>` atomically; a collective call, rank 0 writes."""
         tensors = sharding.gathered({**self._tensors(), **self._window_tensors()})
         if ranks.is_main():
-            save_state(folder, self.step, tensors, {"began": self.began})
+            save_state(folder, self.step, tensors, {"began": self.began, "nonfinite": int(self.nonfinite)})
 
     def restore(self, state: Path | None) -> None:
         """Restore a saved state, bitwise; the models and optimiser must be built from the same recipe.
@@ -97,7 +128,7 @@ class TrainState:
         if ranks.world_size() == 1 or self.is_sharded:
             return
         mine = {**self._tensors(), **self._window_tensors()}
-        mine |= {"step": torch.tensor(self.step), "began": torch.tensor(self.began)}
+        mine |= {"step": torch.tensor(self.step), "began": torch.tensor(self.began), "nonfinite": self.nonfinite}
         tensors = dict(ranks.broadcast_from_main(mine))
         if not ranks.is_main():
             self._take(tensors.items(), source="the state of rank 0")
@@ -105,25 +136,28 @@ class TrainState:
     def _take(self, whole: Iterable[tuple[str, Tensor]], *, source: str) -> None:
         """Copy a state's tensors one by one into this state's: whole, or this rank's shards."""
         own, moments, beside = self._weights(), {}, {}
-        parameters = {f"optimizer/{index}": p for index, p in enumerate(self.parameters())}
+        parameters = {name: p for learner in self.learners for name, p in learner.places().items()}
         for name, tensor in whole:
             if name in own:
                 sharding.put(own.pop(name), tensor)
             elif name.rpartition("/")[0] in parameters:
-                moments[name] = _beside(parameters[name.rpartition("/")[0]], tensor)
+                moments[name] = moment_like(parameters[name.rpartition("/")[0]], tensor)
             else:
                 beside[name] = tensor
         step, began = int(beside.pop("step")), beside.pop("began", None)  # absent from states of older versions
+        self.nonfinite.fill_(int(beside.pop("nonfinite", 0)))
         self._load_window(beside, step)
         if own or beside:
             odd = min([*own, *beside])
             raise ValueError(f"{source} is the state of another training (only one of the two has {odd})")
-        self._load_optimizer(moments)
         self.step = step
+        for learner in self.learners:
+            learner.load(moments)
         if began is not None:
             self.began = int(began)
-            if isinstance(self.optimizer, FusedRAdam):
-                self.optimizer.taken = step - self.began
+            by_student = -(-(step - self.began) // self.cycle)
+            for learner, taken in zip(self.learners, (by_student, step - by_student), strict=False):
+                learner.set_taken(taken)
 
     def averaged(self, index: int = 0) -> dict[str, Tensor]:
         """Return the state dict of the model with the weights of EMA `index`.
@@ -134,20 +168,20 @@ class TrainState:
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = self._weights()
-        for index, values in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{index}/{name}": t for name, t in values.items()}
+        for learner in self.learners:
+            tensors |= learner.moments()
         return tensors
 
     def _weights(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
-        for role in ("model", "target", "teacher", "weighting"):
+        for role in ("model", "target", "teacher", "weighting", "score", "discriminator"):
             module = getattr(self, role)
             if module is not None:
                 tensors |= {f"{role}/{name}": t for name, t in module.state_dict().items()}
         for index, ema in enumerate(self.emas):
             tensors |= {f"ema{index}/{name}": t for name, t in ema.weights.items()}
-        if self.loss_scale is not None:
-            tensors |= {f"loss_scale/{name}": t for name, t in self.loss_scale.tensors().items()}
+        for learner in self.learners:
+            tensors |= learner.scale_tensors()
         return tensors
 
     def _window_tensors(self) -> dict[str, Tensor]:
@@ -168,20 +202,3 @@ class TrainState:
         rows = list(zip(*(tensors.pop(name).to(device) for name in names), strict=True))
         first = step - len(rows)
         self.window = [LoggedStep(first + i, Loss(loss, sigma), norm) for i, (loss, sigma, norm) in enumerate(rows)]
-
-    def _load_optimizer(self, moments: dict[str, Tensor]) -> None:
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in moments.items():
-            _, index, key = name.split("/")
-            state.setdefault(int(index), {})[key] = tensor
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def _beside(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
-    """Return a parameter's optimiser state; a moment is sharded, and laid out in memory, like its parameter."""
-    if tensor.shape != parameter.shape:
-        return tensor
-    moment = torch.empty_like(parameter, requires_grad=False)
-    sharding.put(moment, tensor)
-    return moment

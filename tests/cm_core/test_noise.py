@@ -7,6 +7,7 @@ from cm_core.noise import Noise, add_noise, draw_lognormal, karras_grid, lognorm
 from cm_core.precond import Precond
 from oracles import ConstantNet
 
+CPU = torch.device("cpu")
 GRID_18 = [0.002, 0.007528, 0.022935, 0.059947, 0.139516, 0.296442, 0.585348, 1.088171, 1.923340, 3.256822]
 GRID_18 += [5.315195, 8.400935, 12.910082, 19.352453, 28.374585, 40.785574, 57.585985, 80.0]
 
@@ -89,3 +90,28 @@ def test_angles_of_trigflow_match_the_printed_map():
     angles = torch.tensor([0.004000, 0.785398, 1.023776, 1.254166, 1.564546], dtype=torch.float64)
     torch.testing.assert_close(told(sigmas), angles, rtol=0, atol=6e-7)
     assert 0.5 * math.tan(1.1) == pytest.approx(0.98238, abs=6e-6)  # the second step of sCM's samples
+
+
+def test_grid_of_another_range_and_curvature():
+    grid = karras_grid(3, sigma_min=1.0, sigma_max=9.0, rho=2.0)
+    assert grid.tolist() == pytest.approx([9, 4, 1]) and grid.dtype == torch.float64
+    assert torch.equal(Noise(sigma_min=1, sigma_max=9, rho=2).grid(3), grid)
+    ends = karras_grid(40, sigma_min=0.3, sigma_max=0.7, rho=7.0)
+    assert ends[0].item() == 0.7 and ends[-1].item() == 0.3
+
+
+def test_lognormal_draws_are_the_generators():
+    found = draw_lognormal(5, p_mean=0.5, p_std=2.0, generator=torch.Generator().manual_seed(0), device=CPU)
+    expected = (0.5 + 2.0 * torch.randn(5, generator=torch.Generator().manual_seed(0))).exp()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def test_pair_probabilities_of_a_two_point_grid_are_one():
+    assert lognormal_pair_probabilities(torch.tensor([2.0, 1.0]), p_mean=0.3, p_std=0.7).tolist() == [1]
+    even = lognormal_pair_probabilities(torch.tensor([4.0, 2.0, 1.0]), p_mean=math.log(2), p_std=0.7)
+    assert even.tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_noise_is_added_to_the_image():
+    x0, eps = torch.full((2, 1, 1, 1), 3.0), torch.full((2, 1, 1, 1), 5.0)
+    assert add_noise(x0, eps, torch.tensor([0.0, 2.0])).flatten().tolist() == [3, 13]

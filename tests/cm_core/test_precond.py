@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -59,3 +61,56 @@ def test_half_precision_stays_inside_the_network():
     x = torch.randn(4, 1, 2, 2)
     out = f(x, torch.full((4,), 0.002))
     assert out.dtype == torch.float32 and torch.equal(out, x)
+
+
+class Spy(torch.nn.Module):
+    """Returns a fixed image, and writes down what it was asked and under which autocast."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def forward(self, x, c_noise, labels, augment_labels):
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        self.asked.append((x, c_noise, labels, augment_labels, dtype))
+        return torch.full_like(x, 0.5)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_the_network_gets_scaled_images_noise_labels_and_both_conditions(dtype):
+    net, x, sigma = Spy(), torch.ones(2, 1, 1, 1), torch.tensor([0.5, 2.0])
+    f = Precond(net, sigma_min=0.1, sigma_data=0.5, noise_scale=1000.0, autocast=dtype)
+    labels, augment_labels = torch.tensor([3, 4]), torch.ones(2, 9)
+    out = f(x, sigma, labels, augment_labels)
+    ((x_in, c_noise, *conditions, autocast),) = net.asked
+    assert autocast == dtype and conditions[0] is labels and conditions[1] is augment_labels
+    assert x_in.flatten().tolist() == pytest.approx([2**0.5, 4.25**-0.5])
+    assert c_noise.tolist() == pytest.approx([250 * math.log(0.5), 250 * math.log(2)])
+    expected = [0.25 / (d**2 + 0.25) + 0.5 * d / (s**2 + 0.25) ** 0.5 * 0.5 for s, d in ((0.5, 0.4), (2.0, 1.9))]
+    assert out.flatten().tolist() == pytest.approx(expected)
+    f(x, sigma)
+    assert net.asked[1][2:4] == (None, None)
+
+
+def test_a_raw_output_has_the_type_of_its_input():
+    f = Precond(torch.nn.Bilinear(1, 1, 1), sigma_min=0.0, sigma_data=0.5, autocast=torch.bfloat16)
+    f.network_pass = lambda x, *_: x.bfloat16()
+    assert f.raw(torch.ones(2, 1, dtype=torch.float64), torch.ones(2)).dtype == torch.float64
+
+
+def test_a_trainings_wrapper_replaces_the_network():
+    net, x = Spy(), torch.ones(2, 1, 1, 1)
+    f = Precond(net, sigma_min=0.0, sigma_data=0.5)
+    f.network_pass = lambda x, *conditions: 3 * x
+    assert torch.equal(f.raw(x, torch.ones(2)), 3 * x) and net.asked == []
+
+
+def test_the_piecewise_form_is_the_image_at_and_below_the_boundary():
+    f = Precond(ConstantNet(), sigma_min=0.25, sigma_data=0.5, piecewise=True)
+    skip, out, _ = f.scalings(torch.tensor([0.125, 0.25, 0.2501, 80.0]))
+    assert skip.tolist() == [1, 1, 0, 0] and out.tolist() == [0, 0, 1, 1] and skip.dtype == torch.float32
+
+
+def test_angles_of_trigflow_scale_too():
+    f = Precond(ConstantNet(), sigma_min=0.0, sigma_data=0.5, c_noise="angle", noise_scale=2.0)
+    assert f.noise_labels(torch.tensor([0.5, 1.0])).tolist() == pytest.approx([math.pi / 2, 2 * math.atan(2)])

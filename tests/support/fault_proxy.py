@@ -3,7 +3,7 @@
 import http.client
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,11 +21,13 @@ class Exchange:
     method: str
     path: str
     body: bytes
+    sent: Mapping[str, str] = field(default_factory=dict)  # the request's headers
     forward: Callable[[], None] = lambda: None  # ask the server; fills the answer
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     answer: bytes = b""
     cut_after: int | None = None  # bytes of the answer before the connection is cut; 0: no answer at all
+    unheard: set[str] = field(default_factory=set)  # headers that the server does not get to see
 
 
 Fault = Callable[[Exchange], None]
@@ -77,6 +79,16 @@ def alter_answer(exchange: Exchange) -> None:
     """Change a byte of what is received."""
     exchange.forward()
     exchange.answer = altered(exchange.answer)
+
+
+def ignore(header: str) -> Fault:
+    """Be a store that does not know a header."""
+
+    def fault(exchange: Exchange) -> None:
+        exchange.unheard = {header.lower()}
+        exchange.forward()
+
+    return fault
 
 
 def shift_clock(seconds: float) -> Fault:
@@ -146,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def _pass_on(self) -> None:
-        exchange = Exchange(self.command, self.path, self._read_body())
+        exchange = Exchange(self.command, self.path, self._read_body(), self.headers)
         exchange.forward = lambda: self._ask(exchange)
         fault = self.server.proxy.fault_for(exchange)
         if fault:
@@ -169,7 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _ask(self, exchange: Exchange) -> None:
         connection = http.client.HTTPConnection(self.server.upstream, timeout=60)
-        headers = {name: value for name, value in self.headers.items() if name.lower() not in HOP}
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in HOP | exchange.unheard}
         connection.request(exchange.method, exchange.path, exchange.body or None, headers)
         response = connection.getresponse()
         exchange.status, exchange.answer = response.status, response.read()

@@ -97,7 +97,7 @@ def dropout_error(shape, layer, first):
 
 def dropout_derivative_error():
     """Return the error of the derivatives of the kernel, which torch.func calls with wrapped tensors."""
-    dropout._masked = lambda h, kept, layer, first: masked(h, dropout._seed_on(h.device), kept, layer, first)
+    dropout._masked = lambda h, kept, layer, first: masked(h, dropout.seed_on(h.device), kept, layer, first)
     h, tangent = draw(2, 8, 4, 4), draw(2, 8, 4, 4)
     mask = dropout.dropout(torch.ones_like(h), 0.3, layer=1)
     out, d_out = torch.func.jvp(lambda h: dropout.dropout(h, 0.3, layer=1), (h,), (tangent,))

@@ -3,11 +3,11 @@
 import functools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
+import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,10 +18,12 @@ import psutil
 import pytest
 
 from flows.operations import services
+from flows.operations.service_environment import login
 from miniature import REPOSITORY, commit, git
+from processes import WAIT, wait_until
 from servers import free_port
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PORTS = ("--prefect-port", "0", "--mlflow-port", "0", "--metrics-port", "0")
 TINY = """# A page for tests: eight by eight, seconds.
 data: {source: digits, max_images: 64}
 network: {kind: song_unet, channels: 8, channel_mult: [1], num_blocks: 1, attn_resolutions: []}
@@ -57,30 +59,36 @@ def cm(root: Path, *arguments: str, **variables: str) -> subprocess.CompletedPro
 
 
 class Api:
-    """Requests to the Prefect server of a workspace."""
+    """Requests to the Prefect server of a workspace.
+
+    They are sent by Prefect's own client: a server on SQLite answers 503 to who loses a race for its one writer, and
+    expects its clients to ask again.
+    """
 
     def __init__(self, root: Path, note: dict) -> None:
+        from prefect.client.base import PrefectHttpxSyncClient
+
         self.root, self.note = root, note
-        self.api = httpx.Client(base_url=f"{note['prefect']}/api", timeout=30)
+        self.login = login(root)
+        url, auth = f"{note['prefect']}/api", tuple(self.login.split(":"))
+        self.api = PrefectHttpxSyncClient(base_url=url, timeout=120, auth=auth, enable_csrf_support=True)
 
     def post(self, path: str, **body) -> object:
         answer = self.api.post(path, json=body)
-        answer.raise_for_status()
         return answer.json() if answer.content else None
 
     def get(self, path: str) -> object:
-        answer = self.api.get(path)
-        answer.raise_for_status()
-        return answer.json()
+        return self.api.get(path).json()
 
     def submit(self, *overrides: str) -> str:
         """Start a run of the deployment `tiny` with values changed, `key=value`; return its id."""
-        from flows.recipes.overrides import merge, parse_override
+        from flows.recipes.recipe import Recipe, merge, parse_override
 
         deployment = self.get("/deployments/name/consistency/tiny")
         recipe = functools.reduce(merge, map(parse_override, overrides), deployment["parameters"]["recipe"])
-        parameters = {"recipe": recipe, "name": "tiny"}
-        return self.post(f"/deployments/{deployment['id']}/create_flow_run", parameters=parameters)["id"]
+        whole = Recipe.model_validate(recipe).model_dump(mode="json")  # the server asks for what its form shows
+        asked = {"parameters": {"recipe": whole, "name": "tiny"}, "idempotency_key": str(uuid.uuid4())}
+        return self.post(f"/deployments/{deployment['id']}/create_flow_run", **asked)["id"]
 
     def flow_run(self, run_id: str) -> dict:
         return self.get(f"/flow_runs/{run_id}")
@@ -101,9 +109,9 @@ class Api:
         found = self.post("/artifacts/filter", artifacts=chosen, sort="CREATED_DESC", limit=200)
         return {artifact["key"]: artifact for artifact in reversed(found)}
 
-    def wait_for(self, run_id: str, name: str, seconds: float) -> None:
+    def wait_for(self, run_id: str, name: str) -> None:
         """Wait until a run is in this state."""
-        wait_until(lambda: self.flow_run(run_id)["state_name"] in (name, "Failed"), seconds, every=1)
+        wait_until(lambda: self.flow_run(run_id)["state_name"] in (name, "Failed"), every=1)
         state = self.flow_run(run_id)["state"]
         assert state["name"] == name, (state, self.said(run_id)[-20:])
 
@@ -117,23 +125,40 @@ class Up(Api):
     """A `cm up` in a workspace, ready to use."""
 
     def __init__(self, root: Path, *options: str) -> None:
-        command = [sys.executable, "-m", "flows.cli", "up", "--prefect-port", "0", "--mlflow-port", "0", *options]
+        command = [sys.executable, "-m", "flows.cli", "up", *PORTS, *options]
+        self._errors = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would stop what writes much
         self.process = subprocess.Popen(
-            command, cwd=root, env=environment(root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, cwd=root, env=environment(root), stdout=subprocess.PIPE, stderr=self._errors, text=True
         )
+        self.welcome = ""
         for line in self.process.stdout:
+            self.welcome += line
             if line.startswith("Ctrl-C"):
                 break
         else:
-            pytest.fail(self.process.stderr.read())
+            self.process.wait()
+            pytest.fail(self.errors())
         super().__init__(root, json.loads((root / ".cm" / "services" / "services.json").read_text()))
         self.children = psutil.Process(self.process.pid).children(recursive=True)
+
+    def errors(self) -> str:
+        """Return what it has written to its standard error."""
+        self._errors.seek(0)
+        return self._errors.read()
 
     def stop(self) -> int:
         """Stop it as Ctrl-C does; return its exit code."""
         self.process.send_signal(signal.SIGINT)
         self.api.close()
-        return self.process.wait(timeout=90)
+        return self.process.wait(WAIT)
+
+
+def log_in(page, up: Api) -> None:
+    """Give a browser the password of `up`, as a person does who opens its pages for the first time."""
+    page.goto(f"{up.note['prefect']}/deployments")
+    page.locator("form input").fill(up.login)
+    page.locator("form").get_by_role("button").click()
+    page.wait_for_url("**/deployments")
 
 
 class Servers(Api):
@@ -161,14 +186,14 @@ class Servers(Api):
             with (self.root / ".cm" / f"{name}.log").open("ab") as log:
                 command = [sys.executable, "-m", *self._commands[name]]
                 self._running[name] = subprocess.Popen(command, cwd=self.root, env=self._env, stdout=log, stderr=log)
-        wait_until(lambda: all(services.answering(self._at)[name] for name in names), 180)
+        wait_until(lambda: all(services.answering(self._at)[name] for name in names))
 
     def end(self, name: str, number: int = signal.SIGKILL) -> None:
         """End a server with a signal, and what it has started."""
         popen = self._running.pop(name)
         tree = psutil.Process(popen.pid).children(recursive=True)
         popen.send_signal(number)
-        popen.wait(60)
+        popen.wait(WAIT)
         for child in tree:
             end_tree(child)
 
@@ -178,7 +203,7 @@ class Servers(Api):
             self.end(name)
 
     def ask_mlflow(self, path: str, **body) -> dict:
-        answer = httpx.post(f"{self.note['mlflow']}/api/2.0/mlflow/{path}", json=body, timeout=60)
+        answer = httpx.post(f"{self.note['mlflow']}/api/2.0/mlflow/{path}", json=body, timeout=WAIT)
         answer.raise_for_status()
         return answer.json()
 
@@ -194,7 +219,7 @@ class Servers(Api):
         """Return the steps whose loss an MLflow run has; what it could not take at once came late."""
         url = f"{self.note['mlflow']}/api/2.0/mlflow/metrics/get-history"
         chosen = {"run_id": mlflow_run["info"]["run_id"], "metric_key": "loss", "max_results": 5000}
-        found = httpx.get(url, params=chosen, timeout=60).json().get("metrics", [])
+        found = httpx.get(url, params=chosen, timeout=WAIT).json().get("metrics", [])
         return sorted(int(entry["step"]) for entry in found)
 
     def trained_steps(self, *run_ids: str) -> list[list[int]]:
@@ -203,19 +228,28 @@ class Servers(Api):
 
 
 @contextmanager
-def worker(up: Api, name: str, folder: Path | None = None, **variables: str) -> Iterator[psutil.Process]:
-    """Run one more worker of the pool `gpu`, as another machine would; in this folder, else in the workspace."""
+def worker(
+    up: Api, name: str, folder: Path | None = None, *, entry: tuple[str, ...] = (), **variables: str
+) -> Iterator[psutil.Process]:
+    """Run one more worker of the pool `gpu`, as another machine would; in this folder, else in the workspace.
+
+    `entry` is a module that starts it, as in containers.
+    """
     theirs = services.client_variables(folder or up.root, services.Services(up.note["prefect"], up.note["mlflow"]))
-    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "gpu", "--name", name]
+    command = [sys.executable, "-m", *entry, "prefect", "worker", "start", "--pool", "gpu", "--name", name]
     options = ["--type", "process", "--limit", "1", "--install-policy", "never"]
-    with (up.root / ".cm" / f"{name}.log").open("wb") as log:
-        started = subprocess.Popen(
-            [*command, *options],
-            cwd=folder or up.root,
-            env=environment(up.root, **theirs, **variables),
-            stdout=log,
-            stderr=log,
-        )
+    theirs |= {"PREFECT_API_AUTH_STRING": up.login, **variables}
+    with running(up.root, name, [*command, *options], folder or up.root, theirs) as process:
+        yield process
+
+
+@contextmanager
+def running(
+    root: Path, name: str, command: list[str], folder: Path, variables: dict[str, str]
+) -> Iterator[psutil.Process]:
+    """Run a command in a folder for the workspace, with a log named so; at the end kill it and all it has started."""
+    with (root / ".cm" / f"{name}.log").open("wb") as log:
+        started = subprocess.Popen(command, cwd=folder, env=environment(root, **variables), stdout=log, stderr=log)
     process = psutil.Process(started.pid)
     try:
         yield process
@@ -226,12 +260,14 @@ def worker(up: Api, name: str, folder: Path | None = None, **variables: str) -> 
 
 def trainings(root: Path) -> list[psutil.Process]:
     """Return the processes that train students of this workspace."""
-    return [
-        process
-        for process in psutil.process_iter(["cmdline"])
+    found = {
+        process.pid: process
+        for process in psutil.process_iter(["cmdline", "environ", "ppid"])
         if (process.info["cmdline"] or ())[-2:] == ["stage", "student"]
-        if process.environ().get("CM_HOME") == str(root)
-    ]
+        if (process.info["environ"] or {}).get("CM_HOME") == str(root)
+    }
+    # A child between fork and exec looks like its parent.
+    return [process for process in found.values() if process.info["ppid"] not in found]
 
 
 def end_tree(process: psutil.Process) -> None:
@@ -245,12 +281,3 @@ def end_tree(process: psutil.Process) -> None:
             one.kill()
         except psutil.NoSuchProcess:
             pass
-
-
-def wait_until(condition, seconds: float, every: float = 0.2):
-    """Wait until `condition` holds; return what it returned."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(every)
-    return found

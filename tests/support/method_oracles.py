@@ -3,18 +3,20 @@
 import pytest
 import torch
 
-from cm_core.distances import L1, PseudoHuber
+from cm_core.distances import Pixelwise, PseudoHuber
+from cm_core.methods.base import Batch, Models, StepContext
 from cm_core.methods.cd import CD
 from cm_core.methods.cm_inf import CMInf
 from cm_core.methods.ct import CT
+from cm_core.methods.dmd import DMD
 from cm_core.methods.ect import ECT
 from cm_core.methods.ict import ICT
+from cm_core.methods.meanflow import MeanFlow
 from cm_core.methods.pd import PD
 from cm_core.methods.scm import SCM
 from cm_core.model import ModelSpec, build_seeded
 from cm_core.networks import MLPParams
 from cm_core.noise import Noise
-from cm_core.types import Batch, Models, StepContext
 from oracles import GaussianConsistency, GaussianDenoiser
 
 NOISE, CPU = Noise(), torch.device("cpu")
@@ -33,7 +35,11 @@ STUDENT_METHODS = {
     "scm-distil": SCM(distil=True, tangent="clip"),
     "cm_inf": CMInf(),
     "cm_inf-isolated": CMInf(distil=False, distance=PseudoHuber()),
-    "cm_inf-through": CMInf(stop_gradient=False, distance=L1()),
+    "cm_inf-through": CMInf(stop_gradient=False, distance=Pixelwise(kind="l1")),
+    "meanflow": MeanFlow(),
+    "meanflow-predicted": MeanFlow(tangent="predicted"),
+    "dmd": DMD(gan_weight=0),
+    "sid": DMD(objective="sid", gan_weight=0, generator_sigma=2.5),
 }
 
 

@@ -1,7 +1,10 @@
 """A miniature workspace: a git repository with four trivial stages, shaped like the real pipeline."""
 
 import os
+import sqlite3
 import subprocess
+import tarfile
+from contextlib import closing
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
@@ -13,8 +16,10 @@ def python_path(*first):
     return os.pathsep.join(map(str, [*first, SUPPORT, os.environ.get("PYTHONPATH", "")]))
 
 
+PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="  # a PNG
+
 STAGE = """
-import os, pathlib, sys, time
+import base64, os, pathlib, sys, time
 
 name, *inputs = sys.argv[1:]
 out = pathlib.Path("out") / name
@@ -37,6 +42,10 @@ if os.environ.get("CM_PROGRESS_FILE"):
     (out / "progress").write_text('{"done": 1, "total": 4, "unit": "steps"}')
     (out / "progress").replace(os.environ["CM_PROGRESS_FILE"])
 time.sleep(float(os.environ.get("MINI_SECONDS", 0)))
+awaited, deadline = set(os.environ.get("MINI_AWAITS", "").split()), time.monotonic() + 300
+while awaited - {line.split()[0] for line in open(os.environ.get("MINI_TRACE", os.devnull))}:
+    assert time.monotonic() < deadline, "they do not run side by side"
+    time.sleep(0.05)
 (out / "begun").unlink()
 (out / "below").mkdir()
 (out / "below" / "\\N{LATIN SMALL LETTER A WITH DIAERESIS}.txt").write_text("")
@@ -45,8 +54,8 @@ texts = [pathlib.Path(path, "result.txt").read_text() for path in inputs]
 if name == "evaluate":
     (out / "metrics.json").write_text('{"fid_classifier": {"real": 0.5, "nfe_1": 2.5}}')
     (out / "result.txt").unlink()
-    (out / "below" / "plot.png").write_bytes(b"a picture, say")
-"""
+    (out / "below" / "plot.png").write_bytes(base64.b64decode("PICTURE"))
+""".replace("PICTURE", PICTURE)
 
 STAGES = """
 stages:
@@ -75,7 +84,25 @@ stages:
     outs: [out/evaluate/below]
 """
 
-ACTIVE = "seed: 1\nteacher:\nfeatures: {lr: 1.0e-05}\nunrelated: 1\n"
+# A recipe, of which the stages above read no more than seed, features and teacher.
+ACTIVE = """seed: 1
+teacher:
+student: {method: {kind: ct}}
+features: {kind: classifier, learning_rate: 1.0e-05}
+conditional: false
+"""
+
+
+def traced(path: Path) -> list[list[str]]:
+    """Return the stages that have begun, each with its time and process id: what they wrote to $MINI_TRACE."""
+    return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def make_bare_workspace(root: Path) -> Path:
+    """Make the folder a workspace without stages, recipes or history."""
+    (root / "params").mkdir()
+    (root / "dvc.yaml").write_text("stages: {}\n")
+    return root
 
 
 def make_workspace(root: Path) -> Path:
@@ -125,3 +152,41 @@ def save_untrained(folder: Path, **what: object) -> None:
             weights.normal_(0, 0.1)
     folder.mkdir(parents=True)
     save_model(folder, spec, model.state_dict())
+
+
+def save_adm(folder, form, classes=10, noise_scale=1000.0, network=None, noise=None):
+    """Save an ADM of 16x16 colour images with random weights in a form; return its folder."""
+    import torch
+
+    from cm_core.model import ModelSpec, save_model
+    from cm_core.networks import DhariwalUNetParams
+    from cm_core.noise import Noise
+
+    small = {"channels": 32, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (8,), "channels_per_head": 16}
+    spec = ModelSpec(
+        form=form,
+        network=network or DhariwalUNetParams(**small, norm_groups=32),
+        noise=noise or Noise(),
+        image_shape=(3, 16, 16),
+        num_classes=classes,
+        noise_scale=noise_scale,
+    )
+    torch.manual_seed(0)
+    model = spec.build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    folder.mkdir()
+    save_model(folder, spec, model.state_dict())
+    return str(folder)
+
+
+def unpack_registered_student(root: Path) -> None:
+    """Write a workspace with a registered student, models:/cm-digits@champion, of an earlier version of the code."""
+    packed = REPOSITORY / "tests" / "fixtures" / "logged_before_wings"
+    (root / "params").mkdir(parents=True)
+    (root / "dvc.yaml").write_text("stages: {}\n")
+    with closing(sqlite3.connect(root / "mlflow.db")) as database:
+        database.executescript((packed / "mlflow.sql").read_text().replace("@ROOT@", str(root)))
+    with tarfile.open(packed / "model.tar.gz") as archive:
+        archive.extractall(root, filter="data")

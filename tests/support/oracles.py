@@ -31,6 +31,24 @@ class GaussianConsistency(nn.Module):
         return x * expand_like(((self.noise.sigma_min**2 + variance) / (t**2 + variance)).sqrt(), x)
 
 
+class GaussianFlowMap(nn.Module):
+    """The exact mean velocity of z = (1 - t) x0 + t eps, in whose trajectories z is proportional to its deviation."""
+
+    def __init__(self, sigma_data: float = 0.5, gain: float = 1.0) -> None:
+        super().__init__()
+        self.sigma_data, self.gain = sigma_data, nn.Parameter(torch.tensor(gain, dtype=torch.float64))
+
+    def deviation(self, t: Tensor) -> Tensor:
+        return ((1 - t) ** 2 * self.sigma_data**2 + t**2).sqrt()
+
+    def velocity(self, z: Tensor, t: Tensor, span: Tensor, labels: Tensor | None = None, _: None = None) -> Tensor:
+        t, span = t.double(), span.double()
+        growth = (t - (1 - t) * self.sigma_data**2) / self.deviation(t)
+        longer = torch.where(span > 0, span, 1.0)
+        mean = torch.where(span > 0, (self.deviation(t) - self.deviation(t - longer)) / longer, growth)
+        return self.gain * z * expand_like(mean / self.deviation(t), z)
+
+
 class HalfAngleNet(nn.Module):
     """The raw network that makes Precond with EDM's scalings and c_noise "angle" the exact consistency function.
 
@@ -65,5 +83,5 @@ class DropoutNet(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(1.0))
 
-    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, c_noise: Tensor, *conditions: Tensor | None) -> Tensor:
         return self.scale * (dropout(torch.ones_like(x), 0.5, layer=0) if self.training else torch.ones_like(x))

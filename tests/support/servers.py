@@ -1,35 +1,64 @@
 """Servers on the loopback that tests talk to over HTTP."""
 
+import json
 import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
+
+from flows.atomic import reserve_port
+from processes import WAIT, wait_until
+
+_reserved: list[socket.socket] = []
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a port of this machine that nobody listens at; while this process lives no other is given it.
+
+    A server can listen there all the same: all set SO_REUSEADDR.
+    """
+    _reserved.append(reserve_port("127.0.0.1"))
+    return _reserved[-1].getsockname()[1]
+
+
+class Patient(httpx.HTTPTransport):
+    """Asks again while a server is busy: Prefect's on SQLite answers 503 to who loses a race for its one writer."""
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        deadline = time.monotonic() + WAIT
+        while (answer := super().handle_request(request)).status_code == 503 and time.monotonic() < deadline:
+            answer.close()
+            time.sleep(0.2)
+        return answer
+
+
+def client(**options) -> httpx.Client:
+    """Return a client for servers on a loaded machine: httpx's own gives up after 5 s."""
+    return httpx.Client(**{"transport": Patient(), "timeout": WAIT, **options})
 
 
 @contextmanager
-def http_server(answers: dict[str, tuple[int, dict[str, str], bytes]]) -> Iterator[tuple[str, list[str]]]:
+def http_server(
+    answers: dict[str, tuple[int, dict[str, str], bytes]], certificate: Path | None = None
+) -> Iterator[tuple[str, list[str]]]:
     """Serve path -> (status, headers, body); yield the base URL and the list of paths asked for so far.
 
-    `answers` may change meanwhile.
+    `answers` may change meanwhile. With a file of `make_certificate` it is served by HTTPS.
     """
     asked = []
 
@@ -51,9 +80,57 @@ def http_server(answers: dict[str, tuple[int, dict[str, str], bytes]]) -> Iterat
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
+        yield f"http{'' if certificate is None else 's'}://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def make_certificate(path: Path) -> Path:
+    """Write a key and its own certificate for 127.0.0.1, which a client trusts that names it in SSL_CERT_FILE."""
+    import datetime
+    import ipaddress
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
+    certificate = builder.add_extension(names, critical=False).sign(key, hashes.SHA256())
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
+    path.write_bytes(private + certificate.public_bytes(pem))
+    return path
+
+
+@contextmanager
+def webhook() -> Iterator[tuple[str, list[dict]]]:
+    """Take messages as a chat's webhook does; yield its address for apprise, and the messages so far."""
+    told: list[dict] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"json://127.0.0.1:{server.server_port}/", told
     finally:
         server.shutdown()
         server.server_close()
@@ -61,7 +138,10 @@ def http_server(answers: dict[str, tuple[int, dict[str, str], bytes]]) -> Iterat
 
 @contextmanager
 def s3_server(monkeypatch, *buckets: str) -> Iterator:
-    """Run moto's S3 over HTTP with empty buckets, point AWS_* of this process at it, yield a client."""
+    """Run moto's S3 over HTTP with empty buckets, point AWS_* of this process at it, yield a client.
+
+    One at a time: all servers of a process share what moto stores, which each begins by emptying.
+    """
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -69,6 +149,7 @@ def s3_server(monkeypatch, *buckets: str) -> Iterator:
     server.start()
     try:
         host, port = server.get_host_and_port()
+        httpx.post(f"http://{host}:{port}/moto-api/reset", timeout=WAIT).raise_for_status()
         point_aws_at(monkeypatch, f"http://{host}:{port}")
         client = boto3.client("s3")
         for bucket in buckets:
@@ -140,24 +221,31 @@ def process(command, folder, variables=None, **options) -> Iterator[Path]:
         yield log
     finally:
         os.killpg(popen.pid, signal.SIGTERM)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             popen.wait(20)
-        except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):  # what is left of the group
             os.killpg(popen.pid, signal.SIGKILL)
-            popen.wait()
+        popen.wait()
 
 
-def wait_for_page(url: str, log: Path, seconds: float = 300) -> None:
+def wait_for_page(url: str, log: Path) -> None:
     """Wait until a server answers there; what it said before it did not goes into the error."""
-    deadline = time.monotonic() + seconds
-    while True:
+
+    def answers():
         try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{url}: {error}\n{log.read_text()[-2000:]}") from error
-            time.sleep(0.3)
+            urllib.request.urlopen(url, timeout=60).close()
+        except (OSError, HTTPException):
+            return False
+        return True
+
+    _wait_for(answers, url, log)
+
+
+def _wait_for(answers: Callable[[], bool], place: str, log: Path) -> None:
+    try:
+        wait_until(answers, every=0.3)
+    except AssertionError as error:
+        raise TimeoutError(f"{place}: {log.read_text()[-2000:]}") from error
 
 
 class Postgres:
@@ -221,16 +309,15 @@ needs_postgres = pytest.mark.skipif(
 )
 
 
-def wait_until_it_accepts(port: int, log: Path, seconds: float = 300) -> None:
+def wait_until_it_accepts(port: int, log: Path) -> None:
     """Wait until PostgreSQL lets a client in: it listens before it is ready."""
     import psycopg2
 
-    deadline = time.monotonic() + seconds
-    while True:
+    def answers():
         try:
             psycopg2.connect(host="127.0.0.1", port=port, user="postgres", password="postgres").close()
-            return
-        except psycopg2.OperationalError as error:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"port {port}: {error}\n{log.read_text()[-2000:]}") from error
-            time.sleep(0.2)
+        except psycopg2.OperationalError:
+            return False
+        return True
+
+    _wait_for(answers, f"port {port}", log)

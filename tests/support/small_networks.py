@@ -2,17 +2,19 @@
 
 import torch
 
-from cm_core.networks import DhariwalUNetParams, SongUNetParams
+from cm_core.networks import DhariwalUNetParams, EDM2Params, SongUNetParams
 
 
 def small_networks(*, channels=16, attend_at=4, channels_per_head=16, fourier_scale=0.02):
-    """Return the parameters of four networks by name; they attend where images are `attend_at` pixels wide."""
+    """Return the parameters of six networks by name; they attend where images are `attend_at` pixels wide."""
     size = {"channels": channels, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (attend_at,)}
     return {
         "ddpmpp": SongUNetParams(**size),
         "ncsnpp": SongUNetParams(**size, encoder="residual", resample_filter="fir", fourier_scale=fourier_scale),
         "adm": DhariwalUNetParams(**size, channels_per_head=channels_per_head),
         "adm_added": DhariwalUNetParams(**size, channels_per_head=channels_per_head, scale_shift=False),
+        "adm_scm": DhariwalUNetParams(**size, channels_per_head=channels_per_head, double_norm=True),
+        "edm2": EDM2Params(**size, channels_per_head=channels_per_head),
     }
 
 

@@ -7,9 +7,8 @@ import torch
 from pydantic import ValidationError
 
 from cm_core.curricula import ct_num_scales
-from cm_core.distances import L1, L2, PseudoHuber
-from cm_core.log_weight import LogWeight
-from cm_core.methods.base import draw_eps
+from cm_core.distances import Pixelwise, PseudoHuber
+from cm_core.methods.base import Batch, LogWeight, Models, draw_eps
 from cm_core.methods.cd import CD
 from cm_core.methods.cm_inf import CMInf, hessian_product, warp
 from cm_core.methods.ct import CT
@@ -21,10 +20,9 @@ from cm_core.methods.scm import SCM
 from cm_core.model import build_seeded
 from cm_core.networks.dropout import seed_dropout
 from cm_core.noise import add_noise, draw_lognormal
-from cm_core.precond import Precond
+from cm_core.precond import AverageVelocity, Precond
 from cm_core.solvers import euler_step
 from cm_core.tensors import expand_like
-from cm_core.types import Batch, Models
 from method_oracles import (
     CPU,
     NOISE,
@@ -44,7 +42,7 @@ from oracles import DropoutNet, GaussianConsistency, GaussianDenoiser, HalfAngle
 def test_cd_residual_of_the_exact_solution_falls_with_the_solvers_order(solver, factor):
     residuals = []
     for num_scales in (200, 399):  # 399 points halve every interval
-        method = CD(num_scales=num_scales, solver=solver, distance=L1())
+        method = CD(num_scales=num_scales, solver=solver, distance=Pixelwise(kind="l1"))
         loss = method.loss(oracle_models(method), gaussian_batch(20_000), context())
         residuals.append(loss.per_sample.mean().item())
     assert residuals[0] / residuals[1] == pytest.approx(factor, rel=0.1)
@@ -88,7 +86,10 @@ def test_ict_weights_are_the_inverse_gaps():
 @every_method
 def test_gradients_reach_the_student_alone(method):
     student, target, teacher = (precond(seed, form) for seed, form in enumerate([method.form, method.form, "denoiser"]))
-    models = Models(student, target, teacher, distance_of(method), method.build_weighting())
+    score = precond(3, "denoiser").requires_grad_(False)  # as the loop leaves it at a step of the student
+    models = Models(
+        student, target, teacher.requires_grad_(False), distance_of(method), method.build_weighting(), score
+    )
     method.loss(models, gaussian_batch(64, dtype=torch.float32), context()).per_sample.mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters() if p.requires_grad)
     assert any(p.grad.abs().sum() > 0 for p in student.parameters())
@@ -98,14 +99,16 @@ def test_gradients_reach_the_student_alone(method):
 @every_method
 def test_student_and_target_drop_the_same_activations(method):
     seen = []
-    model = Precond(DropoutNet(), sigma_min=NOISE.sigma_min, sigma_data=NOISE.sigma_data).train()
+    wrapper = AverageVelocity if method.form == "average_velocity" else Precond
+    model = wrapper(DropoutNet(), sigma_min=NOISE.sigma_min, sigma_data=NOISE.sigma_data).train()
     model.net.register_forward_hook(lambda module, args, out: seen.append(out.detach() == 0))
-    models = Models(model, model, GaussianDenoiser(), distance_of(method, (1, 8, 8)))
+    models = Models(model, model, GaussianDenoiser(), distance_of(method, (1, 8, 8)), score=GaussianDenoiser())
     seed_dropout(0, torch.device("cpu"))
     method.loss(models, gaussian_batch(16, (1, 8, 8), torch.float32), context())
     assert all(torch.equal(mask, seen[0]) for mask in seen)
     passes = len(seen)
-    assert passes == (1 if method.form == "euler" or getattr(method, "stop_gradient", None) is False else 2)
+    once = method.form in ("euler", "generator") or getattr(method, "stop_gradient", None) is False
+    assert passes == (1 if once else 3 if getattr(method, "tangent", None) == "predicted" else 2)
     seed_dropout(5, torch.device("cpu"))
     method.loss(models, gaussian_batch(16, (1, 8, 8), torch.float32), context())
     assert not torch.equal(seen[0], seen[passes])
@@ -178,7 +181,7 @@ def test_ct_pairs_share_their_noise():
 
     method, batch = CT(), gaussian_batch(64)
     spy = Spy(NOISE)
-    method.loss(Models(spy, spy, None, L2().build((1, 2, 2))), batch, context(step=50))
+    method.loss(Models(spy, spy, None, Pixelwise().build((1, 2, 2))), batch, context(step=50))
     (x_t, t), (x_r, r) = seen["t"], seen["r"]
     eps_t, eps_r = (x_t - batch.x0) / t[:, None, None, None], (x_r - batch.x0) / r[:, None, None, None]
     torch.testing.assert_close(eps_t, eps_r, rtol=1e-6, atol=1e-6)
@@ -223,14 +226,30 @@ def test_ect_at_r_zero_is_denoising_and_the_network_is_never_asked_there():
             seen.append(t)
             return super().forward(x, t)
 
-    spy, batch, method = Spy(NOISE), gaussian_batch(512), ECT(p_mean=-3.0, distance=L2())
-    loss = method.loss(Models(spy, spy, None, L2().build((1, 2, 2))), batch, context())
+    spy, batch, method = Spy(NOISE), gaussian_batch(512), ECT(p_mean=-3.0, distance=Pixelwise())
+    loss = method.loss(Models(spy, spy, None, Pixelwise().build((1, 2, 2))), batch, context())
     t, asked = seen
-    assert (method.closer(t, 0) == 0).float().mean() > 0.9 and (asked >= NOISE.sigma_min).all()
+    assert (method.closer(t, 0) == 0).float().mean() > 0.9 and (asked > 0).all()
     denoising = t < math.log(7)
     eps = draw_again(batch, method)
     expected = (spy(add_noise(batch.x0, eps, t), t) - batch.x0).square().flatten(1).mean(1) / t
     torch.testing.assert_close(loss.per_sample[denoising], expected[denoising])
+
+
+def test_ect_asks_the_target_at_the_noise_of_its_input_also_below_sigma_min():
+    seen = []
+
+    class Spy(GaussianConsistency):
+        def forward(self, x, t, labels=None):
+            seen.append(t)
+            return super().forward(x, t)
+
+    spy, method = Spy(NOISE), ECT(p_mean=math.log(0.002), p_std=0.3, mapping="const", distance=Pixelwise())
+    method.loss(Models(spy, spy, None, Pixelwise().build((1, 2, 2))), gaussian_batch(512), context())
+    t, asked = seen
+    r = method.closer(t, 0)
+    assert ((r > 0) & (r < NOISE.sigma_min)).float().mean() > 0.9
+    torch.testing.assert_close(asked, r, rtol=0, atol=0)
 
 
 def draw_again(batch, method):
@@ -315,7 +334,7 @@ def test_log_weight_learns_the_inverse_error():
 
 def test_cm_inf_derivative_vanishes_for_the_exact_function():
     exact, batch = GaussianConsistency(NOISE), gaussian_batch(256)
-    for method in (CMInf(), CMInf(stop_gradient=False), CMInf(stop_gradient=False, distance=L1())):
+    for method in (CMInf(), CMInf(stop_gradient=False), CMInf(stop_gradient=False, distance=Pixelwise(kind="l1"))):
         models = Models(exact, exact, GaussianDenoiser(), distance_of(method))
         losses = method.loss(models, batch, context()).per_sample
         assert losses.abs().max().item() < 1e-4  # sigma is float32
@@ -323,7 +342,7 @@ def test_cm_inf_derivative_vanishes_for_the_exact_function():
 
 def test_hessian_products_match_the_closed_forms():
     at, v = torch.randn(2, 5, 3, 2, 2, dtype=torch.float64)
-    torch.testing.assert_close(hessian_product(L2().build((3, 2, 2)), at, v), 2 * v / 12)
+    torch.testing.assert_close(hessian_product(Pixelwise().build((3, 2, 2)), at, v), 2 * v / 12)
     c = PseudoHuber().c_per_sqrt_dim * math.sqrt(12)
     torch.testing.assert_close(hessian_product(PseudoHuber().build((3, 2, 2)), at, v), v / c)
 
@@ -333,7 +352,7 @@ def test_cm_inf_gradient_is_the_limit_of_the_discrete_one():
     model = spec_of(CMInf()).build().double()
     shake(model)
     batch, method = gaussian_batch(32, (1, 1, 2)), CMInf()
-    models = Models(model, model, GaussianDenoiser(), L2().build((1, 1, 2)))
+    models = Models(model, model, GaussianDenoiser(), Pixelwise().build((1, 1, 2)))
     loss = method.loss(models, batch, context())
     found = torch.autograd.grad(loss.per_sample.mean(), list(model.parameters()))
     t = loss.sigma.double()

@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from pydantic import TypeAdapter
 from torch import nn
 
-from cm_core.networks import DhariwalUNetParams, MLPParams, Network, SongUNetParams
+from cm_core.networks import DhariwalUNetParams, EDM2Params, MLPParams, Network, SongUNetParams, blocks
+from cm_core.networks.blocks import ResidualBlock
 from cm_core.networks.dropout import seed_dropout
-from cm_core.networks.layers import Attention, Block, group_norm
+from cm_core.networks.fir import FirDown, FirUp
+from cm_core.networks.layers import Attention, BoxDown, BoxUp, group_norm, pyramid_input
 from cm_core.networks.modes import forward_mode_attention
-from cm_core.networks.resample import BoxDown, BoxUp, FirDown, FirUp, PyramidInput
 
 NCSNPP = {"fourier_scale": 16, "encoder": "residual", "resample_filter": "fir"}
 DIGITS = {"channels": 16, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,)}
@@ -19,6 +20,9 @@ SMALL = {
     "ncsnpp": SongUNetParams(**DIGITS, **NCSNPP),
     "adm": DhariwalUNetParams(**DIGITS, channels_per_head=16),
     "adm_added": DhariwalUNetParams(**DIGITS, channels_per_head=16, scale_shift=False),
+    "adm_scm": DhariwalUNetParams(**DIGITS, channels_per_head=16, double_norm=True),
+    "edm2": EDM2Params(**DIGITS, channels_per_head=16),
+    "edm2_scm": EDM2Params(**DIGITS, channels_per_head=16, embedding="positional", double_norm=True),
     "mlp": MLPParams(width=32, depth=2),
 }
 
@@ -27,7 +31,7 @@ def randomise(net: nn.Module) -> nn.Module:
     """Give every parameter a visible part in the output: residual branches start near zero."""
     generator = torch.Generator().manual_seed(1)
     for p in net.parameters():
-        p.data += 0.1 * torch.randn(p.shape, generator=generator)
+        p.data += 0.1 * torch.randn(p.shape, generator=generator) if p.numel() > 1 else 1.0  # EDM2's gains
     return net
 
 
@@ -79,6 +83,13 @@ def inputs():
             0,
             526_304_771,
         ),
+        # Published with the learned weight of the loss, 128 numbers, which is no part of the network here.
+        (EDM2Params(), (3, 64, 64), 1000, 0, 280_209_381 - 128),
+        (EDM2Params(channels=256), (3, 64, 64), 1000, 0, 497_803_173 - 128),
+        (EDM2Params(channels=320), (3, 64, 64), 1000, 0, 777_492_325 - 128),
+        (EDM2Params(channels=384), (3, 64, 64), 1000, 0, 1_119_276_837 - 128),
+        (EDM2Params(channels=128), (4, 64, 64), 1000, 0, 124_713_125),  # XS, 124.7 M on latents
+        (EDM2Params(), (4, 64, 64), 1000, 0, 280_212_709),  # S, 280.2 M
     ],
 )
 def test_published_parameter_counts(params, image_shape, num_classes, augment_dim, expected):
@@ -87,7 +98,7 @@ def test_published_parameter_counts(params, image_shape, num_classes, augment_di
     assert sum(p.numel() for p in net.parameters()) == expected
 
 
-@pytest.mark.parametrize("params", [SongUNetParams(), SongUNetParams(**NCSNPP), DhariwalUNetParams()])
+@pytest.mark.parametrize("params", [SongUNetParams(), SongUNetParams(**NCSNPP), DhariwalUNetParams(), EDM2Params()])
 @pytest.mark.parametrize("image_shape", [(3, 64, 64), (1, 32, 16)])
 def test_output_has_the_shape_of_the_input(params, image_shape):
     with torch.device("meta"):
@@ -200,7 +211,7 @@ def test_fir_resampling_up_is_the_adjoint_of_down():
 
 @pytest.mark.parametrize("resample_filter", ["box", "fir"])
 def test_pyramid_halves_and_keeps_constants(resample_filter):
-    pyramid = PyramidInput(1, 1, resample_filter)
+    pyramid = pyramid_input(1, 1, resample_filter)
     nn.init.constant_(pyramid.conv.weight, 1 / 9)
     nn.init.zeros_(pyramid.conv.bias)
     out = pyramid(torch.ones(1, 1, 8, 8))
@@ -213,7 +224,10 @@ def test_group_norm_has_at_least_four_channels_a_group(channels, groups):
     assert group_norm(channels, eps=1e-6).num_groups == groups
 
 
-@pytest.mark.parametrize("name, scale, eps", [("ddpmpp", 0.5**0.5, 1e-6), ("adm", 1.0, 1e-5), ("adm_added", 1.0, 1e-5)])
+@pytest.mark.parametrize(
+    "name, scale, eps",
+    [("ddpmpp", 0.5**0.5, 1e-6), ("adm", 1.0, 1e-5), ("adm_added", 1.0, 1e-5), ("adm_scm", 1.0, 1e-5)],
+)
 def test_block_equals_its_formula(name, net, scale, eps):
     block = net.unet.encoder["level1_down"]
     x, emb = torch.randn(2, 16, 8, 8), torch.randn(2, 64)
@@ -225,6 +239,10 @@ def test_block_equals_its_formula(name, net, scale, eps):
     h = block.conv0(F.avg_pool2d(F.silu(norm(block.norm0, x)), 2))
     if name == "adm":
         h = norm(block.norm1, h) * (1 + params[:, :16]) + params[:, 16:]
+    elif name == "adm_scm":
+        factor, shift = 1 + params[:, :16], params[:, 16:]
+        factor, shift = (part / (part.square().mean(1, keepdim=True).sqrt() + 1e-4) for part in (factor, shift))
+        h = norm(block.norm1, h) * factor + shift
     else:
         h = norm(block.norm1, h + params)
     skip = F.avg_pool2d(x, 2)
@@ -287,7 +305,7 @@ def test_channels_last_computes_the_same_and_stays_channels_last(net, inputs):
     net.to(memory_format=torch.channels_last)
     layouts = []
     for module in net.modules():
-        if isinstance(module, Block):
+        if isinstance(module, ResidualBlock):
             module.register_forward_hook(lambda _, args, y: layouts.append(is_channels_last(args[0], y)))
     x = inputs[0].to(memory_format=torch.channels_last)
     torch.testing.assert_close(net(x, *inputs[1:]), out, rtol=1e-4, atol=1e-5)
@@ -327,6 +345,16 @@ def test_dropout_masks_can_be_shared(inputs):
     assert torch.equal(outs[0], outs[1])
     assert not torch.equal(outs[0], outs[2])
     assert torch.equal(net.eval()(*inputs[:2]), net(*inputs[:2]))
+
+
+@pytest.mark.parametrize("unet", [name for name in SMALL if name != "mlp"])
+@pytest.mark.parametrize(("limit", "heights"), [(None, {8, 4}), (8, {8, 4}), (4, {4}), (2, set())])
+def test_dropout_can_be_confined_to_coarse_resolutions(unet, limit, heights, monkeypatch, inputs):
+    seen = set()
+    monkeypatch.setattr(blocks, "dropout", lambda h, p, *, layer: seen.add(h.shape[2]) or h)
+    params = SMALL[unet].model_copy(update={"dropout": 0.5, "dropout_resolution": limit})
+    params.build((1, 8, 8), num_classes=0).train()(*inputs[:2])
+    assert seen == heights
 
 
 def test_every_block_is_reached_by_name():
@@ -375,10 +403,11 @@ def test_impossible_shapes_are_refused_in_one_line(params, image_shape, words):
 
 def test_the_union_is_chosen_by_kind():
     adapter = TypeAdapter(Network)
-    for kind, cls in [("song_unet", SongUNetParams), ("dhariwal_unet", DhariwalUNetParams), ("mlp", MLPParams)]:
+    classes = {"song_unet": SongUNetParams, "dhariwal_unet": DhariwalUNetParams, "edm2": EDM2Params, "mlp": MLPParams}
+    for kind, cls in classes.items():
         assert type(adapter.validate_python({"kind": kind})) is cls
 
 
-@pytest.mark.parametrize("cls", [SongUNetParams, DhariwalUNetParams, MLPParams])
+@pytest.mark.parametrize("cls", [SongUNetParams, DhariwalUNetParams, EDM2Params, MLPParams])
 def test_every_field_is_described(cls):
     assert [name for name, field in cls.model_fields.items() if not field.description] == []

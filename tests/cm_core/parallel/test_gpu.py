@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 
+from cm_core.methods.base import Batch, Models, StepContext
 from cm_core.methods.cd import CD
 from cm_core.methods.cm_inf import CMInf
 from cm_core.methods.ct import CT
+from cm_core.methods.dmd import DMD
 from cm_core.methods.ect import ECT
 from cm_core.methods.edm import EDM
 from cm_core.methods.ict import ICT
+from cm_core.methods.meanflow import MeanFlow
 from cm_core.methods.pd import PD
 from cm_core.methods.scm import SCM
 from cm_core.model import ModelSpec
@@ -28,9 +31,9 @@ from cm_core.training.batches import Batches
 from cm_core.training.config import Train
 from cm_core.training.state import TrainState
 from cm_core.training.trainer import Trainer
-from cm_core.types import Batch, Models, StepContext
 from flows.stages.models import to_device
-from flows.stages.student import build_weighting
+from flows.stages.student import build_discriminator
+from flows.stages.training import build_weighting
 from small_networks import relative, small_networks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -152,34 +155,69 @@ METHODS = {
     "scd": SCM(distil=True),
     "pd": PD(start_steps=4),
     "cm_inf": CMInf(),
+    "dmd": DMD(student_every=2),
+    "sid": DMD(objective="sid", student_every=2, gan_weight=0),
+    "meanflow": MeanFlow(),
 }
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_with_recorded_passes_as_without(name):
-    losses = [take_steps(METHODS[name], recorded) for recorded in (False, True)]
+    losses = [
+        [entry.get("loss", entry.get("critic_loss")) for entry in take_steps(METHODS[name], recorded)]
+        for recorded in (False, True)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
-def take_steps(method, recorded):
-    """Return the losses of six steps of a small network with dropout in bf16."""
+class SpoiledECT(ECT):
+    """ECT with a loss of nan in steps 2 and 4."""
+
+    def loss(self, models, batch, context):
+        loss = super().loss(models, batch, context)
+        return loss._replace(per_sample=loss.per_sample * (float("nan") if context.step in (2, 4) else 1.0))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_steps_whose_loss_is_not_finite_are_skipped_with_recorded_passes(precision):
+    settings = {"on_nonfinite": "skip", "precision": precision}
+    for recorded in (False, True):
+        entries = take_steps(SpoiledECT(), recorded, **settings)
+        assert [entry["nonfinite_steps"] for entry in entries] == [0, 0, 1, 1, 2, 2]
+        assert ["loss" in entry for entry in entries] == [True, True, False, True, False, True]
+        assert all(np.isfinite(value) for entry in entries for value in entry.values())
+
+
+def take_steps(method, recorded, **settings):
+    """Return the metrics of six steps of a small network with dropout in half precision."""
     network, dropout = NETWORKS["ddpmpp"], 0.2
-    model = build(network, form=method.form, dropout=dropout, autocast=torch.bfloat16)
-    teacher = build(network, form="denoiser", autocast=torch.bfloat16).eval().requires_grad_(False)
+    every = {"log_every": 1, "save_every": 6, "grid_every": 6}
+    train = Train(**{"num_steps": 6, "batch_size": 16, "precision": "bf16", **every, **settings})
+    model = build(network, form=method.form, dropout=dropout, autocast=train.autocast)
+    teacher = build(network, form="denoiser", autocast=train.autocast).eval().requires_grad_(False)
     target = copy.deepcopy(model) if method.keeps_target else None
-    train = Train(num_steps=6, batch_size=16, log_every=1, save_every=6, grid_every=6, precision="bf16")
-    weighting = build_weighting(method, 0, CUDA)
+    weighting, score, discriminator = build_weighting(method, 0, CUDA), None, None
+    if method.cycle > 1:
+        score = build(network, form="denoiser", dropout=dropout, autocast=train.autocast)
+        discriminator = build_discriminator(method, teacher, SHAPE, 0)
     state = TrainState(
-        model, train, target=target, teacher=teacher if method.replaces_teacher else None, weighting=weighting
+        model,
+        train,
+        target=target,
+        teacher=teacher if method.replaces_teacher else None,
+        weighting=weighting,
+        score=score,
+        discriminator=discriminator,
+        cycle=method.cycle,
     )
     distance = method.distance.build(SHAPE) if hasattr(method, "distance") else None
-    models = Models(model, target or model, teacher, distance, weighting)
+    models = Models(model, target or model, teacher, distance, weighting, score, discriminator)
     if recorded:
-        for net in {id(m): m for m in (model, models.target, teacher)}.values():
+        for net in {id(m): m for m in (model, models.target, teacher, score, discriminator) if m is not None}.values():
             net.network_pass = with_cuda_graphs(net.net)
     pixels = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
     batches = Batches(pixels, None, batch_size=16, seed=0, device=CUDA)
-    return [entry["loss"] for entry in Trainer(state, method, models, batches, Noise(), 0).run()]
+    return list(Trainer(state, method, models, batches, Noise(), 0).run())
 
 
 def test_the_network_agrees_with_the_cpu():

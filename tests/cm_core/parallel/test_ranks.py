@@ -8,11 +8,11 @@ import torch
 from cm_core.parallel import gradients, graphs, ranks
 from cm_core.training.passes import compose_passes
 from several import run_in_several
-from tiny_training import METHODS, Training
+from tiny_training import METHODS, SpoiledAt, Training
 
 ROUNDING = 1e-4 if torch.cuda.is_available() else 1e-5  # GPUs add in any order: two runs of one process differ too
 STEPS = {"num_steps": 12, "batch_size": 8, "log_every": 1, "save_every": 2, "grid_every": 4}
-SHARED = ("cd-ema", "pd", "scm")  # between them they have a target, a teacher and a weighting
+SHARED = ("cd-ema", "pd", "scm", "dmd")  # between them they have a target, a teacher, a weighting and a critic
 
 
 def begin_training(method, *, steps):
@@ -34,12 +34,20 @@ def train(folder):
             training.state.share()
             held = training.tensors() | training.state._window_tensors()
             torch.save((training.state.step, held), folder / f"shared-{name}-{rank}.pt")
+        torch.save(train_spoiled(), folder / f"spoiled-{rank}.pt")
         for name, method in METHODS.items():
             for dropout in (0.0, 0.2):
                 training = Training(method, dropout=dropout)
                 training.models = compose_passes(training.models, method, training.train, graphs=False)
                 metrics = list(training.steps())
                 torch.save((metrics, training.tensors()), folder / f"{name}-{dropout}-{rank}.pt")
+
+
+def train_spoiled():
+    """Return the metrics and the state of a training that skips the steps 1 and 3, where one row's loss is nan."""
+    training = Training(SpoiledAt(s1=10, steps=(1, 3)), on_nonfinite="skip")
+    training.models = compose_passes(training.models, training.method, training.train, graphs=False)
+    return list(training.steps()), training.tensors()
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +75,16 @@ def test_both_hold_the_same_metrics_and_bits(trained, name):
         (metrics, first), (others, second) = (trained[f"{name}-{dropout}-{rank}"] for rank in (0, 1))
         assert metrics == others
         assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_all_skip_the_steps_at_which_one_has_a_loss_that_is_not_finite(trained):
+    (expected, alone), (metrics, first), (others, second) = train_spoiled(), trained["spoiled-0"], trained["spoiled-1"]
+    assert [entry["nonfinite_steps"] for entry in metrics] == [0, 1, 1, 2, 2, 2]
+    for found, wanted in zip(metrics, expected, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-3)
+    assert metrics == others and all(torch.equal(first[key], second[key]) for key in first)
+    for key, tensor in alone.items():
+        torch.testing.assert_close(first[key], tensor, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -111,7 +129,7 @@ def test_gradients_of_half_precision_stand_ins_become_those_of_the_parameters(pr
     conv, norm = torch.nn.Conv2d(2, 4, 3), torch.nn.GroupNorm(2, 4)
     net = torch.nn.Sequential(conv, norm, torch.nn.Conv2d(4, 3, 1)).to(memory_format=torch.channels_last)
     x, parameters = torch.randn(2, 2, 5, 4), list(net.parameters())
-    casting = graphs._CastWeights(net, torch.bfloat16)
+    casting = graphs._CastWeights(net, frozenset(parameters), torch.bfloat16)
     with torch.no_grad():
         conv.weight.mul_(2)
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,14 +1,14 @@
 """Two processes that divide the weights train as one that has all: the same numbers to rounding, half of the memory."""
 
-import os
 from functools import partial
 
 import pytest
 import torch
 
+from cm_core.checkpoint import list_states, load_state
 from cm_core.parallel import ranks, sharding
-from cm_core.training.checkpoint import list_states, load_state
-from cm_core.training.optimizers import Adam
+from cm_core.training.config import Train, why_not_sharded
+from cm_core.training.optimizers import Optimizer
 from cm_core.training.passes import compose_passes
 from flows.distributed.launch import processes_for
 from flows.errors import UserError
@@ -17,12 +17,12 @@ from several import run_in_several
 from small_stages import small_recipe
 from tiny_training import CPU, METHODS, Training
 
-DIVIDED = {name: method for name, method in METHODS.items() if not method.forward_mode}
+DIVIDED = {name: method for name, method in METHODS.items() if why_not_sharded(method, Train()) is None}
 WAYS = {
     **{name: (name, {}) for name in DIVIDED},
     "checkpointed": ("cd-ema", {"checkpoint_activations": True}),
     "in-parts": ("ict", {"accumulate": 2}),
-    "clipped-adam": ("edm", {"clip_norm": 0.05, "optimizer": Adam()}),
+    "clipped-adam": ("edm", {"clip_norm": 0.05, "optimizer": Optimizer(kind="adam", learning_rate=1e-3)}),
     "bf16": ("cd", {"precision": "bf16"}),
 }
 RESUMED = ("cd-ema", "pd")  # between them they have a target and a teacher
@@ -32,7 +32,7 @@ EVERY = {"log_every": 3, "save_every": 3, "grid_every": 3}
 
 
 def prepared(name, changes, **options):
-    """Return a training as the stages prepare it, whole or divided as the processes and CM_SHARD say."""
+    """Return a training as the stages prepare it, whole or sharded as `sharded_weights` says."""
     training = Training(METHODS[name], dropout=0.2, place=partial(place, device=CPU), **changes, **options)
     graphs = not sharding.is_wanted()
     training.models = compose_passes(training.models, training.method, training.train, graphs=graphs)
@@ -46,18 +46,17 @@ def begin(training, folder):
 
 
 def held(training):
-    """Return how many of the divided numbers this process holds, how many there are, and what is not divided."""
+    """Return how many of the sharded numbers this process holds, how many there are, and what is whole."""
     tensors = training.state._tensors()
-    divided = [tensor for tensor in tensors.values() if sharding.is_sharded(tensor)]
-    own, there = sum(tensor.to_local().numel() for tensor in divided), sum(tensor.numel() for tensor in divided)
+    sharded = [tensor for tensor in tensors.values() if sharding.is_sharded(tensor)]
+    own, there = sum(tensor.to_local().numel() for tensor in sharded), sum(tensor.numel() for tensor in sharded)
     return own, there, {name for name, tensor in tensors.items() if not sharding.is_sharded(tensor)}
 
 
 def train(folder):
-    """Be one of two processes that divide the weights of every training."""
+    """Be one of two processes that shard the weights of every training."""
     torch.set_num_threads(1)
-    os.environ[sharding.VARIABLE] = "1"
-    with ranks.process_group():
+    with ranks.process_group(), sharding.sharded_weights():
         rank = ranks.rank()
         for way, (name, changes) in WAYS.items():
             training = prepared(name, changes)
@@ -105,7 +104,8 @@ def test_each_holds_half_of_the_weights_moments_and_averages(folder, way):
     (first, there, kept), (second, *others) = (torch.load(folder / f"{way}-{rank}.pt")[2] for rank in (0, 1))
     assert [there, kept] == others and first + second == there
     assert max(first, second) < 0.51 * there
-    assert {name.rpartition("/")[2] for name in kept} == {"step", "net.embed.frequencies"}
+    buffers = {"net.embed.frequencies"} | ({"net.embed.phases"} if way == "edm2" else set())
+    assert {name.rpartition("/")[2] for name in kept} == {"step", *buffers}
 
 
 @pytest.mark.slow
@@ -128,8 +128,7 @@ def test_what_one_saved_goes_on_in_parts(folder, name):
 
 def train_as_one_of_three(folder):
     torch.set_num_threads(1)
-    os.environ[sharding.VARIABLE] = "1"
-    with ranks.process_group():
+    with ranks.process_group(), sharding.sharded_weights():
         training = prepared("cd-ema", THREE)
         metrics = list(training.steps())
         found = metrics, sharding.gathered(training.state._tensors()), held(training)
@@ -137,12 +136,17 @@ def train_as_one_of_three(folder):
 
 
 @pytest.mark.slow
-def test_three_divide_weights_that_do_not_divide_evenly(tmp_path):
+def test_three_shard_weights_that_do_not_divide_evenly(tmp_path):
     run_in_several(train_as_one_of_three, tmp_path, 3)
     (metrics, tensors, (first, there, _)), *others = (torch.load(tmp_path / f"{rank}.pt") for rank in range(3))
     assert_same(metrics, tensors, prepared("cd-ema", THREE))
     assert first + sum(own for _, _, (own, *_) in others) == there
     assert first > 0.3 * there
+
+
+def test_a_learned_weight_of_the_loss_rules_sharding_out_and_forced_norms_do_not():
+    assert "adaptive_weight=true learns weights of the loss" in why_not_sharded(METHODS["edm2-weighted"], Train())
+    assert "edm2" in DIVIDED and why_not_sharded(METHODS["edm2"], Train()) is None
 
 
 def asked(monkeypatch, value, *overrides, devices="2"):
@@ -158,16 +162,18 @@ def asked(monkeypatch, value, *overrides, devices="2"):
     [
         ("2", (), r"CM_SHARD=2: must be 1, to shard weights over processes, or 0"),
         ("1", ("student.method=scm",), r"CM_SHARD=1: student\.method\.kind=scm takes forward-mode derivatives"),
+        ("1", ("student.method=dmd",), r"CM_SHARD=1: student\.method\.kind=dmd trains two networks in turn"),
         ("1", ("student.train.compile=true",), r"CM_SHARD=1: student\.train\.compile=true is not tried"),
     ],
 )
-def test_what_cannot_be_divided_is_refused_in_one_line(monkeypatch, value, overrides, complaint):
+def test_what_cannot_be_sharded_is_refused_in_one_line(monkeypatch, value, overrides, complaint):
     with pytest.raises(UserError, match=f"^{complaint}.*$") as refused:
         asked(monkeypatch, value, *overrides)
     assert "\n" not in str(refused.value)
 
 
-def test_alone_nothing_is_divided(monkeypatch):
+def test_alone_nothing_is_sharded(monkeypatch):
     assert asked(monkeypatch, "1", "student.method=scm", devices="1") == 1
-    assert not sharding.is_wanted()
+    with sharding.sharded_weights():
+        assert not sharding.is_wanted()
     assert not prepared("ct", {}).state.is_sharded

@@ -1,4 +1,7 @@
-"""Atomic checkpoints of trainings in flight: a reader sees a whole one or none; tensors and JSON."""
+"""Atomic files of tensors, weights and training states: a reader sees a whole one or none.
+
+safetensors and JSON: loading runs no code.
+"""
 
 import json
 import os
@@ -7,16 +10,29 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-from cm_core.tensor_files import flush, load_tensors, save_tensors
 
 TENSORS_FILE, STATE_FILE = "tensors.safetensors", "state.json"
 STATE, LOG = "step-", "log"  # in one folder: states step-<step>, and the log
 HIDDEN = ".partial-"  # prefix of names that readers ignore
 
 
-def save_state(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any], *, keep: int = 2) -> Path:
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors to `path` atomically: a temporary file beside it, flushed, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    _flush(temporary)
+    os.replace(temporary, path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read tensors onto the CPU."""
+    return load_file(path)
+
+
+def save_state(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any], *, keep: int = 2) -> None:
     """Write a training state as `folder/step-<step>` and drop all but the newest `keep`.
 
     States are built, and removed, under a temporary name with an atomic rename: no reader sees a torn state.
@@ -27,19 +43,17 @@ def save_state(folder: Path, step: int, tensors: dict[str, Tensor], values: dict
     temporary = folder / f"{HIDDEN}{final.name}"
     save_tensors(temporary / TENSORS_FILE, tensors)
     (temporary / STATE_FILE).write_text(json.dumps({"step": step, **values}))
-    flush(temporary / STATE_FILE)
+    _flush(temporary / STATE_FILE)
     if final.exists():
         _drop(final)
     os.replace(temporary, final)
     for old in list_states(folder)[:-keep]:
         _drop(old)
-    return final
 
 
-def _drop(state: Path) -> None:
-    doomed = state.with_name(f"{HIDDEN}dropped-{state.name}")
-    os.replace(state, doomed)
-    shutil.rmtree(doomed)
+def load_state(state: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the output of `save_state`: tensors and plain values."""
+    return load_tensors(state / TENSORS_FILE), json.loads((state / STATE_FILE).read_text())
 
 
 def list_states(folder: Path) -> list[Path]:
@@ -52,6 +66,12 @@ def newest_state(paths: Iterable[str]) -> str:
     return max((path.partition("/")[0] for path in paths if path.startswith(STATE)), default="")
 
 
-def load_state(state: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the output of `save_state`: tensors and plain values."""
-    return load_tensors(state / TENSORS_FILE), json.loads((state / STATE_FILE).read_text())
+def _drop(state: Path) -> None:
+    doomed = state.with_name(f"{HIDDEN}dropped-{state.name}")
+    os.replace(state, doomed)
+    shutil.rmtree(doomed)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
