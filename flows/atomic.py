@@ -1,11 +1,12 @@
-"""Small text files rewritten atomically, and file locks that end with the process that holds them.
+"""Small text files rewritten atomically; locks of files and ports that end with the process that holds them.
 
-The locks use the kernel's flock instead of the library filelock, which falls back to lock files that outlive a killed
-process, polls, and hides the file, into which `cm up` writes its process id.
+The locks of files use the kernel's flock instead of the library filelock, which falls back to lock files that outlive
+a killed process, polls, and hides the file, into which `cm up` writes its process id.
 """
 
 import fcntl
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -35,3 +36,19 @@ def wait_lock(file: IO, on_wait: Callable[[], None]) -> None:
     if not try_lock(file):
         on_wait()
         fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def reserve_port(host: str, port: int = 0) -> socket.socket:
+    """Return a socket that keeps a port, any free one for 0, for a server that is still to start.
+
+    Until it is closed the kernel gives the port to nobody who asks for any. A server can listen there that sets
+    SO_REUSEADDR, as all do here. Raises OSError if the port is taken.
+    """
+    kept = socket.socket()
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        kept.bind((host, port))
+    except OSError:
+        kept.close()
+        raise
+    return kept

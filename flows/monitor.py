@@ -24,8 +24,8 @@ class Monitor:
     def remark(self, text: str) -> None:
         """Report one line for people, e.g. from which step a training resumes."""
 
-    def state_saved(self, state_dir: Path) -> None:
-        """Report that `state_dir` now holds a complete training state."""
+    def state_saved(self) -> None:
+        """Report that the folder of training states holds another complete one."""
 
     def stop_requested(self) -> bool:
         """Whether the stage should save its state and stop (the run was cancelled)."""

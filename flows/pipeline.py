@@ -4,11 +4,11 @@ A task ends as Cached if nothing had to run: Prefect's cache skips it without a 
 (command, dependencies, params), and only while DVC's cache holds the result; otherwise DVC consults its own cache.
 """
 
-import json
 import logging
 import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,28 @@ from prefect import Task, flow, runtime, task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
 from prefect.futures import PrefectFuture
-from prefect.states import Completed
+from prefect.states import Cancelled, Completed, Failed
 
-from flows.distributed.devices import SHARED
+from flows.distributed.devices import SHARED, visible_devices
 from flows.distributed.launch import processes_for
-from flows.errors import StageFailed
-from flows.orchestration.artifacts import ProgressArtifact, show_metrics, show_pictures, show_tracking
+from flows.environment import THREADS, adopt, check_environment
+from flows.errors import RunEnding, StageFailed, UserError
+from flows.orchestration.artifacts import ProgressArtifact, links_to, show_data_report, show_result
 from flows.orchestration.embedded import embedded_prefect, log_to_prefect
-from flows.orchestration.gpu_slots import gpu_slot
-from flows.orchestration.recovery import end_earlier_starts
-from flows.recipes.overrides import flatten
-from flows.recipes.recipe import EDITED, Recipe, write_active
+from flows.orchestration.gpu_slots import gpu_slot, takes_slot
+from flows.orchestration.recovery import end_earlier_starts, end_with_worker
+from flows.orchestration.results import read_json_alone
+from flows.orchestration.starter import starter
+from flows.recipes.naming import called, title
+from flows.recipes.recipe import EDITED, Recipe, flatten, write_active
+from flows.reports.lineage import Node, code_of, lineage, svg
+from flows.reports.metrics_table import fids_in_words
+from flows.storage.s3 import public_uri
 from flows.tracking.pipeline_run import PipelineRun
-from flows.tracking.registry import Rule, register_student
-from flows.tracking.tracker import MODEL_NAME, Tracker, shown_files
+from flows.tracking.registry import Rule, model_name
+from flows.tracking.results import publish
+from flows.tracking.run_report import earlier_students, keep_report
+from flows.tracking.tracker import Tracker
 from flows.workspace.clone import Workspace, clone, take_over
 from flows.workspace.dvc_files import (
     Cache,
@@ -47,7 +55,6 @@ from flows.workspace.locations import cache_of, workspace_root
 
 logger = logging.getLogger(__name__)
 RETRY_DELAYS: list[float] = [2, 20]  # seconds; a training resumes from its last state
-FIGURES_OF = ("prepare/", "sample/", "edit/", "evaluate/")  # stages whose figures go to the parent run
 
 
 def run(recipe: Recipe, root: Path, *, name: str = EDITED, keep: bool = True) -> dict[str, Any]:
@@ -67,16 +74,8 @@ def run(recipe: Recipe, root: Path, *, name: str = EDITED, keep: bool = True) ->
 def run_title() -> str:
     """Return the name of the flow run: the recipe and the method's main choices."""
     parameters = runtime.flow_run.parameters
-    return title(Recipe.model_validate(parameters["recipe"]), parameters["name"])
-
-
-def title(recipe: Recipe, name: str) -> str:
-    """Return a readable run name such as `digits-cd · cd heun N=18`."""
-    method = recipe.student.method
-    labels = {"solver": "{}", "num_scales": "N={}", "s0": "s0={}", "s1": "s1={}"}
-    chosen = {field: getattr(method, field, None) for field in labels}
-    words = [label.format(chosen[field]) for field, label in labels.items() if chosen[field] is not None]
-    return " ".join(([f"{name} ·"] if name else []) + [method.kind, *words])
+    recipe = Recipe.model_validate(parameters["recipe"])
+    return title(recipe, called(recipe, parameters["name"], workspace_root(Path(parameters.get("root", "")))))
 
 
 @flow(flow_run_name=run_title)
@@ -88,20 +87,42 @@ def consistency(recipe: Recipe, name: str = EDITED, root: Path = Path()) -> dict
         name: What the run is called, such as the name of its recipe file.
         root: The workspace, or a folder in it; by default the folder in which a worker runs the flow.
     """
+    try:
+        results = carry_out(recipe, name, root)
+    except UserError as error:  # its line is all there is to say: no traceback in the log
+        return Failed(message=str(error), data=error)  # type: ignore[return-value]  # Prefect raises the error from it
+    return Completed(message=in_a_line(results), data=results)  # type: ignore[return-value]  # and returns the data
+
+
+def carry_out(recipe: Recipe, name: str, root: Path) -> dict[str, Any]:
+    """Run the pipeline within the flow; return its results."""
+    if runtime.deployment.id:
+        end_with_worker()
+    adopt()  # a worker of the user's own may have started this process
+    check_environment()
+    visible_devices()
     log_to_prefect()
+    read_json_alone()
     root = workspace_root(root)
+    name = called(recipe, name, root)
     Rule.in_force()  # this and the next line raise before anything is computed
     for stage in SHARED:
         processes_for(stage, getattr(recipe, stage))
     with clone(root, name) as workspace:
         write_active(recipe, workspace.root)
-        tags = {**describe_code(root), "recipe": name, **_flow_tags()}
+        tags = {**describe_code(root), "recipe": name, **_flow_tags(), **starter(root)}
         params = flatten(recipe.model_dump(mode="json"))
         tracker = Tracker(workspace.shared_root)
         end_earlier_starts(tracker)
         with PipelineRun(tracker, title(recipe, name), tags, params) as parent:
             stages = reproduce_all(workspace, parent)
-            return finish(workspace, parent, stages, recipe, name)
+            return finish(workspace, parent, stages, recipe, name, root)
+
+
+def in_a_line(results: Mapping[str, Any]) -> str:
+    """Return the results for the flow run's state, such as `FID 2.66 at 1 call, 2.46 at 2; 5 of 7 stages cached`."""
+    cached = [stage["cached"] for stage in results["stages"].values()]
+    return f"{fids_in_words(results['metrics'])}; {sum(cached)} of {len(cached)} stages cached"
 
 
 def _flow_tags() -> dict[str, str]:
@@ -113,12 +134,14 @@ def _flow_tags() -> dict[str, str]:
 
 def reproduce_all(workspace: Workspace, parent: PipelineRun) -> dict[str, dict[str, Any]]:
     """Update all stages, concurrently where dvc.yaml allows; return the outcome of each."""
-    stages, variables = read_stages(workspace.root), parent.context().variables()
+    stages, variables = read_stages(workspace.root), parent.variables()
+    if runtime.deployment.id:
+        variables["CM_FROM_SERVER"] = "1"  # the person who started the run there chose what its recipe reads
     futures: dict[str, PrefectFuture] = {}
     for stage in stages.values():
         inputs = {earlier.name: futures[earlier.name] for earlier in upstream(stage, stages)}
         named = reproduce.with_options(name=stage.name, task_run_name=stage.name)  # the name shown while the task waits
-        shared = {"OMP_NUM_THREADS": str(threads_for(stage, stages)), **variables}
+        shared = {THREADS: str(threads_for(stage, stages)), **variables}
         futures[stage.name] = named.submit(stage.name, inputs, workspace, shared)
     try:
         results = {stage: _outcome(stage, future, workspace) for stage, future in futures.items()}
@@ -133,21 +156,24 @@ def threads_for(stage: Stage, stages: Mapping[str, Stage]) -> int:
 
     More threads than cores slow each other down severalfold. OMP_NUM_THREADS in the environment takes precedence.
     """
-    if "OMP_NUM_THREADS" in os.environ:
-        return int(os.environ["OMP_NUM_THREADS"])
+    if given := os.environ.get(THREADS):
+        return int(given.split(",")[0])  # a number for each level of nesting
     beside = [other for other in stages.values() if ancestors(other, stages) == ancestors(stage, stages)]
     return max(1, (os.cpu_count() or 1) // len(beside))
 
 
 def key_unless_gone(context: TaskRunContext, parameters: dict[str, Any]) -> str:
-    """Return the stage's key; first invalidate a result under it whose objects DVC's cache has lost."""
+    """Return the stage's key; first invalidate a result under it whose objects DVC's cache has lost or damaged."""
     workspace, store = parameters["workspace"], context.result_store
     stage = read_stages(workspace.root)[parameters["stage"]]
     known = {path: md5 for entry in parameters["inputs"].values() for path, md5 in locked_outs(entry).items()}
     key = f"{stage.name}-{stage_key(workspace.root, stage, known)}"
-    if store.exists(key) and not cache_of(workspace.root).holds(locked_outs(store.read(key).result)):
-        now: Any = datetime.now(UTC)  # Prefect wants a subclass of its own
-        store.write(None, key=key, expiration=now)
+    if store.exists(key):
+        entry = store.read(key).result  # None: invalidated, or the task was cancelled
+        outs = locked_outs(entry or {})
+        if not entry or workspace.set_damaged_aside(outs) or not cache_of(workspace.root).holds(outs):
+            now: Any = datetime.now(UTC)  # Prefect wants a subclass of its own
+            store.write(None, key=key, expiration=now)
     return key
 
 
@@ -167,8 +193,17 @@ def reproduce(stage: str, inputs: dict[str, Any], workspace: Workspace, variable
     """Update one stage and return its entry of dvc.lock; `inputs` are the entries of the stages it reads."""
     update_lock(workspace.root, inputs)  # DVC does not know the results of tasks that Prefect skipped
     progress = ProgressArtifact(stage)
-    with gpu_slot(read_stages(workspace.root)[stage], workspace) as device:
-        result = workspace.reproduce(stage, variables={**variables, **device}, on_progress=progress.show)
+    declared = read_stages(workspace.root)[stage]
+    slot = partial(gpu_slot, declared, workspace) if takes_slot(declared) else None
+    try:
+        result = workspace.reproduce(stage, slot=slot, variables=variables, on_progress=progress.show)
+    except RunEnding:
+        return Cancelled(message="stopped with its run")
+    except UserError as error:
+        return Failed(message=str(error), data=error)
+    files = stored_files({stage: locked_outs(result.entry)}, cache_of(workspace.root))
+    if report := files.get("prepare/report.json"):
+        show_data_report(report)
     if result.cached:
         return Completed(name="Cached", message="DVC's cache had it", data=result.entry)
     return result.entry
@@ -184,53 +219,46 @@ def _outcome(stage: str, future: PrefectFuture, workspace: Workspace) -> dict[st
 
 
 def finish(
-    workspace: Workspace, parent: PipelineRun, stages: dict[str, dict[str, Any]], recipe: Recipe, name: str
+    workspace: Workspace, parent: PipelineRun, stages: dict[str, dict[str, Any]], recipe: Recipe, name: str, root: Path
 ) -> dict[str, Any]:
     """Show the results, new or cached, in MLflow and Prefect, and return them."""
     outs = {stage: locked_outs(result["entry"]) for stage, result in stages.items()}
     files = stored_files(outs, cache_of(workspace.root))
-    metrics = json.loads(files["evaluate/metrics.json"].read_text())
-    figures = {path: file for path, file in shown_files(files).items() if path.startswith(FIGURES_OF)}
-    run_ids = parent.log_stages(outs)
-    parent.log_results(metrics, {**figures, **workspace.edits()})
-    if "prepare/dataset.json" in files:
-        parent.log_dataset(files["prepare/dataset.json"], outs["prepare"])
-    if MODEL_NAME in outs:
-        publish_student(parent, recipe, outs, files, metrics, run_ids.get(MODEL_NAME))
-    show_metrics(metrics)
-    show_pictures(figures)
-    show_tracking(parent.tracker.uri, parent.tracker.experiment_id, parent.run_id)
-    return {
+    others = earlier_students(parent.tracker, outs, files)  # before this run's own is registered
+    metrics, figures, run_ids = publish(parent, recipe, outs, {**files, **workspace.edits()})
+    picture = svg(lineage_of(workspace, parent, outs, recipe))
+    report = keep_report(parent, recipe, root, workspace.shared_root, files, stages, run_ids, others, picture)
+    dataset = recipe.data.source.dataset_name()
+    links = links_to(parent.tracker.uri, parent.tracker.experiment_id, parent.run_id, model_name(dataset))
+    results = {
         "title": runtime.flow_run.name,
         "name": name,
         "revision": workspace.revision,
         "metrics": metrics,
         "stages": {stage: {**result, "mlflow_run_id": run_ids.get(stage)} for stage, result in stages.items()},
-        "mlflow": {"uri": parent.tracker.uri, "experiment_id": parent.tracker.experiment_id, "run_id": parent.run_id},
+        "mlflow": {
+            "uri": public_uri(parent.tracker.uri),
+            "experiment_id": parent.tracker.experiment_id,
+            "run_id": parent.run_id,
+        },
         "folder": str(workspace.folder),
+        "report": report and str(report),
     }
+    show_result(in_a_line(results), metrics, figures, links, picture)
+    return results
 
 
-def publish_student(
-    parent: PipelineRun,
-    recipe: Recipe,
-    outs: Mapping[str, Mapping[str, str]],
-    files: Mapping[str, Path],
-    metrics: Mapping[str, Any],
-    trained_by: str | None,
-) -> None:
-    """Log the student and register it with its metrics; log its registered name."""
-    model_id = parent.log_student(recipe, files, outs[MODEL_NAME], metrics, trained_by)
-    name, registered = register_student(
-        parent.tracker,
-        model_id,
-        dataset=json.loads(files["prepare/dataset.json"].read_text())["name"],
-        data_version=version(outs["prepare"]),
-        protocol=json.loads(files["evaluate/protocol.json"].read_text()),
-        metrics=metrics,
-        tags={"recipe": parent.tags["recipe"], "method": recipe.student.method.kind, "run_id": parent.run_id},
+def lineage_of(
+    workspace: Workspace, parent: PipelineRun, outs: Mapping[str, Mapping[str, str]], recipe: Recipe
+) -> list[Node]:
+    """Return what the run's student is made of, with versions."""
+    stages, dataset = read_stages(workspace.root), recipe.data.source.dataset_name()
+    return lineage(
+        {"data": dataset, "code": code_of(parent.tags), "recipe": parent.tags["recipe"]},
+        {name: [one.name for one in upstream(stage, stages)] for name, stage in stages.items()},
+        {stage: version(made) for stage, made in outs.items()},
+        model=model_name(dataset),
     )
-    logger.info("student: %s version %s in MLflow's registry", name, registered.number)
 
 
 def stored_files(outs: Mapping[str, Mapping[str, str]], cache: Cache) -> dict[str, Path]:

@@ -1,18 +1,21 @@
 """A sweep as one Prefect flow: every point is a pipeline run, and shared results are computed once."""
 
 import logging
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
 
 from flows.errors import StageFailed
-from flows.orchestration.artifacts import show_metrics, show_pictures, show_tracking
+from flows.orchestration.artifacts import links_to, show_result
 from flows.orchestration.embedded import embedded_prefect, log_to_prefect
 from flows.pipeline import consistency
-from flows.reports.metrics_table import Rows
+from flows.reports.metrics_table import Rows, short_keys
+from flows.storage.s3 import public_uri
 from flows.sweeps.page import Point, Sweep, load_sweep
 from flows.sweeps.report import Outcome, network_of, table, write_report
 from flows.tracking.pipeline_run import PipelineRun
@@ -73,7 +76,7 @@ def run_points(
     for number, point in enumerate(planned.points, 1):
         logger.info("sweep: point %s of %s, %s", number, len(planned.points), point.name)
         try:
-            with parent.context().in_environment():
+            with in_environment(parent.variables()):
                 results = consistency(point.recipe, f"{planned.name} {point.name}", root)
         except Exception as error:  # one point's failure does not stop the others; the sweep reports it at the end
             failed[point.name] = next(iter(str(error).splitlines()[-1:]), type(error).__name__)
@@ -81,6 +84,20 @@ def run_points(
         else:
             outcomes.append((Outcome(point, results["metrics"]), results))
     return outcomes, failed
+
+
+@contextmanager
+def in_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables within the block: the flows in it, and their processes, read them."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def finish(
@@ -91,17 +108,18 @@ def finish(
     rows, files = {}, []
     if outcomes:
         rows, files = table(outcomes), write_report(planned, outcomes, root / RESULTS / planned.name)
-        parent.log_results(_numbers(rows, network_of(outcomes)), {path.name: path for path in files})
-        show_metrics(_by_metric(rows, network_of(outcomes)))
-        show_pictures({f"{planned.name}-{path.name}": path for path in files})
-    show_tracking(parent.tracker.uri, parent.tracker.experiment_id, parent.run_id)
+        parent.log_results(short_keys(_tidy(rows, network_of(outcomes))), {path.name: path for path in files})
+        said = f"{planned.name}: {len(outcomes)} of {len(planned.points)} points"
+        pictures = {f"evaluate/{path.name}": path for path in files}
+        links = links_to(parent.tracker.uri, parent.tracker.experiment_id, parent.run_id)
+        show_result(said, _by_metric(rows, network_of(outcomes)), pictures, links)
     return {
         "name": planned.name,
         "network": network_of(outcomes) if outcomes else None,
         "rows": rows,
         "points": {outcome.point.name: _describe(outcome.point, results) for outcome, results in runs},
         "files": [str(path) for path in files],
-        "mlflow": {"uri": parent.tracker.uri, "run_id": parent.run_id},
+        "mlflow": {"uri": public_uri(parent.tracker.uri), "run_id": parent.run_id},
     }
 
 
@@ -115,7 +133,7 @@ def _by_metric(rows: Rows, network: str) -> dict[str, dict[str, float]]:
     return {f"{key}_{network}": {name: row[key] for name, row in rows.items() if key in row} for key in metrics}
 
 
-def _numbers(rows: Rows, network: str) -> dict[str, dict[str, float]]:
+def _tidy(rows: Rows, network: str) -> dict[str, dict[str, float]]:
     """Return the table with names that MLflow accepts."""
     tidy = {re.sub(r"[^\w.\- /]+", " ", name.replace(", ", "/")): row for name, row in rows.items()}
     return _by_metric(tidy, network)

@@ -117,15 +117,12 @@ class Training:
         self._head, self._etag = head, etag
         return True
 
-    def renew(self) -> None:
-        """Renew the lease. Raises LeaseLost."""
-        self._update(lambda head: head)
-
     def release(self, finished: Mapping[str, str] | None) -> None:
         """Return the lease; `finished` records the outputs of the training. Raises LeaseLost."""
-        self._update(lambda head: replace(head, holder=None, finished=None if finished is None else dict(finished)))
+        self.update(lambda head: replace(head, holder=None, finished=None if finished is None else dict(finished)))
 
-    def _update(self, change: Callable[[Head], Head]) -> None:
+    def update(self, change: Callable[[Head], Head] = lambda head: head) -> None:
+        """Write the head, changed or not, which renews the lease. Raises LeaseLost."""
         with self._writing:
             if self.lost is None and not self._write(change(self._head), self._etag):
                 self.lost = LeaseLost(
@@ -139,7 +136,7 @@ class Training:
 
         Raises UserError if all stored states are damaged, or the store cannot be reached.
         """
-        from cm_core.training.checkpoint import newest_state
+        from cm_core.checkpoint import newest_state
 
         for name in self._head.states:
             try:
@@ -185,7 +182,7 @@ class Training:
         _in_parallel(partial(self._upload, folder / path, stored.key, on_bytes) for path, stored in new.items())
         name = self._upload_manifest(manifest)
         kept = dict(list({name: manifest, **self._manifests}.items())[:KEPT])
-        self._update(lambda head: replace(head, states=tuple(kept)))
+        self.update(lambda head: replace(head, states=tuple(kept)))
         self._manifests = kept
         self._prune()
 
@@ -218,16 +215,21 @@ class Training:
 
 def drop_finished(bucket: Bucket, is_stored: Callable[[Mapping[str, str]], bool]) -> list[str]:
     """Remove finished trainings whose outputs are stored and whose lease is returned; return their names."""
-    names = [entry.key.removesuffix(f"/{HEAD}") for entry in bucket.entries() if entry.key.endswith(f"/{HEAD}")]
-    return [name for name in names if _drop(bucket.below(name), is_stored)]
+
+    def is_over(head: Head) -> bool:
+        return not head.holder and head.finished is not None and is_stored(head.finished)
+
+    return [name for name in _trainings(bucket) if remove_training(bucket.below(name), is_over)]
 
 
-def _drop(bucket: Bucket, is_stored: Callable[[Mapping[str, str]], bool]) -> bool:
-    found = bucket.read(HEAD)
-    head = Head.of(found.data) if found else Head()
-    if head.holder or head.finished is None or not is_stored(head.finished):
-        return False
-    return remove_training(bucket)
+def leases(bucket: Bucket) -> dict[str, float]:
+    """Return how long ago the holder of each training's lease has shown life, s, by the store's clock."""
+    found = {name: bucket.below(name).read(HEAD) for name in _trainings(bucket)}
+    return {name: head.age for name, head in found.items() if head and Head.of(head.data).holder}
+
+
+def _trainings(bucket: Bucket) -> list[str]:
+    return [entry.key.removesuffix(f"/{HEAD}") for entry in bucket.entries() if entry.key.endswith(f"/{HEAD}")]
 
 
 def is_orphan(bucket: Bucket, seconds: float) -> bool:
@@ -236,19 +238,21 @@ def is_orphan(bucket: Bucket, seconds: float) -> bool:
     return found is not None and found.age > max(seconds, Head.of(found.data).lease_seconds)
 
 
-def remove_training(bucket: Bucket) -> bool:
-    """Remove a training that no worker holds; return whether it was removed."""
+def remove_training(bucket: Bucket, condition: Callable[[Head], bool] = lambda head: True) -> bool:
+    """Remove a training that no worker holds, if the condition holds; return whether it was removed."""
     found = bucket.read(HEAD)
     if found is None:
         return False
     head = Head.of(found.data)
-    if head.holder and found.age <= head.lease_seconds:
+    if (head.holder and found.age <= head.lease_seconds) or not condition(head):
         return False
-    # Empty the head first: a worker that starts now begins at step 0 and does not lose objects while it reads.
+    doomed = [entry.key for entry in bucket.entries(f"{OBJECTS}/")]
+    # Empty the head before the objects go: a worker that starts now begins at step 0 and does not lose objects while it
+    # reads. Those that it stores were not there when the objects were listed, and stay.
     emptied = bucket.write(HEAD, replace(head, holder=None, states=()).text(), replacing=found.etag)
     if emptied is None:
         return False
-    bucket.remove([entry.key for entry in bucket.entries(f"{OBJECTS}/")])
+    bucket.remove(doomed)
     return bucket.remove_version(HEAD, emptied)
 
 

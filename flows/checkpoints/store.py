@@ -11,6 +11,7 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ from flows.settings import Settings
 from flows.storage.bucket import Bucket
 
 FINISHED_FILE = "finished.json"
-KERNELS_VARIABLE, KERNELS = "CM_KERNELS", "compiled"  # shared compiled kernels, beside the checkpoints
+KERNELS = "compiled"  # this machine's copy of shared compiled kernels, beside the checkpoints
 RETRY_EVERY = 8.0  # seconds between retries of an upload or a lease renewal
 Stored = Callable[[Mapping[str, str]], bool]  # whether DVC's cache has all of {path: hash}
 
@@ -52,9 +53,16 @@ def states_bucket() -> Bucket | None:
 
 
 def share_kernels(shared_root: Path) -> None:
-    """Let Triton share compiled kernels with other workers through the checkpoint bucket, if there is one."""
-    if bucket := states_bucket():
-        os.environ.setdefault(KERNELS_VARIABLE, f"{bucket.uri}/{KERNELS}")
+    """Let Triton share compiled kernels with other workers through the bucket of CM_KERNELS, if set.
+
+    Raises UserError if they could not be signed.
+    """
+    settings = Settings.read()
+    if settings.kernels:
+        if settings.kernels_key is None:
+            raise UserError(
+                f"CM_KERNELS={settings.kernels}: kernels are code; set CM_KERNELS_KEY, the file that signs them"
+            )
         os.environ.setdefault("TRITON_CACHE_DIR", str(states_folder(shared_root) / KERNELS / "shared"))
         os.environ.setdefault("TRITON_CACHE_MANAGER", "triton.runtime.cache:RemoteCacheManager")
         os.environ.setdefault("TRITON_REMOTE_CACHE_BACKEND", "flows.checkpoints.kernel_cache:KernelBucket")
@@ -121,59 +129,49 @@ def _hand_back(training: Training, folder: Path, outbox: Path, say: Say) -> bool
 
 
 class CheckpointUploader:
-    """Two threads beside a training: one renews its lease, one uploads the newest waiting state."""
+    """Two threads beside a training: one renews its lease, one uploads the newest state."""
 
     def __init__(self, training: Training, folder: Path, outbox: Path, say: Say) -> None:
         self._training, self._folder, self._outbox, self._say = training, folder, outbox, say
-        self._changed = threading.Condition()
-        self._waiting: Path | None = None
-        self._ending, self._failing = False, False
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._renew, self._upload)]
+        self._waiting: Path | None = None  # the newest snapshot, unless its upload has begun
+        self._swapping, self._ending = threading.Lock(), threading.Event()
+        self._uploads = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._renewals = threading.Thread(target=self._renew, daemon=True)
+        self._failing = False
 
     def __enter__(self) -> "CheckpointUploader":
-        for thread in self._threads:
-            thread.start()
+        self._renewals.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._ending, self._waiting = True, None
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
+        self._ending.set()
+        self._uploads.shutdown(cancel_futures=True)
+        self._renewals.join()
 
     def send(self) -> None:
         """Upload the newest state soon. Raises LeaseLost, at the latest with the state after the loss."""
         if self._training.lost:
             raise self._training.lost
-        snapshot = take_snapshot(self._folder, self._outbox)
-        with self._changed:
-            superseded, self._waiting = self._waiting, snapshot
-            self._changed.notify_all()
-        if superseded:
+        if superseded := self._swap(take_snapshot(self._folder, self._outbox)):
             shutil.rmtree(superseded)
+        upload = self._uploads.submit(self._upload)
+        upload.add_done_callback(lambda done: done.cancelled() or done.result())  # an unforeseen error is logged
+
+    def _swap(self, snapshot: Path | None) -> Path | None:
+        with self._swapping:
+            before, self._waiting = self._waiting, snapshot
+            return before
 
     def _upload(self) -> None:
-        while snapshot := self._next():
+        if snapshot := self._swap(None):
             while not self._try(partial(self._training.publish, snapshot)):
-                if self._wait(lambda: self._ending, RETRY_EVERY) or self._waiting:
+                if self._ending.wait(RETRY_EVERY) or self._waiting:
                     break  # `_hand_back` publishes the newest state at the end; a retry takes the newer of two
             shutil.rmtree(snapshot)
 
-    def _next(self) -> Path | None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._ending)
-            snapshot, self._waiting = self._waiting, None
-            return snapshot
-
     def _renew(self) -> None:
-        while not self._wait(lambda: self._ending, s3_store.LEASE_SECONDS / s3_store.RENEWALS):
-            self._try(self._training.renew)
-
-    def _wait(self, condition: Callable[[], object], seconds: float) -> bool:
-        """Wait at most `seconds` for a condition; return whether it holds."""
-        with self._changed:
-            return bool(self._changed.wait_for(condition, timeout=seconds))
+        while not self._ending.wait(s3_store.LEASE_SECONDS / s3_store.RENEWALS):
+            self._try(self._training.update)
 
     def _try(self, action: Callable[[], None]) -> bool:
         """Run a request to the store; log when requests begin to fail, and when they work again."""
@@ -195,7 +193,7 @@ class CheckpointUploader:
 
 def take_snapshot(folder: Path, outbox: Path) -> Path | None:
     """Return a folder with a snapshot of the newest state (hard links) and the log; None before the first state."""
-    from cm_core.training.checkpoint import LOG, list_states
+    from cm_core.checkpoint import LOG, list_states
 
     states, snapshot = list_states(folder), outbox / uuid.uuid4().hex
     for path in list_files(folder).values() if states else ():

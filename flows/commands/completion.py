@@ -26,6 +26,8 @@ class PrintCompletion(Action):
 
         argument: Any  # shtab reads an attribute that argparse does not know
         for argument in _arguments(parser):
+            if isinstance(argument, _SubParsersAction):
+                argument.help = None  # `cm --help` lists the commands by itself
             if argument.metavar in WORDS:
                 argument.complete = _lister(f"_cm_{argument.metavar}", WORDS[argument.metavar])
             elif argument.metavar in FILES:

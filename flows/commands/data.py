@@ -10,6 +10,7 @@ from typing import Any
 from flows.commands.output import add_json_option, print_json, print_table
 from flows.errors import UserError
 from flows.stage_runner.progress import Bar
+from flows.workspace.dvc_files import dvc
 from flows.workspace.git import git
 from flows.workspace.locations import shared_remote, workspace_root
 
@@ -24,6 +25,12 @@ def add_parsers(commands: Any) -> None:
     parser.add_argument("path", metavar="PATH", nargs="?", help="a folder, zip or tar of images, or an .npz or .npy")
     parser.add_argument("--name", metavar="NAME", help="what the data are called; default: the name of PATH")
     parser.add_argument("--description", metavar="TEXT", default="", help="one line for people")
+    parser.add_argument(
+        "--damaged",
+        choices=("refuse", "keep"),
+        default="refuse",
+        help="images that cannot be used: refuse them all, by name (default), or keep them for data.damaged=skip",
+    )
     add_json_option(parser)
     parser.set_defaults(command=data)
 
@@ -33,14 +40,14 @@ def data(args: Namespace) -> None:
     if args.action and not args.path:
         raise UserError("cm data add: expected a PATH of images")
     if args.action:
-        add(workspace_root(), Path(args.path).expanduser(), args.name, args.description)
+        add(workspace_root(), Path(args.path).expanduser(), args.name, args.description, args.damaged)
     else:
         show(workspace_root(), as_json=args.json)
 
 
-def add(root: Path, path: Path, name: str | None, description: str) -> None:
+def add(root: Path, path: Path, name: str | None, description: str, damaged: str) -> None:
     """Copy or pack images into data/, version them, and print how a recipe names them."""
-    from flows.workspace.data_versions import FOLDER, add_versioned, push_versioned
+    from flows.workspace.data_versions import FOLDER, add_versioned
 
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
@@ -48,7 +55,7 @@ def add(root: Path, path: Path, name: str | None, description: str) -> None:
     if not re.fullmatch(r"[\w-][\w.-]*", name):
         raise UserError(f"--name {name!r}: letters, digits, dots, dashes and underscores make a name")
     suffix = ".zip" if path.is_dir() else "".join(path.suffixes)
-    kind, facts = describe(path)
+    kind, facts = describe(path, damaged)
     target = FOLDER / f"{name}{suffix}"
     (root / FOLDER).mkdir(exist_ok=True)
     _copy(path, root / target)
@@ -56,24 +63,33 @@ def add(root: Path, path: Path, name: str | None, description: str) -> None:
     print(f"{target}: {', '.join(f'{value} {key}' for key, value in facts.items())}, version {version}")
     url = shared_remote(root)
     if url:
-        push_versioned(root, target)
+        dvc(root, "push", f"{target}.dvc")
     print(f"pushed to {url}" if url else "on this machine alone: no DVC remote is shared")
     print(f"keep the version: git add {target}.dvc {FOLDER}/.gitignore && git commit")
-    print(f"use it: cm run RECIPE --set 'data.source={{kind: {kind}, path: {target}, version: {version}}}'")
+    skip = " --set data.damaged=skip" if facts["unusable"] else ""
+    print(f"use it: cm run RECIPE --set 'data.source={{kind: {kind}, path: {target}, version: {version}}}'{skip}")
 
 
-def describe(path: Path) -> tuple[str, dict[str, int]]:
-    """Return the kind of source and its contents, as the stage `prepare` will read it. Raises UserError likewise."""
+def describe(path: Path, damaged: str = "refuse") -> tuple[str, dict[str, int]]:
+    """Return the kind of source and its contents, every image decoded, as the stage `prepare` will read it.
+
+    Raises UserError likewise; it names all images that cannot be used, unless they are to be kept.
+    """
     import tempfile
 
+    from flows.data.decoding import find_faults, list_faults
     from flows.data.sources.array import ArrayFile
     from flows.data.sources.image_files import Images
 
     source = (ArrayFile if path.suffix in ARRAYS else Images)(path=str(path))
     with tempfile.TemporaryDirectory(prefix="cm-data-") as scratch, Bar(f"reading {path}") as bar:
         contents = source.read(Path(scratch), bar)
-        images = len(contents.train) + len(contents.heldout or ())
-    return source.kind, {"images": images, "classes": len(contents.class_names), "ignored files": contents.ignored}
+        items = contents.train + (contents.heldout or [])
+        faults = find_faults(items, bar)
+    if faults and damaged == "refuse":
+        raise list_faults(faults, len(items), "mend or remove them, or version them all the same with --damaged keep")
+    facts = {"images": len(items), "classes": len(contents.class_names), "ignored files": len(contents.ignored)}
+    return source.kind, {**facts, "unusable": len(faults)}
 
 
 def _copy(path: Path, target: Path) -> None:
@@ -90,10 +106,12 @@ def _copy(path: Path, target: Path) -> None:
 
 
 def _pack(folder: Path, archive: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    from flows.data.archives import contents, folder_files
+
+    files = sorted(folder_files(folder).items())
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as packed, Bar(f"packing {folder}") as bar:
-        for done, path in enumerate(files, 1):
-            packed.writestr(zipfile.ZipInfo(path.relative_to(folder).as_posix(), EPOCH), path.read_bytes())
+        for done, (name, read) in enumerate(files, 1):
+            packed.writestr(zipfile.ZipInfo(name, EPOCH), contents(read))
             bar.progress(done, len(files))
 
 
@@ -108,7 +126,7 @@ def show(root: Path, *, as_json: bool) -> None:
             "bytes": entry["outs"][0]["size"],
             "here": (root / path).exists(),
             "description": entry.get("desc", ""),
-            "commits": _commits(root, path),
+            "commits": git(root, "log", "--format=%h", "--", f"{path}.dvc").decode().split(),
         }
         for path, entry in versions(root).items()
     ]
@@ -117,15 +135,9 @@ def show(root: Path, *, as_json: bool) -> None:
     elif not found:
         print("No versioned data yet; `cm data add PATH` makes some of your images")
     else:
-        rows = [
-            (
-                *(one["path"], one["version"], f"{one['bytes'] / 1e6:,.1f}", "yes" if one["here"] else "no"),
-                *(" ".join(one["commits"]) or "not committed", one["description"]),
-            )
-            for one in found
-        ]
-        print_table(("data", "version", "MB", "here", "commits", "description"), rows)
+        print_table(("data", "version", "MB", "here", "commits", "description"), map(_cells, found))
 
 
-def _commits(root: Path, path: Path) -> list[str]:
-    return git(root, "log", "--format=%h", "--", f"{path}.dvc").decode().split()
+def _cells(one: dict[str, Any]) -> tuple[str, ...]:
+    size, here = f"{one['bytes'] / 1e6:,.1f}", "yes" if one["here"] else "no"
+    return one["path"], one["version"], size, here, " ".join(one["commits"]) or "not committed", one["description"]

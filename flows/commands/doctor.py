@@ -8,21 +8,25 @@ import tempfile
 import urllib.request
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.commands.output import add_json_option, print_json, print_table
+from flows.commands.runs import tracker_of
+from flows.operations.checks import BEFORE_A_RUN
+from flows.storage.s3 import public_text, public_uri
 from flows.workspace.git import git, revision
 from flows.workspace.locations import shared_root, workspace_root
 
 if TYPE_CHECKING:
     from flows.storage.bucket import Bucket
-    from flows.tracking.tracker import Tracker
 
 PROJECT, SHOWN = "consistency-pipeline", ("prefect", "mlflow", "dvc")
 FREE_GB = 2  # for a demo with its clones and cache
+REMEDY = "use another store for CM_STATE"
 PROBE, SECONDS = b"written by cm doctor", 10
 
 
@@ -30,18 +34,10 @@ class Broken(Exception):
     """A failed check: the finding and the remedy."""
 
 
-@dataclass(frozen=True)
-class Check:
-    """One line of the output."""
-
-    name: str
-    ok: bool
-    says: str
-
-
 def add_parsers(commands: Any) -> None:
     """Declare the subcommand."""
     parser = commands.add_parser("doctor", help="check packages, services, stores and the device")
+    parser.add_argument("--verify", action="store_true", help="read all of DVC's cache and set damaged objects aside")
     add_json_option(parser)
     parser.set_defaults(command=doctor)
 
@@ -49,25 +45,23 @@ def add_parsers(commands: Any) -> None:
 def doctor(args: Namespace) -> int:
     """Print every check; return 1 if something is broken."""
     checks = [_examine(name, probe) for name, probe in MACHINE.items()]
-    if checks[-1].ok:
-        checks += [_examine(name, probe) for name, probe in WORKSPACE.items()]
-    sound = all(check.ok for check in checks)
+    if checks[-1]["ok"]:
+        deep = {"DVC cache, every byte": _verify_cache} if args.verify else {}
+        checks += [_examine(name, probe) for name, probe in (WORKSPACE | deep).items()]
+    sound = all(check["ok"] for check in checks)
     if args.json:
-        print_json({"ok": sound, "checks": [asdict(check) for check in checks]})
+        print_json({"ok": sound, "checks": checks})
     else:
-        print_table(("", "check", "found"), [("ok" if c.ok else "BROKEN", c.name, c.says) for c in checks])
+        print_table(("", "check", "found"), [("ok" if c["ok"] else "BROKEN", c["name"], c["says"]) for c in checks])
     return 0 if sound else 1
 
 
-def _examine(name: str, probe: Callable[[], str]) -> Check:
+def _examine(name: str, probe: Callable[[], str]) -> dict[str, Any]:
     try:
-        return Check(name, True, probe())
+        return {"name": name, "ok": True, "says": probe()}
     except Exception as error:  # any failure of a part is the answer
-        return Check(name, False, " ".join(str(error).split()) or type(error).__name__)
-
-
-def _python() -> str:
-    return f"{platform.python_version()} ({sys.executable})"
+        said = public_text(" ".join(str(error).split()))
+        return {"name": name, "ok": False, "says": said or type(error).__name__}
 
 
 def _packages() -> str:
@@ -90,6 +84,9 @@ def _packages() -> str:
 def _torch() -> str:
     import torch
 
+    from flows.distributed.devices import refuse_unusable_gpus
+
+    refuse_unusable_gpus()
     if not torch.cuda.is_available():
         return f"{torch.__version__} on the CPU, {torch.get_num_threads()} threads"
     free, total = (f"{number / 2**30:.0f}" for number in torch.cuda.mem_get_info())
@@ -109,10 +106,6 @@ def _git() -> str:
     return f"{version}, workspace at {revision(workspace_root())[:7]}"
 
 
-def _workspace() -> str:
-    return f"{_writable(workspace_root())}, writable"
-
-
 def _writable(folder: Path) -> Path:
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(PROBE)
@@ -122,42 +115,58 @@ def _writable(folder: Path) -> Path:
 def _disk() -> str:
     free = shutil.disk_usage(workspace_root()).free / 1e9
     if free < FREE_GB:
-        raise Broken(f"{free:.1f} GB are free, {FREE_GB} GB are needed; old runs are in .cm/runs, and `dvc gc`")
+        raise Broken(f"{free:.1f} GB are free, {FREE_GB} GB are needed; old runs are in .cm/runs; `cm gc`")
     return f"{free:.0f} GB free"
 
 
 def _mlflow() -> str:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    if (tracker := _tracker()) is None:
+    if (tracker := tracker_of(workspace_root())) is None:
         return f"sqlite:///{shared_root(workspace_root()) / 'mlflow.db'}, created by the first run"
     tracker.client.search_runs([tracker.experiment_id], max_results=1)
-    return f"{tracker.uri}, answers"
-
-
-def _tracker() -> "Tracker | None":
-    """Return the tracker of MLFLOW_TRACKING_URI or of the workspace's file; None before the first run created it."""
-    from flows.tracking.tracker import Tracker
-
-    root = shared_root(workspace_root())
-    return Tracker(root) if os.environ.get("MLFLOW_TRACKING_URI") or (root / "mlflow.db").exists() else None
+    return f"{public_uri(tracker.uri)}, answers"
 
 
 def _prefect() -> str:
-    url = os.environ.get("PREFECT_API_URL")
+    from prefect.settings import PREFECT_API_URL
+
+    url = os.environ.get(PREFECT_API_URL.name) or PREFECT_API_URL.value()  # of the profile; Prefect read them once
     if not url:
         return "embedded: every run brings its own"
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=SECONDS):
-            return f"{url}, answers"
-    except OSError as error:
-        raise Broken(f"{url}: {error}; start it with `prefect server start`, or unset PREFECT_API_URL") from error
+            return f"{public_uri(url)}, answers"
+    except (OSError, ValueError) as error:
+        raise Broken(f"PREFECT_API_URL={url}: {error}; start it with `prefect server start`, or unset it") from error
 
 
 def _dvc_cache() -> str:
     from dvc.repo import Repo
 
     with Repo(str(workspace_root())) as repo:
-        return _write_read_remove(repo.cache.local)
+        return f"{_write_read_remove(repo.cache.local)}; `cm gc` frees space (`dvc gc` drops flows' results)"
+
+
+def _verify_cache() -> str:
+    """Read every object, also those on record as sound: a failing disk leaves size and time as they were."""
+    from flows.stage_runner.progress import Bar
+    from flows.workspace.dvc_files import file_md5, is_damaged
+    from flows.workspace.locations import cache_of
+
+    cache = cache_of(workspace_root())
+    objects, damaged, size = cache.objects(), [], 0
+    total = sum(file.stat().st_size for file in objects)
+    with ThreadPoolExecutor() as pool, Bar("DVC cache") as bar:
+        for file, bad in zip(objects, pool.map(partial(is_damaged, md5=file_md5), objects), strict=True):
+            size += file.stat().st_size
+            damaged += [cache.set_aside(file)] if bad else []
+            bar.progress(size, total, "bytes")
+    if damaged:
+        names = ", ".join(str(file) for file in damaged)
+        raise Broken(
+            f"{len(damaged)} of {len(objects)} objects were damaged, and are fetched or computed again: {names}"
+        )
+    return f"{len(objects)} objects, {size / 1e9:.1f} GB, every byte as stored"
 
 
 def _dvc_remote() -> str:
@@ -180,7 +189,7 @@ def _write_read_remove(store: Any) -> str:
         path = store.fs.join(store.path, f"cm-doctor-{os.getpid()}")
         store.fs.put_file(file.name, path)
     read = store.fs.cat_file(path)
-    store.fs.remove(path)
+    store.fs.rm_file(path)  # `rm` deletes by lists, for which old stores want another checksum
     return _proved(store.fs.unstrip_protocol(store.path), read)
 
 
@@ -202,24 +211,29 @@ def _states() -> str:
 
 
 def _prove_leases(bucket: "Bucket") -> str:
-    """Write, read and remove an object, and check that a second conditional write fails: leases depend on it."""
+    """Write, read and remove an object; check that the store keeps the conditions on which leases depend."""
     key = f"cm-doctor-{os.getpid()}"
-    etag = bucket.write(key, PROBE, replacing=None)
+    stale = bucket.write(key, b"a former version", replacing=None)
     try:
-        if bucket.write(key, b"", replacing=None) is not None or bucket.contents(key) != PROBE:
-            raise Broken(
-                f"{bucket.uri}: the store ignores If-None-Match, two workers could train the same; use another"
-            )
+        etag = bucket.write(key, PROBE, replacing=stale or "")
+        if bucket.write(key, b"", replacing=None) is not None:
+            raise Broken(f"{bucket.uri}: the store ignores If-None-Match, two workers could train the same; {REMEDY}")
+        if bucket.write(key, b"", replacing=stale or "") is not None:
+            raise Broken(f"{bucket.uri}: the store ignores If-Match, a late worker could overwrite another; {REMEDY}")
+        if etag is None or bucket.contents(key) != PROBE:
+            raise Broken(f"{bucket.uri}: the bytes read differ from those written")
+        if bucket.remove_version(key, stale or "") or bucket.read(key) is None:
+            raise Broken(f"{bucket.uri}: the store ignores If-Match of DELETE, a late worker could delete; {REMEDY}")
     finally:
         bucket.remove([key])
-    if etag is None or bucket.read(key) is not None:
+    if bucket.read(key) is not None:
         raise Broken(f"{bucket.uri}: the object that was removed is still there")
-    return f"{bucket.uri}, written, read and removed; a second writer was refused"
+    return f"{bucket.uri}, written, read and removed; a second writer and a late one were refused"
 
 
 def _artifacts() -> str:
     """Access MLflow's artifact store as MLflow does."""
-    if (tracker := _tracker()) is None:
+    if (tracker := tracker_of(workspace_root())) is None:
         return f"{shared_root(workspace_root()) / 'mlruns'}, created by the first run"
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
@@ -230,7 +244,12 @@ def _artifacts() -> str:
         store.log_artifact(str(Path(folder) / name), "cm-doctor")
         (Path(folder) / name).unlink()
         read = Path(store.download_artifacts(f"cm-doctor/{name}", folder)).read_bytes()
-    store.delete_artifacts(f"cm-doctor/{name}")
+    if place.startswith("s3://"):  # MLflow deletes by lists, for which old stores want another checksum
+        from flows.storage.bucket import Bucket
+
+        Bucket(place).remove([f"cm-doctor/{name}"])
+    else:
+        store.delete_artifacts(f"cm-doctor/{name}")
     return _proved(place, read)
 
 
@@ -253,17 +272,34 @@ def _prefect_results() -> str:
     return _proved(f"{slug} at {block.basepath}", read)
 
 
+def _data() -> str:
+    """Check the images of the recipe in force."""
+    from flows.data.check import check_source
+    from flows.recipes.recipe import load_active
+
+    return check_source(load_active(workspace_root()).data.source, workspace_root())
+
+
+def _formats() -> str:
+    from flows.data.check import check_formats
+
+    return check_formats()
+
+
 MACHINE: dict[str, Callable[[], str]] = {
-    "python": _python,
+    "python": lambda: f"{platform.python_version()} ({sys.executable})",
     "packages": _packages,
     "torch": _torch,
     "torchvision": _torchvision,
+    "image formats": _formats,
+    **BEFORE_A_RUN,
     "Prefect": _prefect,
-    "workspace": _workspace,  # last: the remaining checks need one
+    "workspace": lambda: f"{_writable(workspace_root())}, writable",  # last: the remaining checks need one
 }
 WORKSPACE: dict[str, Callable[[], str]] = {
     "git": _git,
     "disk": _disk,
+    "data": _data,
     "MLflow": _mlflow,
     "DVC cache": _dvc_cache,
     "DVC remote": _dvc_remote,

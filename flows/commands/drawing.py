@@ -1,26 +1,41 @@
 """Images from a trained model in a folder or logged to MLflow."""
 
+import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flows.commands.output import positive
 from flows.errors import UserError
+from flows.monitor import Monitor
 from flows.stage_runner.progress import Bar
 from flows.workspace.locations import shared_root, workspace_root
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL.Image import Image
 
     from cm_core.model import ModelSpec
     from cm_core.precond import Precond
     from flows.inference.generate import Sampler
 
+    Pictures = Mapping[str, np.ndarray]  # name -> uint8 [H, W, C]
+
 MODEL = "a folder with model.json, or models:/... of MLflow"
 LOGGED = ("models:/", "runs:/")  # prefixes of MLflow model names
 TEACHER_STEPS = 18  # EDM's on CIFAR-10
+
+
+class Drawn(NamedTuple):
+    """The result of a command that draws."""
+
+    images: "np.ndarray"  # uint8 [N, H, W, C]
+    seconds: float  # in the network, without loading and writing
+    how: str  # network calls and noise levels
+    shown: "Pictures" = {}  # of an edit: the picture, and what the model was given of it
 
 
 def add_sampling_options(parser: ArgumentParser, *, count: int) -> None:
@@ -38,15 +53,21 @@ def add_sampling_options(parser: ArgumentParser, *, count: int) -> None:
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="image i is drawn from (seed, i); default 0")
     parser.add_argument("--n", metavar="N", type=positive, default=count, help=f"number of images; default {count}")
+    parser.add_argument("--label", metavar="CLASS", type=int, help="class of all images; default: all classes in turn")
 
 
 def save_images(images: "np.ndarray", folder: Path) -> None:
     """Write images [N, H, W, C] as one PNG each, named by their number."""
-    from PIL import Image
-
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):
-        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(folder / f"{index:06d}.png")
+        to_image(image).save(folder / f"{index:06d}.png")
+
+
+def to_image(pixels: "np.ndarray") -> "Image":
+    """Return pixels [H, W, 1 or 3] as a picture, grey or RGB."""
+    from PIL.Image import fromarray
+
+    return fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
 
 
 def is_model(where: str) -> bool:
@@ -54,30 +75,18 @@ def is_model(where: str) -> bool:
     return where.startswith(LOGGED) or (Path(where) / "model.json").is_file()
 
 
-def draw(model: str, args: Namespace) -> "tuple[np.ndarray, str]":
-    """Return images of a model, uint8 [N, H, W, C], and how they were sampled; on the GPU when there is one."""
-    from flows.inference.generate import draw_images
-    from flows.stages.models import pick_device
-
-    spec, net = load(model)
-    sampler, how = _choose_sampler(spec, args, model)
-    with Bar("sampling") as bar:
-        options = {"n": args.n, "seed": args.seed, "device": pick_device(), "on_batch": bar.progress}
-        return draw_images(spec, net, sampler, **options), how
-
-
 def load(model: str) -> "tuple[ModelSpec, Precond]":
     """Return the spec of a model and the model, on the CPU. Raises UserError if there is none."""
     from cm_core.model import load_model
 
     try:
-        return load_model(_locate(model))
+        return load_model(locate(model))
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"{error}; a model is a folder such as out/student, or models:/... of MLflow") from error
 
 
 @cache  # a command asks more than once, and the weights may be remote
-def _locate(model: str) -> Path:
+def locate(model: str) -> Path:
     """Return the folder of a model; download one from MLflow."""
     if not model.startswith(LOGGED):
         return Path(model)
@@ -89,6 +98,47 @@ def _locate(model: str) -> Path:
         return fetch_student(model, shared_root(workspace_root()))
     except MlflowException as error:
         raise UserError(f"{model}: {' '.join(str(error).split())}") from error
+
+
+class Context(NamedTuple):
+    """The surroundings of a command that draws: where models come from, where notes and progress go."""
+
+    load: "Callable[[str], tuple[ModelSpec, Precond]]" = load
+    say: Callable[[str], None] = print
+    bar: Callable[[str], AbstractContextManager[Monitor]] = Bar
+
+    def draw(
+        self, spec: "ModelSpec", net: "Precond", sampler: "Sampler", args: Namespace, **options: Any
+    ) -> "tuple[np.ndarray, float]":
+        """Return --n images of --seed and --label, and the seconds that they took; on the GPU when there is one."""
+        from flows.inference.generate import draw_images
+        from flows.stages.models import pick_device
+
+        labels = None if args.label is None else [args.label] * args.n
+        options |= {"n": args.n, "seed": args.seed, "labels": labels, "device": pick_device()}
+        with self.bar("drawing") as bar:
+            start = time.perf_counter()
+            options["on_batch"] = lambda done, total: bar.progress(done, total, "images")
+            images = draw_images(spec, net, sampler, **options)
+            return images, time.perf_counter() - start
+
+
+def draw(model: str, args: Namespace, context: Context) -> Drawn:
+    """Return images of a model. Raises UserError for options that it does not take."""
+    spec, net = context.load(model)
+    check_label(spec, args.label, model)
+    sampler, how = _choose_sampler(spec, args, model)
+    return Drawn(*context.draw(spec, net, sampler, args), how)
+
+
+def check_label(spec: "ModelSpec", label: int | None, model: str, *, needed: bool = False) -> None:
+    """Raise UserError unless --label is a class of the model, or may be left out."""
+    classes = spec.num_classes
+    if classes and (needed if label is None else not 0 <= label < classes):
+        given = "no --label" if label is None else f"--label {label}"
+        raise UserError(f"{given}: {model} makes images of {classes} classes, --label 0 to {classes - 1}")
+    if label is not None and not classes:
+        raise UserError(f"--label {label}: {model} knows no classes")
 
 
 def _choose_sampler(spec: "ModelSpec", args: Namespace, model: str) -> "tuple[Sampler, str]":
@@ -106,14 +156,15 @@ def _choose_sampler(spec: "ModelSpec", args: Namespace, model: str) -> "tuple[Sa
         check_levels(sigmas, sigma_min=spec.noise.sigma_min)
     except ValueError as error:
         raise UserError(f"--mid-sigmas: {error}") from error
-    how = f"{len(sigmas)} network calls at sigma {', '.join(f'{sigma:.4g}' for sigma in sigmas)}"
+    calls, levels = "call" if len(sigmas) == 1 else "calls", ", ".join(f"{sigma:.4g}" for sigma in sigmas)
+    how = f"{len(sigmas)} network {calls} at sigma {levels}"
     return partial(few_steps, spec, mid_sigmas=sigmas[1:]), how
 
 
 def _mid_sigmas(spec: "ModelSpec", args: Namespace, model: str) -> list[float]:
-    if spec.form == "euler":
-        if args.mid_sigmas or args.steps not in (None, spec.euler_steps):
-            raise UserError(f"this model was distilled to --steps {spec.euler_steps}, and takes no --mid-sigmas")
+    if spec.fixed_steps:
+        if args.mid_sigmas or args.steps not in (None, spec.fixed_steps):
+            raise UserError(f"this model was distilled to --steps {spec.fixed_steps}, and takes no --mid-sigmas")
         return []
     if args.mid_sigmas is None:
         return usual_mid_sigmas(spec, (args.steps or 1) - 1, model)
@@ -126,7 +177,7 @@ def usual_mid_sigmas(spec: "ModelSpec", count: int, model: str) -> list[float]:
     """Return the levels of a logged model's recipe, else of the active recipe, else of a Karras grid."""
     from flows.inference import generate
 
-    return generate.usual_mid_sigmas(spec, count, generate.read_levels(_locate(model)) or _levels_in_force())
+    return generate.usual_mid_sigmas(spec, count, generate.read_levels(locate(model)) or _levels_in_force())
 
 
 def _levels_in_force() -> "Sequence[Sequence[float]]":

@@ -1,21 +1,23 @@
 """`cm edit`: inpaint, colourise, super-resolve, repaint, denoise or interpolate a user's pictures with a student."""
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.drawing import MODEL, usual_mid_sigmas
-from flows.commands.editor import Editor, to_array
+from flows.commands.drawing import MODEL, Context, usual_mid_sigmas
+from flows.commands.editor import Editor, factors, to_picture, write
 from flows.commands.output import positive
 from flows.errors import UserError
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
-    from cm_core.editing import Draws, Operator
-    from cm_core.solvers import Denoiser
+    from cm_core.editing import Operator
+    from flows.commands.drawing import Drawn, Pictures
+
+    Task = Callable[[Namespace, Context], Drawn]
 
 RESIZES = ("center-crop", "center-crop-dhariwal", "pad", "stretch", "none")  # as in flows.stages.prepare
 FILLING_STEPS = 39  # the paper's (CM, App. D: 40 levels, the last of which needs no call)
@@ -45,10 +47,10 @@ def add_parsers(commands: Any) -> None:
 
 
 def _add_task(
-    tasks: Any, command: Callable[[Namespace], None], text: str, *, steps: int, count: int = 8, pictures: str = ""
+    tasks: Any, function: "Task", text: str, *, steps: int, count: int = 8, pictures: str = ""
 ) -> ArgumentParser:
     """Declare one task with the common options."""
-    task = tasks.add_parser(command.__name__, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    task = tasks.add_parser(function.__name__, help=text, description=f"{text[0].upper()}{text[1:]}.")
     several = {"nargs": pictures, "dest": "images"} if pictures else {"dest": "image"}
     task.add_argument(metavar="IMAGE", type=Path, **several, help="PNG, JPEG, WebP, GIF, BMP, TIFF or PNM")
     task.add_argument("--model", metavar="MODEL", help=f"{MODEL}; default: out/student of the workspace")
@@ -69,7 +71,7 @@ def _add_task(
         default=Path("out/edited"),
         help="folder of the results; PATH.png shows them all; default out/edited",
     )
-    task.set_defaults(command=command)
+    task.set_defaults(command=edit, task=function)
     return task
 
 
@@ -77,135 +79,103 @@ def _add_sigma(task: ArgumentParser, text: str, *, needed: bool = False) -> None
     task.add_argument("--sigma", metavar="SIGMA", type=float, required=needed, help=text)
 
 
-def inpaint(args: Namespace) -> None:
+def edit(args: Namespace) -> None:
+    """Run a task and write its results."""
+    write(args.task(args, Context()), args.out)
+
+
+def inpaint(args: Namespace, context: Context) -> "Drawn":
     """Invent the pixels under the mask; keep every other pixel."""
     import torch
 
     from cm_core import editing
 
-    editor = Editor(args)
+    editor = Editor(args, context)
     pixels, size = editor.read(args.image)
     mask = torch.from_numpy(editor.read_mask(args.mask, size)).to(editor.device)
-    print(f"{args.mask}: {mask.float().mean():.0%} of the pixels are to be invented")
+    editor.say(f"{args.mask}: {mask.float().mean():.0%} of the pixels are to be invented")
     operator, y = editing.inpaint(mask), editor.to_tensor(pixels)
-    _fill_in(editor, y, operator, {"image": pixels, "given": to_array(operator.given(y))[0]})
+    return _fill_in(editor, y, operator, {"image": pixels, "given": to_picture(operator.given(y))})
 
 
-def colorize(args: Namespace) -> None:
+def colorize(args: Namespace, context: Context) -> "Drawn":
     """Invent the colours; keep the luminance."""
     from cm_core import editing
 
-    editor = Editor(args)
-    channels = editor.spec.image_shape[0]
-    if channels != 3:
-        raise UserError(f"{editor.name}: makes images of {channels} channel; colorize needs a model of RGB images")
+    editor = Editor(args, context)
     pixels, _ = editor.read(args.image)
     grey = editing.to_grey(editor.to_tensor(pixels))
-    _fill_in(editor, grey, editing.colorize(device=editor.device), {"image": pixels, "grey": to_array(grey)[0]})
+    return _fill_in(editor, grey, editing.colorize(device=editor.device), {"image": pixels, "grey": to_picture(grey)})
 
 
-def superres(args: Namespace) -> None:
+def superres(args: Namespace, context: Context) -> "Drawn":
     """Invent the details; keep the mean of every patch."""
     from cm_core import editing
 
-    editor, factor = Editor(args), args.factor
+    editor, factor = Editor(args, context), args.factor
     _, height, width = editor.spec.image_shape
-    if factor < 2 or height % factor or width % factor:
+    if factor not in factors(editor.spec):
         raise UserError(f"--factor {factor}: must be 2 or more and divide the model's {width}x{height} pixels")
     operator = editing.superres(factor, device=editor.device)
     small = (width // factor, height // factor)
     if editor.size_of(args.image) == small:
         pixels = editor.read(args.image, small)[0].repeat(factor, axis=0).repeat(factor, axis=1)
-        print(f"{args.image}: taken as the small picture, {small[0]}x{small[1]}")
+        editor.say(f"{args.image}: taken as the small picture, {small[0]}x{small[1]}")
         return _fill_in(editor, editor.to_tensor(pixels), operator, {"given": pixels})
     pixels, _ = editor.read(args.image)
-    print(f"{args.image}: averaged to {small[0]}x{small[1]} first; a picture of that size is taken as it is")
+    editor.say(f"{args.image}: averaged to {small[0]}x{small[1]} first; a picture of that size is taken as it is")
     y = editor.to_tensor(pixels)
-    return _fill_in(editor, y, operator, {"image": pixels, "given": to_array(operator.given(y))[0]})
+    return _fill_in(editor, y, operator, {"image": pixels, "given": to_picture(operator.given(y))})
 
 
-def _fill_in(editor: Editor, y: "Tensor", operator: "Operator", shown: "Mapping[str, np.ndarray]") -> None:
+def _fill_in(editor: Editor, y: "Tensor", operator: "Operator", shown: "Pictures") -> "Drawn":
     from cm_core import editing
 
-    sigmas, sigma_min = editing.filling_sigmas(editor.spec.noise, editor.args.steps), editor.spec.boundary
-
-    def make(f: "Denoiser", noise: "Draws", count: int) -> "Tensor":
-        return editing.fill_in(f, noise, y.expand(count, -1, -1, -1), operator, sigmas, sigma_min=sigma_min)
-
-    editor.write(editor.draw(make), sigmas, shown)
+    sigmas = editing.filling_sigmas(editor.spec.noise, editor.args.steps)
+    return editor.edit(partial(editing.fill_in, operator=operator), y, sigmas, shown)
 
 
-def stroke(args: Namespace) -> None:
+def stroke(args: Namespace, context: Context) -> "Drawn":
     """Repaint a rough picture from the noise level that hides its roughness."""
     from cm_core import editing
 
-    editor = Editor(args)
+    editor = Editor(args, context)
     sigmas = editor.levels(STROKE_SIGMA if args.sigma is None else args.sigma)
     pixels, _ = editor.read(args.image)
-    y = editor.to_tensor(pixels)
-
-    def make(f: "Denoiser", noise: "Draws", count: int) -> "Tensor":
-        return editing.repaint(f, noise, y.expand(count, -1, -1, -1), sigmas, sigma_min=editor.spec.boundary)
-
-    editor.write(editor.draw(make), sigmas, {"image": pixels})
+    return editor.edit(editing.repaint, editor.to_tensor(pixels), sigmas, {"image": pixels})
 
 
-def denoise(args: Namespace) -> None:
+def denoise(args: Namespace, context: Context) -> "Drawn":
     """Remove noise of a known level with one call; further steps add noise again and remove it."""
     from cm_core import editing
 
     if args.steps == 1 and args.n > 1:
         raise UserError(f"--n {args.n}: one network call adds no noise, so that all results would be alike; --steps 2")
-    editor = Editor(args)
+    editor = Editor(args, context)
     sigmas = editor.levels(args.sigma)
     pixels, size = editor.read(args.image)
     if size != editor.size:
-        print(f"{args.image}: resizing changes noise; --sigma speaks of the {editor.size[0]}x{editor.size[1]} pixels")
-    x = editor.to_tensor(pixels)
-
-    def make(f: "Denoiser", noise: "Draws", count: int) -> "Tensor":
-        return editing.denoise(f, noise, x.expand(count, -1, -1, -1), sigmas, sigma_min=editor.spec.boundary)
-
-    editor.write(editor.draw(make), sigmas, {"image": pixels})
+        editor.say(
+            f"{args.image}: resizing changes noise; --sigma speaks of the {editor.size[0]}x{editor.size[1]} pixels"
+        )
+    return editor.edit(editing.denoise, editor.to_tensor(pixels), sigmas, {"image": pixels})
 
 
-def interpolate(args: Namespace) -> None:
+def interpolate(args: Namespace, context: Context) -> "Drawn":
     """Blend two pictures at a noise level, or the noises of two samples; --n frames, both ends included."""
     if args.seeds is not None and (args.images or args.sigma is not None):
         raise UserError("--seeds blends samples, from noise alone; it goes with neither pictures nor --sigma")
     if args.seeds is None and len(args.images) != 2:
         raise UserError(f"interpolate takes two pictures, or --seeds A B; got {len(args.images)} pictures")
-    editor = Editor(args)
+    from cm_core import editing
+
+    editor = Editor(args, context)
     if args.seeds is not None:
-        _interpolate_samples(editor)
-    else:
-        _interpolate_pictures(editor)
-
-
-def _interpolate_samples(editor: Editor) -> None:
-    from cm_core import editing
-
-    a, b = (editor.noise(seed, range(1)) for seed in editor.args.seeds)
-    sigmas = [editor.spec.noise.sigma_max, *usual_mid_sigmas(editor.spec, editor.args.steps - 1, editor.name)]
-
-    def make(f: "Denoiser", _: "Draws", count: int) -> "Tensor":
-        weights = editor.weights(count)
-        return editing.interpolate_samples(f, a, b, weights, sigmas, sigma_min=editor.spec.boundary)
-
-    editor.write(editor.draw(make, at_once=True), sigmas, {})
-
-
-def _interpolate_pictures(editor: Editor) -> None:
-    from cm_core import editing
-
-    sigmas = editor.levels(BLEND_SIGMA if editor.args.sigma is None else editor.args.sigma)
-    pictures = [editor.read(path)[0] for path in editor.args.images]
-    a, b = map(editor.to_tensor, pictures)
-    noise = editor.noise(editor.args.seed, range(1))
-
-    def make(f: "Denoiser", _: "Draws", count: int) -> "Tensor":
-        weights = editor.weights(count)
-        return editing.interpolate_images(f, noise, a, b, weights, sigmas, sigma_min=editor.spec.boundary)
-
+        sigmas = [editor.spec.noise.sigma_max, *usual_mid_sigmas(editor.spec, args.steps - 1, editor.name)]
+        a, b = map(editor.noise, args.seeds)
+        return editor.blend(partial(editing.interpolate_samples, a=a, b=b), sigmas, {})
+    sigmas = editor.levels(BLEND_SIGMA if args.sigma is None else args.sigma)
+    pictures = [editor.read(path)[0] for path in args.images]
     shown = {f"image {name}": pixels for name, pixels in zip("AB", pictures, strict=True)}
-    editor.write(editor.draw(make, at_once=True), sigmas, shown)
+    x, y = map(editor.to_tensor, pictures)
+    return editor.blend(partial(editing.interpolate_images, noise=editor.noise(args.seed), a=x, b=y), sigmas, shown)

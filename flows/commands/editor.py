@@ -1,13 +1,12 @@
-"""Shared code of the tasks of `cm edit`: read pictures in the student's shape, draw results and write them."""
+"""Shared code of the tasks of `cm edit`: read pictures in the student's shape, draw results, write them."""
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from flows.commands.drawing import load, save_images
+from flows.commands.drawing import Context, Drawn, check_label, save_images
 from flows.errors import UserError
-from flows.stage_runner.progress import Bar
 from flows.workspace.locations import workspace_root
 
 if TYPE_CHECKING:
@@ -15,9 +14,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cm_core.editing import Draws
+    from cm_core.model import ModelSpec
+    from cm_core.sampling import ImageNoise
     from cm_core.solvers import Denoiser
-
-    Make = Callable[[Denoiser, Draws, int], Tensor]  # (model, noise, number of images) -> images
+    from flows.commands.drawing import Pictures
+    from flows.inference.generate import Sampler
 
 BACKGROUND = "white"  # behind transparent pixels
 COLUMNS, SHOWN = 8, 64  # results in a row of the grid, and in all
@@ -28,33 +29,23 @@ TRAITS = {  # of flows.data.images, reported to the user
     "sixteen_bit": "16 bits cut to 8",
     "palette": "a palette turned into colours",
     "cmyk": "CMYK turned into RGB",
+    "colour_profile": "its colours converted to sRGB",
 }
 
 
 class Editor:
-    """A student and a command's options: reads pictures in its shape, draws results, writes them."""
+    """A student and a command's options: reads pictures in its shape and draws results."""
 
-    def __init__(self, args: Namespace) -> None:
-        from cm_core.editing import NOT_CONSISTENT
-        from flows.stages.models import pick_device, to_device
+    def __init__(self, args: Namespace, context: Context) -> None:
+        from flows.stages.models import pick_device
 
         self.args, self.name = args, args.model or str(workspace_root() / "out" / "student")
-        self.spec, net = load(self.name)
-        if self.spec.form in NOT_CONSISTENT:
-            what = "teacher" if self.spec.form == "denoiser" else "student of progressive distillation"
-            raise UserError(f"{self.name}: is a {what}; editing needs a consistency model")
-        self._check_label()
+        self.context, self.say = context, context.say
+        self.spec, self.net = context.load(self.name)
+        check_task(args.task.__name__, self.spec, self.name)
+        check_label(self.spec, args.label, self.name, needed=True)
         self.device = pick_device()
-        self.net = to_device(net, self.device)
         self.size = self.spec.image_shape[2], self.spec.image_shape[1]
-
-    def _check_label(self) -> None:
-        label, classes = self.args.label, self.spec.num_classes
-        if classes and (label is None or not 0 <= label < classes):
-            given = "no --label" if label is None else f"--label {label}"
-            raise UserError(f"{given}: {self.name} makes images of {classes} classes, --label 0 to {classes - 1}")
-        if label is not None and not classes:
-            raise UserError(f"--label {label}: {self.name} knows no classes")
 
     def levels(self, sigma: float) -> list[float]:
         """Return the noise levels from --sigma down, one per step; raise UserError if the model does not cover them."""
@@ -70,7 +61,7 @@ class Editor:
         from flows.data.images import open_image, upright_size
 
         with open_image(lambda: path, str(path)) as image:
-            return upright_size(image)
+            return upright_size(image, str(path))
 
     def read(self, path: Path, wanted: tuple[int, int] | None = None) -> "tuple[np.ndarray, tuple[int, int]]":
         """Return a picture in the model's channels, uint8 [H, W, C], and its original size; log every conversion.
@@ -88,7 +79,7 @@ class Editor:
         if pixels.shape[-1] == 1 and "greyscale" not in traits:
             notes.append("its colours dropped, for the model makes grey images")
         if notes:
-            print(f"{path}: {', '.join(notes)}")
+            self.say(f"{path}: {', '.join(notes)}")
         return pixels, size
 
     def read_mask(self, path: Path, size: tuple[int, int]) -> "np.ndarray":
@@ -97,20 +88,24 @@ class Editor:
         if own not in (size, self.size):
             allowed = " or ".join(f"{w}x{h}" for w, h in dict.fromkeys((size, self.size)))
             raise UserError(f"{path}: the mask is {own[0]}x{own[1]} pixels, where {allowed} are expected")
-        pixels, _ = self._convert(path, resize="none" if own == self.size else self.args.resize, channels=1)
+        pixels, _ = self._convert(path, resize="none" if own == self.size else self.args.resize, mask=True)
         mask = pixels[..., 0] > 127
         if not mask.any():
             raise UserError(f"{path}: the mask is black all over; white is what is to be invented")
         return mask
 
-    def _convert(self, path: Path, *, resize: str, channels: int | None = None) -> "tuple[np.ndarray, set[str]]":
+    def _convert(self, path: Path, *, resize: str, mask: bool = False) -> "tuple[np.ndarray, set[str]]":
         from flows.data.images import convert, open_image
 
-        channels = channels or self.spec.image_shape[0]
+        channels, colours = (1, "ignore") if mask else (self.spec.image_shape[0], "srgb")
+        options: dict[str, Any] = {
+            "resize": resize,
+            "resolution": self.size[0],
+            "background": BACKGROUND,
+            "colours": colours,
+        }
         with open_image(lambda: path, str(path)) as image:
-            return convert(
-                image, str(path), channels=channels, resize=resize, resolution=self.size[0], background=BACKGROUND
-            )
+            return convert(image, str(path), channels=channels, **options)
 
     def to_tensor(self, pixels: "np.ndarray") -> "Tensor":
         """Return one picture as model input, [1, C, H, W] in -1..1."""
@@ -120,55 +115,71 @@ class Editor:
 
         return from_pixels(torch.from_numpy(pixels.copy())[None].to(self.device))
 
-    def noise(self, seed: int, indices: range) -> "Draws":
-        """Return the noise of images by their numbers."""
+    def noise(self, seed: int) -> "Draws":
+        """Return the noise of the first image of a seed."""
         from cm_core.sampling import ImageNoise
 
-        return ImageNoise(seed, indices, self.spec.image_shape, self.device)
+        return ImageNoise(seed, range(1), self.spec.image_shape, self.device)
 
-    def weights(self, count: int) -> "Tensor":
-        """Return the interpolation weight of each frame between A and B, [F]."""
+    def edit(self, change: Callable, y: "Tensor", sigmas: Sequence[float], shown: "Pictures") -> Drawn:
+        """Draw --n results of a function (model, noise, images, sigmas, sigma_min) on the picture y [1, C, H, W]."""
+
+        def sampler(f: "Denoiser", noise: "ImageNoise") -> "Tensor":
+            images = y.expand(len(noise), -1, -1, -1)
+            return change(f, noise, images, sigmas=sigmas, sigma_min=self.spec.boundary)
+
+        return self._draw(sampler, sigmas, shown)
+
+    def blend(self, change: Callable, sigmas: Sequence[float], shown: "Pictures") -> Drawn:
+        """Draw --n frames of a function (model, weights between A and B, sigmas, sigma_min) in one batch."""
         import torch
 
-        return torch.linspace(0, 1, count, device=self.device)
+        weights = torch.linspace(0, 1, self.args.n, device=self.device)
+        known = {"weights": weights, "sigmas": sigmas, "sigma_min": self.spec.boundary}
+        return self._draw(lambda f, _: change(f, **known), sigmas, shown, batch_size=self.args.n)
 
-    def draw(self, make: "Make", *, at_once: bool = False) -> "np.ndarray":
-        """Return --n results, uint8 [N, H, W, C], drawn in batches unless they depend on each other."""
-        from flows.inference.generate import BATCH, draw_images
-
-        labels = [self.args.label] * self.args.n if self.spec.num_classes else None
-        with Bar("editing") as bar:
-            return draw_images(
-                self.spec,
-                self.net,
-                lambda f, noise: make(f, noise, len(noise)),
-                n=self.args.n,
-                seed=self.args.seed,
-                device=self.device,
-                labels=labels,
-                batch_size=self.args.n if at_once else BATCH,
-                on_batch=bar.progress,
-            )
-
-    def write(self, results: "np.ndarray", sigmas: Sequence[float], shown: "Mapping[str, np.ndarray]") -> None:
-        """Write the results and a grid with their source pictures; print the paths."""
-        from flows.reports.figures import save_rows
-
-        rows = {name: pixels[None] for name, pixels in shown.items()}
-        for start in range(0, min(len(results), SHOWN), COLUMNS):
-            row = results[start : start + COLUMNS]
-            rows[f"{start} to {start + len(row) - 1}" if len(row) > 1 else str(start)] = row
-        save_images(results, self.args.out)
-        grid = self.args.out.with_name(self.args.out.name + ".png")
-        save_rows(rows, grid)
+    def _draw(self, sampler: "Sampler", sigmas: Sequence[float], shown: "Pictures", **options: int) -> Drawn:
+        drawn = self.context.draw(self.spec, self.net, sampler, self.args, **options)
         calls = f"{len(sigmas)} network call" + ("s" if len(sigmas) > 1 else "")
         levels = f"{sigmas[0]:.4g}" if len(sigmas) == 1 else f"{sigmas[0]:.4g} to {sigmas[-1]:.4g}"
-        count = f"{len(results)} image" + ("s" if len(results) > 1 else "")
-        print(f"{self.args.out}: {count}, {calls} at sigma {levels}; {grid} shows them")
+        return Drawn(*drawn, f"{calls} at sigma {levels}", shown)
 
 
-def to_array(x: "Tensor") -> "np.ndarray":
-    """Return images [B, C, H, W] in -1..1 as uint8 [B, H, W, C]."""
+def check_task(task: str, spec: "ModelSpec", name: str) -> None:
+    """Raise UserError if a model cannot do a task, whatever the options."""
+    channels, height, width = spec.image_shape
+    if not spec.is_consistency_function:
+        kinds = {"denoiser": "teacher", "euler": "student of progressive distillation"}
+        what = (kinds | {"average_velocity": "student of MeanFlow", "generator": "one-step generator"})[spec.form]
+        raise UserError(f"{name}: is a {what}; editing needs a consistency model")
+    if task == "colorize" and channels != 3:
+        raise UserError(f"{name}: makes images of {channels} channel; colorize needs a model of RGB images")
+    if task == "superres" and not factors(spec):
+        raise UserError(f"{name}: no whole factor divides its {width}x{height} pixels")
+
+
+def factors(spec: "ModelSpec") -> list[int]:
+    """Return the factors by which a model can enlarge pictures to its size."""
+    _, height, width = spec.image_shape
+    return [factor for factor in range(2, min(height, width) + 1) if height % factor == width % factor == 0]
+
+
+def write(drawn: Drawn, out: Path) -> None:
+    """Write the results of an edit, and beside them a grid with the pictures they were made from; print the paths."""
+    from flows.reports.figures import save_rows
+
+    results, rows = drawn.images, {name: pixels[None] for name, pixels in drawn.shown.items()}
+    for start in range(0, min(len(results), SHOWN), COLUMNS):
+        row = results[start : start + COLUMNS]
+        rows[f"{start} to {start + len(row) - 1}" if len(row) > 1 else str(start)] = row
+    save_images(results, out)
+    grid = out.with_name(out.name + ".png")
+    save_rows(rows, grid)
+    print(f"{out}: {len(results)} image{'s' if len(results) > 1 else ''}, {drawn.how}; {grid} shows them")
+
+
+def to_picture(x: "Tensor") -> "np.ndarray":
+    """Return one image [1, C, H, W] in -1..1 as uint8 [H, W, C]."""
     from cm_core.tensors import to_pixels
 
-    return to_pixels(x).cpu().numpy()
+    return to_pixels(x)[0].cpu().numpy()

@@ -18,16 +18,20 @@ def add_parsers(commands: Any) -> None:
         "--older-than", metavar="DAYS", type=_days, default=1.0, help="younger objects stay, needed or not; default 1"
     )
     parser.add_argument(
-        "--remote", action="store_true", help="the DVC remote too; `git fetch --all` first: it may be others' as well"
+        "--remote", action="store_true", help="the DVC remote too, into a quarantine; `git fetch --all` first"
     )
+    parser.add_argument("--undo", action="store_true", help="bring back what is in the quarantine of the DVC remote")
     add_json_option(parser)
     parser.set_defaults(command=gc)
 
 
 def gc(args: Namespace) -> None:
     """Print the garbage; with --apply remove it."""
-    from flows.operations.garbage import find_garbage
+    from flows.operations.garbage import QUARANTINED, bring_back, find_garbage
 
+    if args.undo:
+        print(f"{bring_back(workspace_root())} objects brought back")
+        return
     found = list(find_garbage(workspace_root(), older_than=timedelta(days=args.older_than), with_remote=args.remote))
     for one in found if args.apply else ():
         one.remove()
@@ -40,6 +44,10 @@ def gc(args: Namespace) -> None:
         more = [("", f"and {len(cells) - SHOWN} more", "")] if len(cells) > SHOWN else []
         print_table(("kind", "what", "MB"), [*cells[:SHOWN], *more], numbers=1)
     total = f"{len(found)} things, {sum(one.size for one in found) / 1e6:,.2f} MB"
+    if args.remote:
+        print(
+            f"objects of the remote stay in a quarantine for {QUARANTINED.days} days; `cm gc --undo` brings them back"
+        )
     print(f"{total} removed" if args.apply else f"{total}; nothing was removed, `cm gc --apply` does so")
 
 

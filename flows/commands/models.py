@@ -4,12 +4,12 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.output import add_json_option, positive, print_json, print_table
+from flows.commands.output import add_json_option, number, positive, print_json, print_table
 from flows.commands.runs import SHORT, existing_tracker, tracker_of
 from flows.workspace.locations import workspace_root
 
 if TYPE_CHECKING:
-    from flows.tracking.registry import Registered, Registry, Version
+    from flows.tracking.registry import Registered, Version
 
 
 def add_parsers(commands: Any) -> None:
@@ -30,7 +30,9 @@ def add_parsers(commands: Any) -> None:
 
 def models(args: Namespace) -> None:
     """Print every version with its aliases and metrics."""
-    registry = _registry()
+    from flows.tracking.registry import Registry
+
+    registry = Registry(tracker) if (tracker := tracker_of(workspace_root())) else None
     found = [registry.read(name) for name in registry.names()] if registry else []
     rows = [describe(model, version) for model in found for version in reversed(model.versions.values())]
     if args.json:
@@ -47,13 +49,6 @@ def promote(args: Namespace) -> None:
 
     Registry(existing_tracker(workspace_root())).promote(args.name, args.version, force=args.force)
     print(f"{args.name}: the champion is version {args.version}; models:/{args.name}@champion names it")
-
-
-def _registry() -> "Registry | None":
-    from flows.tracking.registry import Registry
-
-    tracker = tracker_of(workspace_root())
-    return Registry(tracker) if tracker else None
 
 
 def describe(model: "Registered", version: "Version") -> dict[str, Any]:
@@ -74,12 +69,12 @@ def describe(model: "Registered", version: "Version") -> dict[str, Any]:
 
 
 def _print_versions(rows: Sequence[dict[str, Any]]) -> None:
-    scores = sorted({key for row in rows for key in row["metrics"] if key.startswith("fid_")})
+    scores = sorted({key for row in rows for key in row["metrics"] if key.endswith("/fid")})
     table = [
         [
             *(row["name"], str(row["version"]), ", ".join(row["aliases"]), row["recipe"] or "", row["method"] or ""),
             *((row["run"] or "")[:SHORT], row["data"][:SHORT], row["protocol"][:SHORT]),
-            *(f"{row['metrics'][key]:#.4g}" if key in row["metrics"] else "-" for key in scores),
+            *(number(row["metrics"].get(key)) for key in scores),
         ]
         for row in rows
     ]

@@ -9,10 +9,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flows
+from flows.errors import printable
+from flows.json_log import JsonFormatter, json_wanted
 
 METRICS = ("fid", "is", "precision", "recall", "kid")
-CHARTS = "?workflowType=machine_learning&compareRunsMode=CHART"  # opens MLflow's curves, not its LLM view
+# of MLflow's page of runs: charts of pipeline runs, without those of their stages
+CHARTS = "?workflowType=machine_learning&compareRunsMode=CHART&searchFilter=tags.stage%20%3D%20%27pipeline%27"
 WIDE = 240  # columns of a table without a terminal
+GAP = 2  # between two columns
+STATE_STYLES = {"finished": "green", "running": "cyan", "failed": "red", "killed": "yellow", "scheduled": "dim"}
+STATE_STYLES |= {"answers": "green", "runs": "green", "no answer": "red", "ENDED": "red"}
 
 
 def add_json_option(parser: ArgumentParser) -> None:
@@ -32,26 +38,51 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", numbers: int = 0) -> None:
-    """Print rows of text, the last `numbers` columns flush right."""
+def print_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    title: str = "",
+    numbers: int = 0,
+    optional: Sequence[str] = (),
+) -> None:
+    """Print rows of text, the last `numbers` columns flush right.
+
+    Where a terminal is too narrow, leave out `optional` columns, the first ones first, and say so.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
+    rows = [[printable(cell) for cell in row] for row in rows]  # names of runs are anybody's who may write to MLflow
+    shown, dropped = list(range(len(columns))), []
+    widths = [max(map(len, (name, *(row[place] for row in rows)))) for place, name in enumerate(columns)]
+    for name in optional:
+        if sum(widths[place] + GAP for place in shown) > console.width:
+            shown.remove(columns.index(name))
+            dropped.append(name)
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for position, column in enumerate(columns):
-        table.add_column(column, justify="right" if position >= len(columns) - numbers else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))  # Text: square brackets in it are no markup
-    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
+    for place in shown:
+        flush = "right" if place >= len(columns) - numbers else "left"
+        table.add_column(columns[place], justify=flush, overflow="fold")  # type: ignore[arg-type]
+    for row in rows:  # as Text: square brackets are no markup
+        table.add_row(*(Text(row[place], STATE_STYLES.get(row[place], "")) for place in shown))
+    console.print(table)
+    if dropped:
+        console.print(f"too narrow for {', '.join(dropped)}; --json has them", style="dim")
+
+
+def number(value: float | None, sign: str = "") -> str:
+    """Return a number with four significant digits, for a `sign` "+" with its sign; a dash for None."""
+    return "-" if value is None else f"{value:{sign}#.4g}"
 
 
 def print_metrics(rows: Mapping[str, Mapping[str, float]], *, title: str) -> None:
     """Print {name of images: {metric: value}} with four significant digits; a dash marks a missing value."""
     columns = [metric.upper() if len(metric) < 4 else metric for metric in METRICS]
-    cells = [[f"{row[key]:#.4g}" if key in row else "-" for key in METRICS] for row in rows.values()]
-    table = [[name, *values] for name, values in zip(rows, cells, strict=True)]
+    table = [[name, *(number(row.get(key)) for key in METRICS)] for name, row in rows.items()]
     print_table(("images", *columns), table, title=title, numbers=len(METRICS))
 
 
@@ -59,15 +90,17 @@ class _Terminal(logging.Handler):
     """Write log messages for people to stderr; stdout is for results."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(record.getMessage(), file=sys.stderr, flush=True)
+        print(*map(printable, self.format(record).splitlines()), sep="\n", file=sys.stderr, flush=True)
 
 
-def log_to_terminal() -> None:
+def log_to_terminal(stage: str | None = None) -> None:
     """Show our log lines on the terminal; in a flow Prefect's console and UI show them."""
     logger = logging.getLogger(flows.__name__)
     logger.setLevel(logging.INFO)
     if not any(isinstance(handler, _Terminal) for handler in logger.handlers):
         logger.addHandler(_Terminal())
+        context = {"stage": stage}
+        logger.handlers[-1].setFormatter(JsonFormatter(lambda: context) if json_wanted() else None)
 
 
 def prepare_for_cancelling() -> None:

@@ -1,16 +1,12 @@
 """`cm recipes`, `cm show`, `cm use`: list and inspect recipes, and make one the active recipe."""
 
-import textwrap
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from flows.commands.output import add_json_option, print_json, print_table
-from flows.recipes.files import RECIPES_DIR, first_comment
+from flows.recipes.files import RECIPES_DIR, first_comment, names_in, run_name
 from flows.workspace.locations import workspace_root
-
-MAX_NAME = 120  # characters of a run's name, however many overrides it has
 
 
 def add_parsers(commands: Any) -> None:
@@ -47,14 +43,10 @@ def add_override_option(parser: Any, what: str) -> None:
     )
 
 
-def run_name(recipe: str, overrides: Sequence[str]) -> str:
-    """Return the name of a recipe with its overrides, MAX_NAME characters at most."""
-    return textwrap.shorten(" ".join([Path(recipe).stem, *overrides]), MAX_NAME, placeholder=" ...")
-
-
 def recipes(args: Namespace) -> None:
     """List the recipes by name with the first line of each file."""
-    found = {path.stem: first_comment(path) for path in sorted((workspace_root() / RECIPES_DIR).glob("*.yaml"))}
+    folder = workspace_root() / RECIPES_DIR
+    found = {name: first_comment(folder / f"{name}.yaml") for name in names_in(folder)}
     if args.json:
         print_json([{"name": name, "summary": summary} for name, summary in found.items()])
         return
@@ -65,7 +57,7 @@ def recipes(args: Namespace) -> None:
 
 def show(args: Namespace) -> None:
     """Show key, value and source of every value."""
-    from flows.recipes.recipe import explain
+    from flows.recipes.recipe import explain, yaml_text
 
     values = explain(args.recipe, args.overrides, root=workspace_root())
     if args.json:
@@ -81,10 +73,3 @@ def use(args: Namespace) -> None:
     root, name = workspace_root(), run_name(args.recipe, args.overrides)
     path = write_active(load_recipe(args.recipe, args.overrides, root=root, base=Path.cwd()), root, name)
     print(f"{path}: holds {name}; `cm why` says what `dvc repro` will do")
-
-
-def yaml_text(value: Any) -> str:
-    """Return a value in one line of YAML, as --set takes it."""
-    import yaml
-
-    return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).splitlines()[0]

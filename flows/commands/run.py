@@ -15,10 +15,15 @@ from flows.commands.output import (
     print_json,
     print_metrics,
 )
-from flows.commands.recipes import add_recipe_arguments, run_name
+from flows.commands.recipes import add_recipe_arguments
 from flows.monitor import PROFILE_VARIABLE
+from flows.notification import send, told_of_failure
+from flows.operations.checks import check_before_a_run
 from flows.operations.services import use_running
+from flows.recipes.files import run_name
 from flows.reports.metrics_table import Metrics, Rows, by_row
+from flows.settings import Settings
+from flows.storage.s3 import public_text
 from flows.workspace.locations import workspace_root
 
 if TYPE_CHECKING:
@@ -34,6 +39,9 @@ def add_parsers(commands: Any) -> None:
 
     parser = commands.add_parser("run", help="run the pipeline on a recipe; nothing is computed twice")
     add_recipe_arguments(parser)
+    parser.add_argument(
+        "--notify", metavar="ADDRESS", help="of apprise, such as ntfy://TOPIC, told how the run ends; default CM_NOTIFY"
+    )
     parser.add_argument("--take-over", action="store_true", help="put recipe and results in force in this workspace")
     add_json_option(parser)
     _add_profile_option(parser)
@@ -62,7 +70,7 @@ def _ask_for_profile(args: Namespace) -> None:
 def stage(args: Namespace) -> None:
     """Run one stage in this workspace."""
     _ask_for_profile(args)
-    log_to_terminal()
+    log_to_terminal(args.stage)
     from flows.stage_runner.run import start_stage
 
     start_stage(args.stage, workspace_root())
@@ -75,19 +83,35 @@ def run(args: Namespace) -> None:
 
     root, name = workspace_root(), run_name(args.recipe, args.overrides)
     recipe = load_recipe(args.recipe, args.overrides, root=root, base=Path.cwd())
-    result = run_pipeline(recipe, root, name=name, keep=args.take_over)
+    address = args.notify or Settings.read().notify
+    with told_of_failure(address, public_text(name)):
+        result = run_pipeline(recipe, root, name=name, keep=args.take_over)
+    if address:
+        send(address, f"{result['title']} finished", _in_words(result), failed=False)
     if args.json:
         print_json(result)
     else:
         network, rows = by_row(result["metrics"])
         print_metrics(rows, title=f"{result['title']}, measured by {network}")
+        if result["report"]:
+            print(f"{result['report']}: the report")
         print(f"{result['folder']}: the run's clone; `cm runs` compares the runs")
+
+
+def _in_words(result: Mapping[str, Any]) -> str:
+    network, rows = by_row(result["metrics"])
+    lines = [f"{name}: FID {row['fid']:.4g}" for name, row in rows.items() if "fid" in row]
+    return "\n".join([f"measured by {network}", *lines, result["report"] or result["folder"]])
 
 
 def run_pipeline(recipe: "Recipe", root: Path, *, name: str, keep: bool) -> dict[str, Any]:
     """Run the flow in this process; with `keep`, update the workspace's recipe and results afterwards."""
+    from flows.data.check import check_source
+
+    check_source(recipe.data.source, root)
     prepare_for_cancelling()
     use_running(root)
+    check_before_a_run()  # imports Prefect, which reads its variables once
     from flows import pipeline  # after validation of the recipe: this import takes seconds
 
     return pipeline.run(recipe, root, name=name, keep=keep)
@@ -103,7 +127,7 @@ def demo(args: Namespace) -> None:
     isolated = run_pipeline(recipes[1], root, name=ISOLATED, keep=False)
     network, rows = demo_rows(distilled["metrics"], isolated["metrics"])
     print_metrics(rows, title=f"8x8 digits, measured by the network `{network}` ({time.monotonic() - started:.0f} s)")
-    print(_where_to_look(root, distilled["mlflow"]))
+    print(_where_to_look(distilled))
 
 
 def demo_rows(distilled: Metrics, isolated: Metrics) -> tuple[str, Rows]:
@@ -120,12 +144,11 @@ def demo_rows(distilled: Metrics, isolated: Metrics) -> tuple[str, Rows]:
     return network, {"real": cd["real"], "untrained": ct["untrained"], **teacher, **students}
 
 
-def _where_to_look(root: Path, mlflow: Mapping[str, str]) -> str:
-    # By default MLflow opens its view for language models; the link asks for the curves.
-    page = f"http://127.0.0.1:5000/#/experiments/{mlflow['experiment_id']}/runs{CHARTS}"
+def _where_to_look(distilled: Mapping[str, Any]) -> str:
+    page = f"http://127.0.0.1:5000/#/experiments/{distilled['mlflow']['experiment_id']}/runs{CHARTS}"
     return f"""Look next, in a shell after `. .venv/bin/activate`:
   cm runs              all runs side by side
   cm sample --steps 2  more digits; the workspace holds the run of {DISTILLED}
   dvc repro            has nothing to do, for the same reason
   mlflow ui            curves and pictures of both: {page}
-  and open {root / "out/evaluate/report.html"}"""
+  and open {distilled["report"]}"""

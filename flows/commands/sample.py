@@ -5,7 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.drawing import MODEL, add_sampling_options, draw, is_model, save_images
+from flows.commands.drawing import MODEL, Context, add_sampling_options, draw, is_model, save_images
 from flows.commands.output import add_json_option, print_json, print_metrics
 from flows.errors import UserError
 from flows.stage_runner.progress import Bar
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from flows.data.dataset import Dataset
+    from flows.data.feature_files import FeatureFiles
 
 GRID_IMAGES = 100
 
@@ -44,7 +45,7 @@ def add_parsers(commands: Any) -> None:
 
 def sample(args: Namespace) -> None:
     """Write images and a grid of the first ones."""
-    images, how = draw(args.model or str(workspace_root() / "out" / "student"), args)
+    images, _, how, _ = draw(args.model or str(workspace_root() / "out" / "student"), args, Context())
     grid = write_images(images, args.out)
     print(f"{args.out}: {len(images)} images, {how}; {grid} shows the first {min(len(images), GRID_IMAGES)}")
 
@@ -66,20 +67,22 @@ def write_images(images: "np.ndarray", out: Path) -> Path:
 
 
 def evaluate(args: Namespace) -> None:
-    """Print the metrics of every set of images against the training images, with the held-out images for comparison."""
+    """Print the metrics of every set of images against the reference, with held-out images, if any, for comparison."""
     from flows.data.dataset import load_dataset
 
     root = workspace_root()
     dataset = load_dataset(root / "out" / "prepare")
-    sets = {"real (held out)": dataset.heldout_images}
+    sets = {"real (held out)": dataset.heldout_images} if len(dataset.heldout_images) else {}
     for where in args.images:
-        sets[where] = draw(where, args)[0] if is_model(where) else read_images(where, dataset)
-    rows, network = measure(sets, root)
+        sets[where] = draw(where, args, Context()).images if is_model(where) else read_images(where, dataset)
+    rows, files = measure(sets, root)
     if args.json:
-        print_json({"network": network, "images": {name: len(images) for name, images in sets.items()}, "rows": rows})
+        print_json(
+            {"network": files.short_name, "images": {name: len(images) for name, images in sets.items()}, "rows": rows}
+        )
     else:
         counted = {f"{name} ({len(sets[name])})": row for name, row in rows.items()}
-        print_metrics(counted, title=f"Against the {len(dataset.train_images)} training images, measured by {network}")
+        print_metrics(counted, title=f"Against {files.described['images']}, measured by {files.short_name}")
 
 
 def read_images(where: str, dataset: "Dataset") -> "np.ndarray":
@@ -102,12 +105,9 @@ def read_images(where: str, dataset: "Dataset") -> "np.ndarray":
     return images
 
 
-def measure(sets: "dict[str, np.ndarray]", root: Path) -> tuple[dict[str, dict[str, float]], str]:
-    """Return the metrics of every set of images and the name of the feature network."""
-    import numpy as np
-    import torch
-
-    from cm_core.metrics.evaluation import Reference, evaluate_images
+def measure(sets: "dict[str, np.ndarray]", root: Path) -> "tuple[dict[str, dict[str, float]], FeatureFiles]":
+    """Return the metrics of every set of images, and what they were measured with."""
+    from cm_core.metrics.evaluation import evaluate_images
     from cm_core.metrics.features import build_extractor
     from flows.data.feature_files import load_feature_files
     from flows.recipes.recipe import load_active
@@ -115,13 +115,13 @@ def measure(sets: "dict[str, np.ndarray]", root: Path) -> tuple[dict[str, dict[s
 
     files, params, device = load_feature_files(root / "out" / "features"), load_active(root).evaluate, pick_device()
     extractor = build_extractor(files.extractor, files.weights, device)
-    reference, rows = Reference.of(torch.from_numpy(np.array(files.reference))), {}
+    rows = {}
     for name, images in sets.items():
         with Bar(name) as bar:
             try:
                 rows[name] = evaluate_images(
                     images,
-                    reference,
+                    files.reference,
                     extractor,
                     params=params,
                     batch_size=params.batch_size,
@@ -130,4 +130,4 @@ def measure(sets: "dict[str, np.ndarray]", root: Path) -> tuple[dict[str, dict[s
                 )
             except ValueError as error:
                 raise UserError(f"{name}: {error}") from error
-    return rows, files.short_name
+    return rows, files

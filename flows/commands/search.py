@@ -18,8 +18,9 @@ from flows.commands.output import (
     print_json,
     print_table,
 )
-from flows.commands.recipes import add_recipe_arguments, run_name
+from flows.commands.recipes import add_recipe_arguments
 from flows.errors import UserError
+from flows.recipes.files import run_name
 from flows.stage_runner.progress import Bar
 from flows.tracking.stage_run import StageRun
 from flows.tracking.tracker import Tracker
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 NEEDED = ("student", "features")  # artifacts that a search reads
 NUM_IMAGES = 10_000  # (CM, App. C)
-NUM_IMAGES_HELP = f"images a candidate, always of the same noise; default {NUM_IMAGES:,}, at most as many as trained on"
+NUM_IMAGES_HELP = f"images a candidate, always of the same noise; default {NUM_IMAGES:,}, or as many as compared with"
 NUM_SCALES = 40  # of the grid, where the method has none of its own (CM, section 6.1, for images of 64 pixels and more)
 DIGITS = 4  # of a noise level: what is printed is exactly what was measured
 
@@ -74,7 +75,7 @@ def search(args: Namespace) -> None:
 def make_grid(recipe: "Recipe", nfe: int, num_scales: int | None) -> list[float]:
     """Return the decreasing candidate noise levels; raise UserError if there is nothing to search."""
     method = recipe.student.method
-    if method.form == "euler":
+    if method.form in ("euler", "generator"):
         raise UserError(f"student.method.kind={method.kind}: its training fixes the levels; there is nothing to search")
     count = num_scales or getattr(method, "num_scales", None) or NUM_SCALES  # methods without a fixed grid have None
     if not 2 <= nfe < count:
@@ -122,6 +123,7 @@ def find(
             "nfe": args.nfe,
             "metric": scorer.metric,
             "num_images": scorer.num_images,
+            "compared_with": scorer.compared_with,
             "grid": list(grid),
             "candidates": [
                 {"indices": list(indices), "sigmas": [grid[index] for index in indices], "fid": fid}
@@ -134,9 +136,9 @@ def find(
 
 
 def _log(tracker: Tracker, run_id: str, *, recipe: "Recipe", found: Mapping[str, Any]) -> None:
-    from flows.recipes.overrides import flatten
+    from flows.recipes.recipe import flatten
 
-    settings = {f"search.{key}": found[key] for key in ("nfe", "num_images")} | {
+    settings = {f"search.{key}": found[key] for key in ("nfe", "num_images", "compared_with")} | {
         "search.num_scales": len(found["grid"])
     }
     tracker.log_params(run_id, {**flatten(recipe.model_dump(mode="json")), **settings})
@@ -150,25 +152,42 @@ def _log(tracker: Tracker, run_id: str, *, recipe: "Recipe", found: Mapping[str,
 
 
 class Scorer:
-    """A workspace's student and feature network: FID of images drawn at given levels."""
+    """A workspace's student and feature network: FID of images drawn at given levels.
+
+    The levels are chosen by other images than those of the evaluation, so that its numbers stay unbiased: the noise
+    has a seed of its own, and the reference is the held-out split where that has a full covariance.
+    """
 
     def __init__(self, recipe: "Recipe", root: Path, num_images: int | None) -> None:
-        import numpy as np
-        import torch
-
         from cm_core.metrics.evaluation import Reference
-        from cm_core.metrics.features import build_extractor
+        from cm_core.metrics.features import build_extractor, extract_features
         from cm_core.model import load_model
         from cm_core.precision import autocast_dtype, set_float32_products
+        from cm_core.randomness import derive_seed
+        from flows.data.dataset import load_dataset
         from flows.data.feature_files import load_feature_files
         from flows.stages.models import pick_device
 
         files, self.sample, self.device = load_feature_files(root / "out" / "features"), recipe.sample, pick_device()
-        self.batch_size = recipe.evaluate.batch_size
-        self.reference = Reference.of(torch.from_numpy(np.array(files.reference)))
-        self.num_images = num_images or min(NUM_IMAGES, len(files.reference))
+        self.batch_size, self.seed = recipe.evaluate.batch_size, derive_seed(recipe.sample.seed, "search")
         self.metric = f"fid_{files.short_name}"
         self.extractor = build_extractor(files.extractor, files.weights, self.device)
+        dataset = load_dataset(root / "out" / "prepare")
+        self.reference, self.compared_with = files.reference, files.described["images"]
+        count = len(dataset.heldout_images)
+        if count > len(files.reference.statistics.mu):
+            with Bar("held-out images") as bar:
+                found = extract_features(
+                    dataset.heldout_images,
+                    self.extractor,
+                    batch_size=self.batch_size,
+                    device=self.device,
+                    on_batch=bar.progress,
+                )
+            self.reference, self.compared_with = Reference.of(found.features), f"{count} held-out images"
+        else:
+            count = len(dataset.train_images)
+        self.num_images = num_images or min(NUM_IMAGES, count)
         set_float32_products(self.sample.precision)
         autocast = autocast_dtype(self.sample.precision)
         self.spec, self.f = load_model(root / "out" / "student", autocast=autocast)
@@ -186,7 +205,7 @@ class Scorer:
                 self.f,
                 partial(few_steps, self.spec, mid_sigmas=sigmas[1:]),
                 n=self.num_images,
-                seed=self.sample.seed,
+                seed=self.seed,
                 device=self.device,
                 batch_size=self.sample.batch_size,
                 on_batch=bar.progress,
@@ -207,7 +226,7 @@ def report(recipe: "Recipe", found: Mapping[str, Any], args: Namespace) -> None:
     if args.json:
         print_json({**found, "set": override})
     else:
-        title = f"{len(rows)} candidates, {found['num_images']:,} images each"
+        title = f"{len(rows)} candidates, {found['num_images']:,} images each, against {found['compared_with']}"
         print_table(("sigma", "grid points", found["metric"], ""), rows, title=title, numbers=2)
         print(f"Use it with: --set {override}")
     if args.write:

@@ -1,8 +1,6 @@
 """`cm why`: explain which input, param or line of code makes a stage run again."""
 
 import json
-import os
-import subprocess
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any
 
 from flows.commands.output import add_json_option, print_json
 from flows.errors import UserError
-from flows.workspace.dvc_files import DVC, PARAMS_FILE, load_yaml, read_lock, read_stages, upstream
+from flows.workspace.dvc_files import PARAMS_FILE, dvc, load_yaml, read_lock, read_stages, upstream
 from flows.workspace.locations import workspace_root
 
 STATES = {"modified": "changed", "new": "is new", "deleted": "is missing"}  # DVC's words, and ours
@@ -53,7 +51,8 @@ def _sentences(stage: str, reasons: list[str], follows: list[str]) -> Iterator[s
 
 def explain(root: Path) -> dict[str, dict[str, list[str]]]:
     """Return every stage that may run again, in order, with its own reasons and the outdated stages upstream."""
-    changes, lock, active = _status(root), read_lock(root), load_yaml(root / PARAMS_FILE)
+    changes, lock = json.loads(dvc(root, "status", "--json")), read_lock(root)
+    active = load_yaml(root / PARAMS_FILE)
     stages, found = read_stages(root), {}
     for name, stage in stages.items():
         follows = [earlier.name for earlier in upstream(stage, stages) if earlier.name in found]
@@ -63,16 +62,6 @@ def explain(root: Path) -> dict[str, dict[str, list[str]]]:
         if reasons or follows:
             found[name] = {"reasons": reasons, "follows": follows}
     return found
-
-
-def _status(root: Path) -> dict[str, list[Any]]:
-    """Return DVC's status: changes by stage."""
-    command = [*DVC, "status", "--json"]
-    environment = {**os.environ, "DVC_NO_ANALYTICS": "1"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"{root}: dvc status failed: {' '.join(done.stderr.split())}")
-    return json.loads(done.stdout)
 
 
 def _reasons(changes: list[Any], locked: Mapping[str, Any], active: Mapping[str, Any]) -> Iterator[str]:

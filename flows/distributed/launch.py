@@ -18,11 +18,12 @@ import torch
 
 from cm_core.parallel import ranks, sharding
 from cm_core.training.config import why_not_sharded
-from flows.distributed.devices import COUNT_VARIABLE, devices_for
+from flows.distributed.devices import devices_for
 from flows.errors import USER_ERROR, StageFailed, UserError
-from flows.settings import Settings
+from flows.settings import Settings, variable
 from flows.stages.training import StageStopped
 
+SHARD = variable("shard")
 SHUTDOWN_VARIABLE, SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600"  # seconds to save a state after a signal
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of processes stopped by a signal
 CONSEQUENCES = (ranks.EXIT_PEER_LOST, STOPPED[1], -signal.SIGTERM)  # when one rank fails, the others get SIGTERM
@@ -83,14 +84,14 @@ def _ending(stage: str, failures: Mapping[int, Any]) -> BaseException:
 
 
 def processes_for(stage: str, section: Any, count: int | None = None) -> int:
-    """Return how many processes of this machine share a stage; one if the recipe's `section` is empty.
+    """Return how many processes of this machine share a stage; one if the recipe's `section` has nothing to compute.
 
     Raises UserError if the stage cannot run with this `count`, else CM_DEVICES, and CM_SHARD.
     """
-    if section is None:
+    if section is None or getattr(section, "is_imported", False):
         return 1
     train = getattr(section, "train", None)
-    said = f"{COUNT_VARIABLE}={devices_for(stage)}" if count is None else f"{count} processes"
+    said = f"{variable('devices')}={devices_for(stage)}" if count is None else f"{count} processes"
     count = count or devices_for(stage)
     if train is None:
         return count
@@ -98,7 +99,7 @@ def processes_for(stage: str, section: Any, count: int | None = None) -> int:
         raise UserError(f"{said}: must divide {stage}.train.batch_size={train.batch_size}")
     obstacle = why_not_sharded(section.method, train)
     if Settings.read().shard and count > 1 and obstacle:
-        raise UserError(f"{sharding.VARIABLE}=1: {stage}.{obstacle}; allowed there: {sharding.VARIABLE}=0")
+        raise UserError(f"{SHARD}=1: {stage}.{obstacle}; allowed there: {SHARD}=0")
     return count
 
 
@@ -111,7 +112,7 @@ def worker_group(
     `facts` decide the stage's results; local rank 0 of each node computes them, and all nodes must agree.
     Raises ProcessLost, and UserError with one message on every rank if nodes differ or the world size does not fit.
     """
-    with ranks.process_group(is_over):
+    with ranks.process_group(is_over), sharding.sharded_weights(Settings.read().shard):
         if ranks.world_size() > 1:
             processes_for(stage, section, ranks.world_size())
             _compare(stage, facts)
@@ -123,9 +124,7 @@ def worker_group(
 
 
 def _compare(stage: str, facts: Callable[[], Facts]) -> None:
-    processor = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
-    shards = os.environ.get(sharding.VARIABLE, "0")
-    known = {"PyTorch": torch.__version__, "the processor": processor, sharding.VARIABLE: shards}
+    known = {"PyTorch": torch.__version__, "the processor": _processor(), SHARD: int(Settings.read().shard)}
     own: Facts | UserError = known
     if ranks.local_rank() == 0:  # the node's other processes read the same files
         try:
@@ -144,3 +143,15 @@ def _compare(stage: str, facts: Callable[[], Facts]) -> None:
                     f"{stage}: {name} is {there} on rank {rank} ({host}) and {here} on rank 0 ({main_host}); "
                     "all must compute the same"
                 )
+
+
+def _processor() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
+
+
+def hardware() -> str:
+    """Return the devices of this stage in words, such as `8 x NVIDIA H100 80GB HBM3` or `CPU (AVX512)`."""
+    if not torch.cuda.is_available():
+        return f"CPU ({_processor()})"
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    return f"{count} x {_processor()}" if count > 1 else _processor()

@@ -42,7 +42,7 @@ def draw_images(
     model, batches = to_device(model, device), []
     for start in range(0, n, batch_size):
         indices = range(start, min(start + batch_size, n))
-        chosen = fixed_labels(spec, indices, device)
+        chosen = fixed_labels(spec, indices, seed, device)
         if labels is not None:
             chosen = torch.tensor(labels[start : indices.stop], device=device)
         noise = ImageNoise(seed, indices, spec.image_shape, device)

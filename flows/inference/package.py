@@ -30,7 +30,10 @@ def packaged_student(files: Mapping[str, Path], mid_sigmas: Sequence[Sequence[fl
         for name, path in files.items():
             shutil.copyfile(path, weights / name)  # MLflow refuses links that lead elsewhere
         write_levels(weights, mid_sigmas)
-        _copy_code(code)
+        root = Path(flows.__file__).resolve().parents[1]
+        for file in import_closure(root, MODULE):
+            (code / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root / file, code / file)
         pyfunc.save_model(
             Path(scratch) / "model",
             python_model=str(code.joinpath(*MODULE.split(".")).with_suffix(".py")),
@@ -40,13 +43,6 @@ def packaged_student(files: Mapping[str, Path], mid_sigmas: Sequence[Sequence[fl
             mlflow_model=Model(model_id=model_id),
         )
         yield Path(scratch) / "model"
-
-
-def _copy_code(folder: Path) -> None:
-    root = Path(flows.__file__).resolve().parents[1]
-    for file in import_closure(root, MODULE):
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(root / file, folder / file)
 
 
 def weights_of(model: Path) -> Path:

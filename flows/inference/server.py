@@ -62,10 +62,10 @@ class ServedStudent(PythonModel):
         )
 
     def _mid_sigmas(self, steps: int | None) -> list[float]:
-        if self._spec.form != "euler":
+        if self._spec.fixed_steps is None:
             return usual_mid_sigmas(self._spec, (steps or 1) - 1, self._levels)
-        if steps not in (None, self._spec.euler_steps):
-            raise _refusal(f"steps: this model was distilled to {self._spec.euler_steps}, got {steps}")
+        if steps not in (None, self._spec.fixed_steps):
+            raise _refusal(f"steps: this model was distilled to {self._spec.fixed_steps}, got {steps}")
         return []
 
     def _checked_labels(self, request: Request) -> list[int] | None:

@@ -1,46 +1,108 @@
 """Registration with a Prefect server: work pool, limit `gpu`, crash automations, deployments.
 
-Every object has a fixed name, so a second call only updates the differences.
+Every object has a fixed name, so a second call only updates the differences; what a user edited on the server stays.
 """
 
+import hashlib
 import json
+import logging
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.errors import UserError
-from flows.workspace.dvc_files import GPU
+from flows.workspace.dvc_files import CPU, GPU
 
 if TYPE_CHECKING:
-    from prefect import Flow
     from prefect.client.orchestration import SyncPrefectClient
-    from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.events.schemas.automations import AutomationCore
 
+logger = logging.getLogger(__name__)
 POOLS_DIR = Path("infra/work-pools")  # TYPE.json: the base job template of a pool of that type
 POOL_DESCRIPTION = "Runs of recipes. Their heavy stages wait for a slot of the limit `gpu`, the others do not."
-NIGHTLY = "0 2 * * *"  # UTC; the schedule of a new deployment, inactive until a user switches it on
+WRITTEN = "consistency_written"  # variable on the server: what the last call wrote, so that edits since are noticed
 HEARTBEAT_SECONDS = 30  # between heartbeats of a flow run, Prefect's minimum
 DEAD_AFTER = timedelta(seconds=90)  # without a heartbeat: three are missing
 Steps = list[dict[str, dict[str, Any]]]
 
 
-def deploy(root: Path, *, gpus: int, pool_type: str, pull_steps: Steps) -> list[str]:
+def deploy(
+    root: Path,
+    *,
+    pool_type: str,
+    pull_steps: Steps,
+    gpus: int | None = None,
+    gpus_found: int = 1,
+    overwrite: bool = False,
+) -> list[str]:
     """Register everything with the server of PREFECT_API_URL; return the names of the deployments.
 
-    `gpus` is the number of GPU slots over all workers. `pull_steps` give a worker its workspace.
+    `gpus` sets the number of GPU slots over all workers. Without it a new limit has `gpus_found`, as has one that no
+    user has changed. `overwrite` replaces what was edited of template and automations. `pull_steps` give
+    a worker its workspace. Raises UserError if there is no template of this type, or the server's pool is of another.
     """
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.client.schemas.actions import VariableCreate, VariableUpdate
 
     template = read_template(root, pool_type)
-    pool = WorkPoolCreate(name=GPU, type=pool_type, base_job_template=template, description=POOL_DESCRIPTION)
     with get_client(sync_client=True) as client:
-        client.create_work_pool(pool, overwrite=True)
-        client.upsert_global_concurrency_limit_by_name(GPU, gpus)
-        for automation in automations():
-            _write_automation(client, automation)
+        known = client.read_variable_by_name(WRITTEN)
+        before: dict[str, Any] = known.value if known else {}  # type: ignore[assignment]  # as written below
+        written = {
+            **_write_pool(client, pool_type, template, before.get("template"), overwrite),
+            **_write_limit(client, gpus, gpus_found, before.get("slots")),
+            "automations": _write_automations(client, before.get("automations", {}), overwrite),
+        }
+        if known:
+            client.update_variable(VariableUpdate(name=WRITTEN, value=written))
+        else:
+            client.create_variable(VariableCreate(name=WRITTEN, value=written))
         return _write_deployments(client, root, pull_steps)
+
+
+def _write_pool(
+    client: "SyncPrefectClient", pool_type: str, template: dict[str, Any], written: str | None, overwrite: bool
+) -> dict[str, Any]:
+    """Create the pool, or give it this template unless a user has edited the one it has; return what is ours of it."""
+    from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        pool = client.read_work_pool(GPU)
+    except ObjectNotFound:
+        new = WorkPoolCreate(name=GPU, type=pool_type, base_job_template=template, description=POOL_DESCRIPTION)
+        return {"template": _digest(client.create_work_pool(new).base_job_template)}
+    if pool.type != pool_type:
+        raise UserError(f"work pool {GPU}: the server's is of the type {pool.type}, not {pool_type}; delete it there")
+    if not overwrite and _digest(pool.base_job_template) not in (written, _digest(template)):
+        file = POOLS_DIR / f"{pool_type}.json"
+        logger.warning("work pool %s: edited on the server, it stays so; cm deploy --overwrite takes %s", GPU, file)
+        return {"template": written}
+    client.update_work_pool(GPU, WorkPoolUpdate(base_job_template=template))
+    return {"template": _digest(client.read_work_pool(GPU).base_job_template)}
+
+
+def _digest(written: dict[str, Any]) -> str:
+    def plain(value: Any) -> Any:
+        return sorted(value) if isinstance(value, set) else str(value)  # a set's order differs from process to process
+
+    return hashlib.sha256(json.dumps(written, sort_keys=True, default=plain).encode()).hexdigest()
+
+
+def _write_limit(client: "SyncPrefectClient", gpus: int | None, found: int, written: int | None) -> dict[str, Any]:
+    """Set the slots to `gpus`, or to `found` unless a user has chosen a number; return what is ours of it."""
+    from prefect.exceptions import ObjectNotFound
+
+    slots = written
+    with suppress(ObjectNotFound):
+        slots = client.read_global_concurrency_limit_by_name(GPU).limit
+    if gpus is None and slots != written:
+        logger.info("limit %s: %s slots, as a user has set it", GPU, slots)
+        return {}
+    client.upsert_global_concurrency_limit_by_name(GPU, gpus or found)
+    return {"slots": found} if gpus is None else {}
 
 
 def read_template(root: Path, pool_type: str) -> dict[str, Any]:
@@ -111,16 +173,39 @@ def automations() -> "list[AutomationCore]":
     ]
 
 
-def _write_automation(client: "SyncPrefectClient", automation: "AutomationCore") -> None:
-    """Write the automation only if it differs: an update forgets the runs whose next heartbeat it awaits."""
-    known = client.read_automations_by_name(automation.name)
-    if not known:
-        client.create_automation(automation)
-    elif (known[0].trigger, known[0].actions) != (automation.trigger, automation.actions):
-        client.update_automation(known[0].id, automation)
+def _write_automations(client: "SyncPrefectClient", written: Mapping[str, str], overwrite: bool) -> dict[str, str]:
+    """Create the automations, or update them unless a user has edited them; return what is ours, {name: digest}.
+
+    One that is as it should be is left alone: an update forgets the runs whose next heartbeat it awaits.
+    """
+    ours = dict(written)
+    for automation in automations():
+        name = automation.name
+        known = client.read_automations_by_name(name)
+        if not known:
+            client.create_automation(automation)
+        elif (found := _automation_digest(known[0])) != _automation_digest(automation):
+            if not overwrite and found != written.get(name):
+                logger.warning(
+                    "automation %r: edited on the server, it stays so; cm deploy --overwrite replaces it", name
+                )
+                continue
+            # Fields that are not set would stay as they are; the owner cannot be changed.
+            whole = type(automation)(**{key: value for key, value in automation if key != "owner_resource"})
+            client.update_automation(known[0].id, whole)
+        ours[name] = _automation_digest(automation)
+    return ours
+
+
+def _automation_digest(automation: "AutomationCore") -> str:
+    """Return the digest of what a user may edit; the server's has an id besides."""
+    from prefect.events.schemas.automations import AutomationCore
+
+    return _digest(automation.model_dump(include=set(AutomationCore.model_fields)))
 
 
 def _write_deployments(client: "SyncPrefectClient", root: Path, pull_steps: Steps) -> list[str]:
+    from flows.operations.form import form_of
     from flows.pipeline import consistency
 
     flow_id = client.create_flow(consistency)
@@ -128,52 +213,49 @@ def _write_deployments(client: "SyncPrefectClient", root: Path, pull_steps: Step
     names = []
     for entry in deployment_entries(root):
         names.append(f"{consistency.name}/{entry['name']}")
+        known = _known(client, names[-1])
         client.create_deployment(
             flow_id,
-            **entry,
+            **entry | {"tags": [*entry["tags"], *(tag for tag in known["tags"] if tag not in entry["tags"])]},
             entrypoint="flows/pipeline.py:consistency",
             parameter_openapi_schema=form,
             enforce_parameter_schema=True,
             pull_steps=pull_steps,
             work_pool_name=GPU,
-            schedules=_schedules(client, names[-1]),
+            schedules=known["schedules"],
         )
     return names
 
 
-def form_of(flow: "Flow") -> dict[str, Any]:
-    """Return the schema of the parameters that a person chooses; a worker's own folder is the workspace."""
-    from prefect.utilities.callables import parameter_schema
-
-    schema = parameter_schema(flow).model_dump(exclude_unset=True)
-    del schema["properties"]["root"]
-    return schema
-
-
-def _schedules(client: "SyncPrefectClient", deployment: str) -> "list[DeploymentScheduleCreate]":
-    """Return a deployment's schedules, which the server drops on an update; for a new one NIGHTLY."""
+def _known(client: "SyncPrefectClient", deployment: str) -> dict[str, list[Any]]:
+    """Return a deployment's schedules and tags, which an update would drop."""
     from prefect.client.schemas.actions import DeploymentScheduleCreate
-    from prefect.client.schemas.schedules import CronSchedule
     from prefect.exceptions import ObjectNotFound
 
     try:
-        known = client.read_deployment_by_name(deployment).schedules
+        known = client.read_deployment_by_name(deployment)
     except ObjectNotFound:
-        return [DeploymentScheduleCreate(schedule=CronSchedule(cron=NIGHTLY, timezone="UTC"), active=False)]
+        return {"schedules": [], "tags": []}
     kept = set(DeploymentScheduleCreate.model_fields) - {"replaces"}
-    return [DeploymentScheduleCreate(**one.model_dump(include=kept)) for one in known]
+    schedules = [DeploymentScheduleCreate(**one.model_dump(include=kept)) for one in known.schedules]
+    return {"schedules": schedules, "tags": known.tags}
 
 
 def deployment_entries(root: Path) -> list[dict[str, Any]]:
-    """Return name, description and parameters of each deployment, one per recipe."""
-    from flows.recipes.files import first_comment
-    from flows.recipes.recipe import load_recipe, recipe_names
+    """Return name, description, tags and parameters of each deployment, one per recipe."""
+    from flows.recipes.recipe import recipe_names
 
-    return [
-        {
-            "name": name,
-            "description": first_comment(root / "params" / "recipes" / f"{name}.yaml"),
-            "parameters": {"recipe": load_recipe(name, root=root).model_dump(mode="json"), "name": name},
-        }
-        for name in recipe_names(root)
-    ]
+    return [_entry(name, root) for name in recipe_names(root)]
+
+
+def _entry(name: str, root: Path) -> dict[str, Any]:
+    from flows.recipes.files import RECIPES_DIR, heading
+    from flows.recipes.recipe import load_recipe
+
+    recipe, said = load_recipe(name, root=root), heading(root / RECIPES_DIR / f"{name}.yaml")
+    return {
+        "name": name,
+        "description": said.partition("\n")[0],
+        "tags": [recipe.data.source.dataset_name(), recipe.student.method.kind, CPU if "CPU" in said else GPU],
+        "parameters": {"recipe": recipe.model_dump(mode="json"), "name": name},
+    }

@@ -1,5 +1,7 @@
 """Garbage, to which nothing refers any more: DVC objects, checkpoints, clones, incomplete uploads.
 
+A remote may be used by others: its objects are moved to a quarantine first, from which they can be brought back.
+
 `dvc gc` counts the references of commits. Experiments, stashes, live runs, and MLflow's runs and models (by the data
 version they carry) count here as well. If any source of references cannot be reached, the search ends with an error:
 never assume that an object is unused.
@@ -8,7 +10,7 @@ never assume that an object is unused.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -18,13 +20,18 @@ from typing import Any
 from flows.checkpoints import s3_store, store
 from flows.errors import UserError
 from flows.storage.bucket import Bucket, Entry
+from flows.storage.folder import Folder, Store, open_store
+from flows.tracking.database import check_database
+from flows.tracking.sqlite_reads import data_versions, database_file
 from flows.tracking.tracker import Tracker
 from flows.workspace.clone import is_live
-from flows.workspace.dvc_files import LOCK_FILE, locked_outs, version
+from flows.workspace.dvc_files import DAMAGED, LOCK_FILE, locked_outs, version
 from flows.workspace.git import git
 from flows.workspace.locations import cache_of, remote_address, shared_root
+from flows.workspace.remote_users import unseen_users
 
-OBJECTS, RUNS = "files/md5/", "runs/"
+OBJECTS, RUNS, QUARANTINE = "files/md5/", "runs/", ".cm/quarantine/"
+QUARANTINED = timedelta(days=30)  # for which an object of a remote can be brought back
 ORPHANED = timedelta(days=30)  # without a heartbeat: no worker will resume this training
 
 
@@ -38,45 +45,28 @@ class Garbage:
     remove: Callable[[], object]
 
 
-class Folder:
-    """A DVC cache or remote that is a folder; a Bucket is the other kind of store."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def entries(self, folder: str = "") -> Iterator[Entry]:
-        """Yield the files below `folder`."""
-        for path in (self.root / folder).rglob("*"):
-            if path.is_file():
-                facts = path.stat()
-                modified = datetime.fromtimestamp(facts.st_mtime, UTC)
-                yield Entry(path.relative_to(self.root).as_posix(), facts.st_size, modified)
-
-    def contents(self, key: str) -> bytes | None:
-        """Return a file's contents, or None if there is no such file."""
-        path = self.root / key
-        return path.read_bytes() if path.is_file() else None
-
-    def remove(self, keys: Iterable[str]) -> None:
-        """Delete files."""
-        for key in keys:
-            (self.root / key).unlink(missing_ok=True)
-
-
-Store = Folder | Bucket
-
-
 def find_garbage(root: Path, *, older_than: timedelta, with_remote: bool) -> Iterator[Garbage]:
     """Yield all objects older than `older_than` to which neither git, DVC, MLflow nor a live run refers.
 
-    Raises UserError if one of them, or a store, cannot be reached.
+    Raises UserError if one of them, or a store, cannot be reached, or, with the remote, where others use it whose
+    references cannot be seen from here.
     """
     before = datetime.now(UTC) - older_than
     cache, remote = Folder(cache_of(root).folder), _remote(root)
     needed = close_under_listings(referenced(root, cache), [cache, remote] if remote else [cache])
     yield from unneeded_objects("cache", cache, needed, before)
+    for entry in cache.entries(f"{DAMAGED}/"):
+        if entry.modified < before:
+            yield Garbage("damaged", entry.key, entry.size, partial(cache.remove, [entry.key]))
     if with_remote and remote:
+        if others := unseen_users(remote, shared_root(root)):
+            raise UserError(
+                f"{remote_address(root)} is used by others, whose references cannot be seen from here: "
+                f"{'; '.join(others)}; nothing is removed. Run it with their MLflow and repository, or remove the file "
+                "named if they use the remote no more"
+            )
         yield from unneeded_objects("remote", remote, needed, before)
+        yield from _quarantined(remote, needed)
         yield from _torn_uploads(remote, before)
     yield from _states(shared_root(root), min(before, datetime.now(UTC) - ORPHANED))
     if bucket := store.states_bucket():
@@ -105,7 +95,9 @@ def close_under_listings(needed: set[str], stores: list[Store]) -> set[str]:
     closed = set(needed)
     for md5 in needed:
         if md5.endswith(".dir"):
-            listing = next((found for store in stores if (found := store.contents(object_key(md5)))), b"[]")
+            key = object_key(md5)
+            places = ((store, place) for store in stores for place in (key, QUARANTINE + key))
+            listing = next((found for store, place in places if (found := store.contents(place))), b"[]")
             closed |= {entry["md5"] for entry in json.loads(listing)}
     return closed
 
@@ -113,14 +105,40 @@ def close_under_listings(needed: set[str], stores: list[Store]) -> set[str]:
 def unneeded_objects(kind: str, store: Store, needed: set[str], before: datetime) -> Iterator[Garbage]:
     """Yield a store's old unneeded objects and the run-cache entries with such outputs."""
     gone = set()
+
+    def garbage(entry: Entry) -> Garbage:
+        drop = partial(store.move, entry.key, QUARANTINE + entry.key)
+        return Garbage(kind, entry.key, entry.size, drop if kind == "remote" else partial(store.remove, [entry.key]))
+
     for entry in store.entries(OBJECTS):
         md5 = entry.key.removeprefix(OBJECTS).replace("/", "")
         if md5 not in needed and entry.modified < before:
             gone.add(md5)
-            yield Garbage(kind, entry.key, entry.size, partial(store.remove, [entry.key]))
+            yield garbage(entry)
     for entry in store.entries(RUNS):
         if gone & set(locked_outs(_load(store.contents(entry.key))).values()):
-            yield Garbage(kind, entry.key, entry.size, partial(store.remove, [entry.key]))
+            yield garbage(entry)
+
+
+def _quarantined(store: Store, needed: set[str]) -> Iterator[Garbage]:
+    """Yield what lies in quarantine: needed objects, which go back, and those whose time is over."""
+    before = datetime.now(UTC) - QUARANTINED
+    for entry in store.entries(QUARANTINE):
+        key = entry.key.removeprefix(QUARANTINE)
+        if key.removeprefix(OBJECTS).replace("/", "") in needed:
+            yield Garbage("brought back", key, entry.size, partial(store.move, entry.key, key))
+        elif entry.modified < before:
+            yield Garbage("quarantine", key, entry.size, partial(store.remove, [entry.key]))
+
+
+def bring_back(root: Path) -> int:
+    """Move everything in the remote's quarantine back to its place; return the number of objects."""
+    remote = _remote(root)
+    found = list(remote.entries(QUARANTINE)) if remote else []
+    for entry in found:
+        assert remote is not None
+        remote.move(entry.key, entry.key.removeprefix(QUARANTINE))
+    return len(found)
 
 
 def object_key(md5: str) -> str:
@@ -167,18 +185,18 @@ def _git(root: Path, *arguments: str) -> str:
 
 def _tracked_versions(root: Path) -> set[str]:
     """Return the data versions on MLflow's runs and models, registered ones included."""
-    if not os.environ.get("MLFLOW_TRACKING_URI") and not (shared_root(root) / "mlflow.db").exists():
-        return set()
-    return Tracker(shared_root(root)).data_versions()
+    if file := database_file(shared_root(root)):
+        check_database(f"sqlite:///{file}")  # of another MLflow's tables, only half may be found
+        return data_versions(file)
+    return Tracker(shared_root(root)).data_versions() if os.environ.get("MLFLOW_TRACKING_URI") else set()
 
 
 def _remote(root: Path) -> Store | None:
-    url = remote_address(root)
-    if url is None:
-        return None
-    if "://" in url and not url.startswith("s3://"):
-        raise UserError(f"{url}: cm gc knows remotes that are a folder or s3://")
-    return Bucket(url) if "://" in url else Folder(Path(url))
+    address = remote_address(root)
+    found = open_store(address) if address else None
+    if address and not found:
+        raise UserError(f"{address}: cm gc knows remotes that are a folder or s3://")
+    return found
 
 
 def _states(shared: Path, before: datetime) -> Iterator[Garbage]:

@@ -13,45 +13,39 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from flows.atomic import replace_text, try_lock
+from flows.atomic import replace_text, reserve_port, try_lock
 from flows.distributed.devices import visible_devices
 from flows.errors import UserError
 from flows.operations.deploy import deploy, in_folder
-from flows.operations.service_environment import HOST, Services, client_variables, prepare_database, server_variables
+from flows.operations.service_environment import (
+    HOST,
+    Services,
+    client_variables,
+    database_urls,
+    prepare_database,
+    server_variables,
+)
+from flows.operations.stop_flag import StopFlag, stop_signal
+from flows.settings import variable
+from flows.tracking.database import check_database, make_database
+from flows.tracking.person import USER, person
 from flows.workspace.dvc_files import GPU
-from flows.workspace.process import GRACE
+from flows.workspace.process import flow_grace
 
-PREFECT_PORT, MLFLOW_PORT = 4200, 5000
-START_SECONDS = 180  # until a server responds; the first start creates its database
-WORKER_SECONDS = 3 * GRACE  # for flow runs to stop their stages, which save their states, and to report
+PREFECT_PORT, MLFLOW_PORT, METRICS_PORT = 4200, 5000, 9464
+START_SECONDS = 900  # until a server responds: its first start creates a database, at a load of 30 in over 3 minutes
 SETTLE_SECONDS = 5  # for the server to reschedule the flow runs that have just reported a crash
 LOOK_EVERY = 0.5  # seconds between health checks
+# Settings of some other server, as of one in a container: those here have theirs from `cm up`.
+OF_SERVERS = ("MLFLOW_", "_MLFLOW_", "PREFECT_SERVER_", "PREFECT_UI_", "PREFECT_API_DATABASE_")
 WORKER = f"worker-{GPU}"
 LOG_LINES = 15  # of a failed service, shown to the user
-
-
-class _StopFlag:
-    """Flag set by SIGINT or SIGTERM; not a threading.Event, whose lock the interrupted thread may hold."""
-
-    def __init__(self) -> None:
-        self._set = False
-
-    def set(self, *_: object) -> None:
-        self._set = True
-
-    def is_set(self) -> bool:
-        return self._set
-
-    def wait(self, seconds: float) -> bool:
-        """Sleep for `seconds`, or until the flag is set; return whether it is set."""
-        if not self._set:
-            time.sleep(seconds)
-        return self._set
 
 
 class ServiceEnded(RuntimeError):
@@ -63,15 +57,12 @@ def folder_of(root: Path) -> Path:
     return root / ".cm" / "services"
 
 
-def choose_port(port: int, option: str) -> int:
-    """Return this port, or any free one for 0. Raises UserError if it is taken."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise UserError(f"{option} {port}: {error.strerror}; choose another, or 0 for a free one") from None
-        return probe.getsockname()[1]
+def _reserve(port: int, option: str) -> socket.socket:
+    """Return a socket that keeps this port, or any free one for 0. Raises UserError if it is taken."""
+    try:
+        return reserve_port(HOST, port)
+    except OSError as error:
+        raise UserError(f"{option} {port}: {error.strerror}; choose another, or 0 for a free one") from None
 
 
 class Child:
@@ -107,39 +98,56 @@ def up(
     *,
     prefect_port: int,
     mlflow_port: int,
+    metrics_port: int,
     database: str | None,
     worker: bool,
+    public: str | None = None,
     on_start: Callable[[str], None],
     on_ready: Callable[[Services], None],
 ) -> None:
     """Run the services until SIGINT or SIGTERM, then stop them; trainings save their state.
 
-    Port 0 means any free one; `database` is a PostgreSQL database for both servers, None means files in the workspace.
+    Port 0 means any free one; `public` is the address of a reverse proxy (Services.public);
+    `database` is a PostgreSQL database for both servers, None means files in the workspace.
     `on_start` gets each name as it starts, `on_ready` the addresses once all respond. Raises UserError if the services
     are running already or cannot start, ServiceEnded when one exits unexpectedly.
     """
-    with _hold(root), _stop_signal() as stop:
-        services = Services(
-            f"http://{HOST}:{choose_port(prefect_port, '--prefect-port')}",
-            f"http://{HOST}:{choose_port(mlflow_port, '--mlflow-port')}",
-        )
+    from flows.operations.metrics_server import observed
+
+    ports = {"--prefect-port": prefect_port, "--mlflow-port": mlflow_port, "--metrics-port": metrics_port}
+    with _hold(root), stop_signal() as stop, ExitStack() as stack:
+        kept = [stack.enter_context(_reserve(port, option)) for option, port in ports.items()]
+        prefect, mlflow, metrics = (f"http://{HOST}:{one.getsockname()[1]}" for one in kept)
+        services = Services(prefect, mlflow, f"{metrics}/metrics", public)
         if database:
             prepare_database(database)
+        mlflow_database = database_urls(root, database)[1]
+        check_database(mlflow_database)
+        make_database(mlflow_database)
         children = _Children(root, services, on_start)
         try:
             children.start_servers(database, stop)
             if not stop.is_set():
-                os.environ.update(client_variables(root, services))
-                gpus = max(1, len(visible_devices()))
-                deploy(root, gpus=gpus, pool_type="process", pull_steps=in_folder(root))
+                _use(client_variables(root, services))
+                gpus = len(visible_devices())
+                deploy(root, pool_type="process", pull_steps=in_folder(root), gpus_found=max(1, gpus))
                 crash_lost_runs()
                 if worker:
                     children.start_worker(_worker_command(gpus))
-                on_ready(services)
-            while not stop.wait(LOOK_EVERY):
-                children.check()
+                with observed(root, HOST, urlsplit(services.metrics).port or 0) as observe:
+                    on_ready(services)
+                    while not stop.wait(LOOK_EVERY):
+                        children.check()
+                        observe()
         finally:
             children.end()
+
+
+def _use(variables: Mapping[str, str]) -> None:
+    from prefect.context import refresh_global_settings_context
+
+    os.environ.update(variables)
+    refresh_global_settings_context()  # Prefect had read its variables when they were checked
 
 
 class _Children:
@@ -151,9 +159,11 @@ class _Children:
         self._servers: list[Child] = []
         self._worker: Child | None = None
 
-    def start_servers(self, database: str | None, stop: _StopFlag) -> None:
+    def start_servers(self, database: str | None, stop: StopFlag) -> None:
         """Start the servers and wait until they respond. Raises ServiceEnded if one does not."""
-        env = {**self._env, **server_variables(self._root, self._services, database)}
+        mine = {name: value for name, value in os.environ.items() if not name.startswith(OF_SERVERS)}
+        own = {**client_variables(self._root, self._services), **server_variables(self._root, self._services, database)}
+        env = {**mine, **own}
         for name, command in _server_commands(self._root, self._services).items():
             self._servers.append(self._start(name, command, env))
         deadline = time.monotonic() + START_SECONDS
@@ -165,7 +175,9 @@ class _Children:
 
     def start_worker(self, command: Sequence[str]) -> None:
         """Start a worker; the server must respond already."""
-        self._worker = self._start(WORKER, command, self._env)
+        # Who has this workspace's password is who started it.
+        starter = {variable("user"): person(self._root)[USER]}
+        self._worker = self._start(WORKER, command, {**self._env, **starter})
 
     def check(self) -> None:
         """Raise ServiceEnded if a service has exited."""
@@ -176,7 +188,7 @@ class _Children:
         """Stop the worker and its flow runs while they can report to the servers; then stop the servers."""
         from flows.operations.process_trees import end_trees, end_worker
 
-        if self._worker and end_worker(self._worker.pid, WORKER_SECONDS):
+        if self._worker and end_worker(self._worker.pid, flow_grace()):
             time.sleep(SETTLE_SECONDS)
         end_trees([child.pid for child in self._servers])
 
@@ -241,18 +253,6 @@ def _answers(url: str) -> bool:
 
 
 @contextmanager
-def _stop_signal() -> Iterator[_StopFlag]:
-    """Yield a flag that SIGINT and SIGTERM set."""
-    stop = _StopFlag()
-    before = {number: signal.signal(number, stop.set) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
 def _hold(root: Path) -> Iterator[None]:
     """Lock this workspace for one `cm up`, after stopping the children that a killed one has left."""
     folder = folder_of(root)
@@ -286,7 +286,7 @@ def running(root: Path) -> Services | None:
     if not is_running(root) or not _note_file(root).exists():
         return None
     note = read_note(root)
-    return Services(note["prefect"], note["mlflow"])
+    return Services(note["prefect"], note["mlflow"], note["metrics"], note["public"])
 
 
 def use_running(root: Path) -> None:

@@ -2,30 +2,42 @@
 
 import logging
 import os
+import secrets
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import prefect
+from prefect import runtime
 from prefect.client.orchestration import get_client
 from prefect.context import get_run_context
 from prefect.exceptions import MissingContextError
 from prefect.logging.handlers import APILogHandler, PrefectConsoleHandler
 from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
     PREFECT_API_URL,
     PREFECT_HOME,
+    PREFECT_SERVER_ALLOW_EPHEMERAL_MODE,
     PREFECT_SERVER_ANALYTICS_ENABLED,
+    PREFECT_SERVER_API_AUTH_STRING,
+    PREFECT_SERVER_API_BASE_PATH,
+    PREFECT_SERVER_CORS_ALLOWED_ORIGINS,
     PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
     PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED,
     temporary_settings,
 )
 
 import flows
+from flows.atomic import reserve_port
 from flows.errors import UserError
+from flows.json_log import JsonFormatter, json_wanted
 
 PREFECT = Path(prefect.__file__).parent
+# Of this process's server: what another website or user deployed there, the workers of the next `cm up` would run.
+LOGIN = f"cm:{secrets.token_urlsafe(32)}"
 STARTUP_SECONDS = 120  # the first start creates the database; Prefect's default of 20 is too short on a loaded machine
 
 
@@ -42,6 +54,11 @@ def embedded_prefect(root: Path) -> Iterator[None]:
         yield
         return
     settings: dict[Any, Any] = {
+        PREFECT_API_AUTH_STRING: LOGIN,
+        PREFECT_SERVER_API_AUTH_STRING: LOGIN,
+        PREFECT_SERVER_CORS_ALLOWED_ORIGINS: "",
+        PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: True,  # profiles that Prefect 2 wrote, and some people's, forbid it
+        PREFECT_SERVER_API_BASE_PATH: "/api",
         PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: STARTUP_SECONDS,
         PREFECT_SERVER_ANALYTICS_ENABLED: False,
         # Disable the automations of `cm up`: no worker is here to restart a run, and they kept SQLite locked.
@@ -57,11 +74,32 @@ def embedded_prefect(root: Path) -> Iterator[None]:
 
 def log_to_prefect() -> None:
     """Send our log lines to the flow run's page, without configuration by a worker."""
+    logging.getLogger("prefect.flow_runs").addFilter(_is_no_stale_state)
     logger = logging.getLogger(flows.__name__)
     logger.setLevel(logging.INFO)
     if not any(isinstance(handler, APILogHandler) for handler in logger.handlers):
         logger.addHandler(APILogHandler())
         logger.handlers[-1].addFilter(_is_of_a_run)
+    if json_wanted():
+        _log_json()
+
+
+def _log_json() -> None:
+    """Write JSON where Prefect would write to the console; its own handler wraps and marks up what it prints."""
+    root = logging.getLogger()
+    for handler in [one for one in root.handlers if isinstance(one, PrefectConsoleHandler)]:
+        plain = logging.StreamHandler(sys.stderr)
+        plain.setLevel(handler.level)
+        plain.setFormatter(JsonFormatter(lambda: {"run": runtime.flow_run.id, "stage": runtime.task_run.name}))
+        for one in handler.filters:
+            plain.addFilter(one)
+        root.removeHandler(handler)
+        root.addHandler(plain)
+
+
+def _is_no_stale_state(record: logging.LogRecord) -> bool:
+    """Whether a line is not the engine's last word on a cancelled flow run, whose final state its runner sets."""
+    return record.getMessage() != "Finished in state Running()"
 
 
 def _is_of_a_run(_: logging.LogRecord) -> bool:
@@ -75,12 +113,19 @@ def _is_of_a_run(_: logging.LogRecord) -> bool:
 def _start_server() -> None:
     """Start Prefect's temporary server immune to Ctrl-C, which a terminal sends to it as well.
 
-    An interrupted flow needs it until the end; it stops with this process.
+    An interrupted flow needs it until the end; it stops with this process. Of a port that Prefect chooses itself a
+    server of another run may be first, which it would take for its own.
     """
+    from prefect.server.api.server import SubprocessASGIServer
+
+    server = SubprocessASGIServer()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by the server's process
     try:
-        with get_client(sync_client=True) as client:
-            client.api_healthcheck()
+        with reserve_port("127.0.0.1") as kept:
+            if not server.running:
+                server.port = kept.getsockname()[1]
+            with get_client(sync_client=True) as client:
+                client.api_healthcheck()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

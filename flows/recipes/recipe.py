@@ -4,6 +4,7 @@
 recipe with every value, and the only params file that dvc.yaml reads.
 """
 
+import copy
 import difflib
 import hashlib
 import re
@@ -18,14 +19,14 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from cm_core.distances import Lpips, check_lpips_shape
+from cm_core.metrics.evaluation import NEEDED_FEATURES
 from cm_core.networks import Network, SongUNetParams
 from cm_core.noise import Noise
 from cm_core.params import Params
 from cm_core.sampling import check_levels
 from flows.atomic import replace_text
 from flows.errors import UserError
-from flows.recipes.files import RECIPES_DIR
-from flows.recipes.overrides import flatten, merge, nested, parse_override, read_yaml
+from flows.recipes.files import RECIPES_DIR, find_file, names_in
 from flows.stages.edit import Edit
 from flows.stages.evaluate import Evaluate
 from flows.stages.features import ClassifierFeatures, Features
@@ -33,6 +34,8 @@ from flows.stages.prepare import Data
 from flows.stages.sample import Sample
 from flows.stages.student import Student
 from flows.stages.teacher import Teacher
+from flows.stages.weights import checksum
+from flows.storage.fetch import is_local, local_path
 
 ACTIVE_FILE = Path("params/active.yaml")
 EDITED = "edited"  # the name of a recipe without a file
@@ -41,8 +44,13 @@ PATH_KEYS = (  # values that may name a local file or folder
     "data.source.heldout_path",
     "data.source.urls",
     "features.weights",
+    "features.reference",
     "student.method.distance.weights",
+    "teacher.weights",
+    "student.weights",
+    "sample.weak_teacher.weights",
 )
+PINNED = ("teacher.weights", "student.weights", "sample.weak_teacher.weights")  # of these, whose checksum is recorded
 
 
 class Recipe(Params):
@@ -74,23 +82,44 @@ class Recipe(Params):
     @model_validator(mode="after")
     def _possible(self) -> "Recipe":
         kind = self.student.method.kind
-        if self.teacher is None and self.student.method.needs_teacher:
+        if self.teacher is None and self.student.uses_teacher and self.student.method.needs_teacher:
             raise ValueError(f"student.method.kind={kind} distils a teacher, and teacher is null; train one or use ct")
-        if self.teacher is None and self.student.initial_weights == "teacher":
+        if self.teacher is None and self.student.uses_teacher:
             raise ValueError(
                 f"the student's first weights are the teacher's (kind={kind}), and teacher is null; train one, or set "
                 "student.init_from: random"
             )
-        shape = self.data.image_shape()
-        if shape is not None:
+        if self.evaluate.needs_features and getattr(self.features, "reference", None):
+            raise ValueError(
+                f"evaluate.beside_fid={list(self.evaluate.beside_fid)}: kid and precision_recall need {NEEDED_FEATURES}"
+                " (features.reference); set evaluate.beside_fid to [is] or []"
+            )
+        if (shape := self.data.image_shape()) is not None:
             self._fits(shape)
-        for mid in self.sample.mid_sigmas:
+        self._divides_into_sets()
+        if self.sample.emas is not None and max(self.sample.emas) >= (count := len(self.student.train.emas)):
+            raise ValueError(f"sample.emas={list(self.sample.emas)}: student.train.emas has {count}, counted from 0")
+        if self.sample.widths and self.student.train.snapshots is None:
+            raise ValueError(f"sample.widths={list(self.sample.widths)} needs student.train.snapshots")
+        for mid in (*self.sample.mid_sigmas, *self.student.evaluate_mid_sigmas):
             check_levels([self.noise.sigma_max, *mid], sigma_min=self.noise.sigma_min)
+        if sigma := getattr(self.student.method, "generator_sigma", None):
+            check_levels([sigma], sigma_min=self.noise.sigma_min)
         if self.teacher is not None:
-            self._can_guide("sample.teacher_sampler", self.sample.teacher_sampler.guidance, self.teacher)
+            self._can_guide("sample.teacher_sampler", self.sample.label_guidance, self.teacher)
             self._can_guide("teacher.grid_sampler", self.teacher.grid_sampler.guidance, self.teacher)
             self._can_guide("student.method", getattr(self.student.method, "guidance", 1.0), self.teacher)
         return self
+
+    def _divides_into_sets(self) -> None:
+        """Refuse rows of images that are not a whole number of sets."""
+        repeats, counts = self.evaluate.repeats, {"num_images": self.sample.num_images}
+        for name, count in (counts | {"teacher_images": self.sample.teacher_images or 0}).items():
+            if count % repeats:
+                raise ValueError(
+                    f"sample.{name}={count} is no multiple of evaluate.repeats={repeats}, the sets that it is "
+                    f"divided into; {repeats} sets of {count} images are sample.{name}={repeats * count}"
+                )
 
     def _can_guide(self, key: str, guidance: float, teacher: Teacher) -> None:
         """Refuse guidance by a teacher that is not trained both with and without labels."""
@@ -109,17 +138,17 @@ class Recipe(Params):
         if isinstance(getattr(self.student.method, "distance", None), Lpips):
             check_lpips_shape(shape)
         self.edit.check(shape, self.noise)
-        if self.student.dropout is not None and "dropout" not in type(self.network).model_fields:
-            raise ValueError(
-                f"student.dropout={self.student.dropout}, and network.kind={self.network.kind} has no dropout"
-            )
+        for name in ("dropout", "dropout_resolution"):
+            value = getattr(self.student, name)
+            if value is not None and name not in type(self.network).model_fields:
+                raise ValueError(f"student.{name}={value}, and network.kind={self.network.kind} has no dropout")
         with torch.device("meta"):  # shapes without weights
-            self.network.build(shape, 0)
+            self.student.method.check_network(self.network.build(shape, 0))
 
 
 def recipe_names(root: Path) -> list[str]:
     """Return the names of the recipes under `root`, sorted."""
-    return sorted(path.stem for path in (root / RECIPES_DIR).glob("*.yaml"))
+    return names_in(root / RECIPES_DIR)
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), *, root: Path, base: Path | None = None) -> Recipe:
@@ -127,9 +156,16 @@ def load_recipe(name: str, overrides: Sequence[str] = (), *, root: Path, base: P
 
     Raises UserError: one line with the file, the key, the value and what is allowed.
     """
-    path, layers = _recipe_path(name, root), map(parse_override, overrides)
-    tree = _absolute_paths(reduce(merge, layers, read_yaml(path)), base)
-    return validate(tree, source=path, origins=[override.split("=", 1)[0] for override in overrides])
+    path = find_file(name, root / RECIPES_DIR)
+    written, layers = read_yaml(path), [parse_override(override) for override in overrides]
+    tree = _absolute_paths(reduce(merge, layers, written), base)
+    if not layers:
+        return validate(tree, source=path)
+    try:
+        return _build(Recipe, tree, "")
+    except _Refused as refused:
+        validate(written, source=path)  # a file that is invalid by itself is named first
+        raise UserError(f"--set {refused.place or ' '.join(overrides)}: {refused.reason}") from None
 
 
 def vary(name: str, values: Iterable[Mapping[str, Any]], *, root: Path, source: str) -> Recipe:
@@ -138,28 +174,37 @@ def vary(name: str, values: Iterable[Mapping[str, Any]], *, root: Path, source: 
     Raises UserError as `load_recipe` does, naming `source`.
     """
     layers = (nested(key, value) for layer in values for key, value in layer.items())
-    return validate(_absolute_paths(reduce(merge, layers, read_yaml(_recipe_path(name, root))), root), source=source)
+    tree = reduce(merge, layers, read_yaml(find_file(name, root / RECIPES_DIR)))
+    return validate(_absolute_paths(tree, root), source=source)
 
 
-def _absolute_paths(tree: dict[str, Any], base: Path | None) -> dict[str, Any]:
+def _absolute_paths(tree: Any, base: Path | None) -> Any:
     """Make local paths absolute and expand `~`: a flow run works in a clone, far from `base`.
 
     A path with a .dvc file beside it stays: every clone can restore that file. Malformed values are left to `validate`.
     """
     for key in PATH_KEYS:
         *sections, name = key.split(".")
-        section: Any = tree
-        for part in sections:
-            section = section.get(part) if isinstance(section, dict) else None
+        section: Any = reduce(lambda at, part: at.get(part) if isinstance(at, dict) else None, sections, tree)
         if base and isinstance(section, dict) and section.get(name):
             section[name] = _absolute(section[name], base)
+            if key in PINNED:
+                _pin(section)
     return tree
+
+
+def _pin(section: dict[str, Any]) -> None:
+    """Add the checksum of a local checkpoint: another file under the same path is another model, and not cached."""
+    weights = section["weights"]
+    unknown = not section.get("sha256") and isinstance(weights, str) and is_local(weights)
+    if unknown and (path := local_path(weights)).exists():
+        section["sha256"] = checksum(path)
 
 
 def _absolute(path: Any, base: Path) -> Any:
     if isinstance(path, list):
         return [_absolute(one, base) for one in path]
-    if not isinstance(path, str) or "://" in path or (base / f"{path}.dvc").is_file():
+    if not isinstance(path, str) or ":/" in path or (base / f"{path}.dvc").is_file():
         return path
     return str(base / Path(path).expanduser())
 
@@ -185,11 +230,11 @@ def write_active(recipe: Recipe, root: Path, name: str = EDITED) -> Path:
     return path
 
 
-def active_name(root: Path) -> str:
-    """Return the active recipe's name as `write_active` recorded it; EDITED if its values have changed since."""
+def recorded_name(root: Path) -> tuple[str, bool]:
+    """Return the active recipe's name as `write_active` recorded it, and whether its values are still those."""
     header, _, body = (root / ACTIVE_FILE).read_text().partition("\n")
     found = re.match(r"# (.+) \((\w+)\): ", header)
-    return found[1] if found and found[2] == _digest(body) else EDITED
+    return (found[1], found[2] == _digest(body)) if found else (EDITED, False)
 
 
 def _digest(text: str) -> str:
@@ -198,8 +243,7 @@ def _digest(text: str) -> str:
 
 def explain(name: str, overrides: Sequence[str] = (), *, root: Path) -> list[tuple[str, Any, str]]:
     """Return every resolved value as (key, value, source: the file, --set, or the default)."""
-    recipe = load_recipe(name, overrides, root=root)
-    path = _recipe_path(name, root)
+    recipe, path = load_recipe(name, overrides, root=root), find_file(name, root / RECIPES_DIR)
     written, chosen = flatten(read_yaml(path)), {override.split("=", 1)[0] for override in overrides}
     return [
         (key, value, "--set" if _within(key, chosen) else str(path) if _within(key, written) else "default")
@@ -212,25 +256,19 @@ def _within(key: str, keys: Iterable[str]) -> bool:
     return any(key in (other, f"{other}.kind") for other in keys)
 
 
-def validate(tree: Mapping[str, Any], *, source: Path | str, origins: Sequence[str] = ()) -> Recipe:
-    """Build the recipe from nested plain values; `origins` are the keys that came from --set.
-
-    Raises UserError: one line naming file, key, value and what is allowed.
-    """
+def validate(tree: Mapping[str, Any], *, source: Path | str) -> Recipe:
+    """Build the recipe from nested plain values. Raises UserError: one line with source, key and reason."""
     try:
         return _build(Recipe, tree, "")
     except _Refused as refused:
-        given = _within(refused.key, origins) or refused.key.startswith(tuple(f"{key}." for key in origins))
-        place = f"--set {refused.key}" if given else f"{source}: {refused.key or 'recipe'}"
-        raise UserError(f"{place}{refused.value}: {refused.reason}") from None
+        raise UserError(f"{source}: {refused.place or 'recipe'}: {refused.reason}") from None
 
 
 class _Refused(Exception):
     """An invalid value of a section."""
 
     def __init__(self, key: str, reason: str, *value: Any) -> None:
-        self.key, self.reason = key, reason
-        self.value = f"={yaml.safe_dump(value[0], default_flow_style=True).splitlines()[0]}" if value else ""
+        self.place, self.reason = key + (f"={yaml_text(value[0])}" if value else ""), reason
 
 
 def _build(model: type[Params], tree: Mapping[str, Any], prefix: str) -> Any:
@@ -242,9 +280,9 @@ def _build(model: type[Params], tree: Mapping[str, Any], prefix: str) -> Any:
     for key, value in tree.items():
         field = model.model_fields.get(key)
         if field is None:
-            raise _Refused(
-                f"{prefix}{key}", f"unknown key{_nearest(key, model)}; allowed: {', '.join(model.model_fields)}"
-            )
+            close = difflib.get_close_matches(key, model.model_fields, 1)
+            guess = f", did you mean {close[0]}?" if close else ""
+            raise _Refused(f"{prefix}{key}", f"unknown key{guess}; allowed: {', '.join(model.model_fields)}")
         values[key] = _build_value(
             field.annotation, value, f"{prefix}{key}", field.get_default(call_default_factory=True)
         )
@@ -272,7 +310,7 @@ def _build_value(annotation: Any, value: Any, key: str, default: Any = None) -> 
 
 
 def _build_kind(members: list[type[Params]], value: Any, key: str, default: Any) -> Any:
-    kinds = {get_args(member.model_fields["kind"].annotation)[0]: member for member in members}
+    kinds = {kind: member for member in members for kind in get_args(member.model_fields["kind"].annotation)}
     if isinstance(value, str):
         value = {"kind": value}
     if not isinstance(value, Mapping):
@@ -289,17 +327,74 @@ def _sections(annotation: Any) -> list[type[Params]]:
     return [option for option in options if isinstance(option, type) and issubclass(option, Params)]
 
 
-def _nearest(key: str, model: type[Params]) -> str:
-    close = difflib.get_close_matches(key, model.model_fields, 1)
-    return f", did you mean {close[0]}?" if close else ""
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings under dotted keys; lists are leaves."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
-def _recipe_path(name: str, root: Path) -> Path:
-    if name.endswith((".yaml", ".yml")):
-        return Path(name)
-    path = root / RECIPES_DIR / f"{name}.yaml"
-    if not path.exists():
-        raise UserError(
-            f"no recipe {name!r}; there are {', '.join(recipe_names(root))}, or give a path to a .yaml file"
-        )
-    return path
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a mapping from a YAML file. Raises UserError if there is none."""
+    try:
+        tree = yaml.load(path.read_text(), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected sections such as data:, student:; got {type(tree).__name__}")
+    return tree
+
+
+def parse_override(override: str) -> dict[str, Any]:
+    """Turn `a.b=value` into {"a": {"b": value}}, the value read as YAML. Raises UserError for other forms."""
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"--set {override}: expected key=value, such as student.method.solver=euler")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: {text!r} is not a YAML value") from None
+    return nested(key, value)
+
+
+def nested(key: str, value: Any) -> Any:
+    """Turn the dotted key `a.b` and a value into {"a": {"b": value}}."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def merge(base: Any, layer: Any) -> Any:
+    """Merge `layer` over `base`, mapping by mapping; a layer with another `kind` replaces the whole section.
+
+    A bare word stands for {kind: word} where `base` has a mapping with a kind.
+    """
+    if isinstance(base, dict) and "kind" in base and isinstance(layer, str):
+        layer = {"kind": layer}
+    if isinstance(base, str) and isinstance(layer, dict) and layer and "kind" not in layer:
+        base = {"kind": base}
+    if not isinstance(base, dict) or not isinstance(layer, dict):
+        return copy.deepcopy(layer)
+    if "kind" in layer and "kind" in base and layer["kind"] != base["kind"]:
+        return copy.deepcopy(layer)
+    return {**base, **{key: merge(base[key], value) if key in base else value for key, value in layer.items()}}
+
+
+def yaml_text(value: Any) -> str:
+    """Return a value in one line of YAML, as --set takes it."""
+    return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).splitlines()[0]
+
+
+class _Loader(yaml.SafeLoader):
+    """Loader that reads 1e-4 as a number, as YAML 1.2 and the papers do."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*[eE][-+]?\d+$"), list("-+0123456789")
+)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.atomic import replace_text
+from flows.json_log import json_line, json_wanted
 from flows.monitor import Monitor
 from flows.settings import Settings
 
@@ -27,7 +28,8 @@ class Bar(Monitor):
         self._title, self._lines, self._loss = title, lines, ""
         self._last = time.monotonic()
         self._phase: tuple[int, str] | None = None
-        self._bar = _rich_bar(transient=not lines) if sys.stderr.isatty() else None
+        self._json = json_wanted()
+        self._bar = _rich_bar(transient=not lines) if sys.stderr.isatty() and not self._json else None
         self._task = self._bar.add_task(title, total=None, count="") if self._bar else None
 
     def __enter__(self) -> "Bar":
@@ -57,7 +59,7 @@ class Bar(Monitor):
         if self._bar:
             self._bar.console.print(f"{self._title}: {text}", markup=False, highlight=False, soft_wrap=True)
         elif self._lines:
-            print(f"{self._title}: {text}", flush=True)
+            print(json_line(text, stage=self._title) if self._json else f"{self._title}: {text}", flush=True)
 
 
 def _rich_bar(*, transient: bool) -> "Progress":
@@ -83,11 +85,13 @@ class StageMonitor(Monitor):
     ) -> None:
         self._display, self._run, self._stop_requested, self._checkpoint = display, run, stop_requested, checkpoint
         self._stop_announced = False
-        self._file = _ProgressFile()
+        self._file, self._written = Settings.read().progress_file, -FILE_EVERY  # for the parent process; when
 
     def progress(self, done: int, total: int, unit: str) -> None:
         self._display.progress(done, total, unit)
-        self._file.write(done, total, unit)
+        if self._file and (done >= total or time.monotonic() - self._written >= FILE_EVERY):
+            self._written = time.monotonic()
+            replace_text(self._file, json.dumps({"done": done, "total": total, "unit": unit}))
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         self._display.metrics(values, step)
@@ -99,7 +103,7 @@ class StageMonitor(Monitor):
     def remark(self, text: str) -> None:
         self._display.remark(text)
 
-    def state_saved(self, state_dir: Path) -> None:
+    def state_saved(self) -> None:
         if self._checkpoint:
             self._checkpoint.publish()
 
@@ -109,16 +113,3 @@ class StageMonitor(Monitor):
             self._stop_announced = True
             self.remark("stopping after this step, the training state is saved; a second signal stops immediately")
         return requested
-
-
-class _ProgressFile:
-    """Progress of the stage for its parent process: one JSON object, replaced atomically."""
-
-    def __init__(self) -> None:
-        self._path, self._last = Settings.read().progress_file, -FILE_EVERY
-
-    def write(self, done: int, total: int, unit: str) -> None:
-        if self._path is None or (done < total and time.monotonic() - self._last < FILE_EVERY):
-            return
-        self._last = time.monotonic()
-        replace_text(self._path, json.dumps({"done": done, "total": total, "unit": unit}))

@@ -5,6 +5,7 @@ If several processes share a stage, `cm stage` launches them (flows/distributed/
 
 import importlib
 import inspect
+import json
 import os
 import shutil
 import sys
@@ -25,21 +26,30 @@ from flows.checkpoints.store import (
     states_folder,
 )
 from flows.data.sources import FileSource
-from flows.distributed.launch import launch_stage, processes_for, worker_group
+from flows.distributed.devices import refuse_unusable_gpus
+from flows.distributed.launch import hardware, launch_stage, processes_for, worker_group
 from flows.errors import UserError
 from flows.monitor import Monitor
-from flows.recipes.overrides import flatten
-from flows.recipes.recipe import Recipe, active_name, load_active
+from flows.recipes.naming import active_name
+from flows.recipes.recipe import Recipe, flatten, load_active
 from flows.settings import Settings
 from flows.stage_runner.progress import Bar, StageMonitor
+from flows.stage_runner.reproduction import LAST, log_reproduction
 from flows.stage_runner.signals import StageSignals, end_with_caller, give_lifeline
+from flows.stages.models import ORIGIN_FILE
 from flows.stages.training import StageStopped
-from flows.tracking.run_context import RunContext
+from flows.storage.allowed import restrict
+from flows.storage.s3 import public_uri
+from flows.tracking.description import describe_run
+from flows.tracking.gpu_usage import GpuUsage
+from flows.tracking.model_card import HARDWARE
+from flows.tracking.person import person
 from flows.tracking.stage_run import StageRun
-from flows.tracking.tracker import MODEL_FILES, MODEL_NAME, Tracker, describe_run, files_below, shown_files
+from flows.tracking.tracker import MODEL_FILES, MODEL_NAME, Tracker, shown_files
 from flows.workspace.data_versions import fetch_versioned
-from flows.workspace.dvc_files import Stage, dvc_md5, read_stages, stage_facts, stage_key, version
+from flows.workspace.dvc_files import GPU, Stage, dvc_md5, files_in, read_stages, stage_facts, training_key, version
 from flows.workspace.git import describe_code
+from flows.workspace.integrity import damaged_inputs, read_inputs, recorded_md5
 from flows.workspace.locations import cache_of, shared_root
 
 PREPARED, FACTS_FILE = "out/prepare", "dataset.json"
@@ -66,7 +76,11 @@ def start_stage(name: str, root: Path) -> None:
 def run_stage(name: str, root: Path) -> None:
     """Run one stage in this process, alone or as rank 0; raises as `start_stage` does."""
     stage, recipe, function = _read_stage(name, root)
-    inputs = {path: dvc_md5(root / path) for path in stage.deps if path.startswith("out/")}
+    md5 = recorded_md5(shared_root(root))
+    inputs = read_inputs(root, stage, md5)
+    # Under DVC only: it would record the hashes that it expects. Inputs brought by hand may be anything.
+    if "DVC_STAGE" in os.environ and (damaged := damaged_inputs(root, inputs, md5)):
+        raise UserError(f"{', '.join(damaged)}: not the bytes that DVC stored; remove it and start again")
     source = recipe.data.source
     if "data" in stage.params and isinstance(source, FileSource):  # fetch data that DVC versions
         inputs |= fetch_versioned(root, source.path, source.version)
@@ -88,10 +102,12 @@ def run_stage(name: str, root: Path) -> None:
             worker_group(name, getattr(recipe, name, None), partial(facts, stage, root, inputs)),
         ):
             function(**fill_parameters(function, given, recipe, root))
-        outs = {path: dvc_md5(root / path) for path in stage.outs}
+        outs = {path: dvc_md5(root / path, md5) for path in stage.outs}
         if checkpoint:
             mark_finished(checkpoint.folder, outs)
-        _log_outputs(run, stage, root, recipe, outs)
+        _log_outputs(run, stage, root, recipe, inputs, outs)
+    if name == LAST and not Settings.read().parent_run_id:
+        log_reproduction(root, recipe, outs)
 
 
 def share_stage(name: str, root: Path) -> None:
@@ -115,11 +131,21 @@ def share_stage(name: str, root: Path) -> None:
 
 
 def _read_stage(name: str, root: Path) -> tuple[Stage, Recipe, Callable[..., None]]:
-    """Return a stage as dvc.yaml declares it, the recipe in force, and the stage's function."""
-    _refuse_other_code(root)
+    """Return a stage as dvc.yaml declares it, the recipe in force, and the stage's function.
+
+    Refuse to write this workspace's outputs with code from another checkout.
+    """
+    imported = Path(flows.__file__).parent.resolve()
+    if imported != (root / "flows").resolve():
+        raise UserError(f"the code of {imported.parent} would run for the workspace {root}; set PYTHONPATH={root}")
+    settings = Settings.read()
+    if settings.from_server:
+        restrict(root, settings.allowed_sources)
     stages = read_stages(root)
     if name not in stages:
         raise UserError(f"no stage {name!r}; there are {', '.join(stages)}")
+    if stages[name].needs == GPU:
+        refuse_unusable_gpus()
     return stages[name], load_active(root), getattr(importlib.import_module(f"flows.stages.{name}"), name)
 
 
@@ -128,7 +154,7 @@ def _signals(function: Callable) -> Iterator[StageSignals]:
     """Handle signals, and the parent's end, while a stage runs."""
     with StageSignals(deferred="state_dir" in inspect.signature(function).parameters) as signals:
         if Settings.read().lifeline:
-            end_with_caller()
+            end_with_caller(signals.received)
         yield signals
 
 
@@ -136,13 +162,6 @@ def facts(stage: Stage, root: Path, inputs: Mapping[str, str]) -> dict[str, Any]
     """Return by name the facts on which all processes of a stage must agree."""
     cmd, deps, params, _ = stage_facts(root, stage, inputs)
     return flatten({"cmd": cmd, **deps, **params})
-
-
-def _refuse_other_code(root: Path) -> None:
-    """Refuse to write this workspace's outputs with code from another checkout."""
-    imported = Path(flows.__file__).parent.resolve()
-    if imported != (root / "flows").resolve():
-        raise UserError(f"the code of {imported.parent} would run for the workspace {root}; set PYTHONPATH={root}")
 
 
 def fill_parameters(function: Callable, given: Mapping[str, Any], recipe: Recipe, root: Path) -> dict[str, Any]:
@@ -164,17 +183,18 @@ def _checkpoint(
     drop_finished(shared, cache_of(root).holds)
     share_kernels(shared)
     waits = partial(say, "another process trains exactly this; waiting for it")
-    return hold_checkpoint(shared, stage.name, stage_key(root, stage, inputs), waits, say)
+    return hold_checkpoint(shared, stage.name, training_key(root, stage, inputs), waits, say)
 
 
 @contextmanager
 def _tracked_run(stage: Stage, root: Path, recipe: Recipe, inputs: Mapping[str, str]) -> Iterator[StageRun]:
     """Open the stage's MLflow run with everything known before the stage starts."""
-    run_context = RunContext.read()
+    settings = Settings.read()
 
     def tags() -> dict[str, str]:
-        shared = run_context.tags or {**describe_code(root), "recipe": active_name(root)}
-        return {**shared, **{f"dvc.dep.{Path(path).name}": md5 for path, md5 in inputs.items()}}
+        shared = settings.run_tags or {**describe_code(root), **person(root), "recipe": active_name(root)}
+        described = {**shared, "mlflow.note.content": describe_run(shared)}
+        return {**described, "dvc.deps": " ".join(inputs.values())} if inputs else described
 
     def log_inputs(tracker: Tracker, run_id: str) -> None:
         tracker.log_params(run_id, flatten(recipe.model_dump(mode="json", include=set(stage.params))))
@@ -182,22 +202,37 @@ def _tracked_run(stage: Stage, root: Path, recipe: Recipe, inputs: Mapping[str, 
             context = "training" if stage.name in TRAINS else "evaluation"
             tracker.log_dataset(run_id, root / PREPARED / FACTS_FILE, inputs[PREPARED], context)
 
-    watch = stage.name in TRAINS
-    with StageRun(shared_root(root), stage.name, run_context.parent_run_id, tags, watch_machine=watch) as run:
+    watch, usage = stage.name in TRAINS, GpuUsage.of_stage(stage.needs == GPU)
+    with StageRun(shared_root(root), stage.name, settings.parent_run_id, tags, watch, usage) as run:
         run.submit(log_inputs)
         yield run
 
 
-def _log_outputs(run: StageRun, stage: Stage, root: Path, recipe: Recipe, outs: Mapping[str, str]) -> None:
-    """Log a stage's results: data version, files worth viewing, data set, model."""
+def _log_outputs(
+    run: StageRun, stage: Stage, root: Path, recipe: Recipe, inputs: Mapping[str, str], outs: Mapping[str, str]
+) -> None:
+    """Log a stage's results: data version, lineage, files worth viewing, data set, model."""
     folder = root / "out" / stage.name
 
     def log_outputs(tracker: Tracker, run_id: str) -> None:
-        tracker.set_tags(run_id, {"dvc.out": version(outs), "mlflow.note.content": describe_run(run.tags, outs)})
-        tracker.log_files(run_id, shown_files(files_below(folder, stage.name)))
+        tracker.set_tags(run_id, imported := _import_tags(folder, getattr(recipe, stage.name, None)))
+        tracker.set_tags(run_id, {"dvc.out": version(outs), HARDWARE: hardware()})
+        tracker.log_lineage(run_id, {"inputs": inputs, "outputs": outs})
+        tracker.log_files(
+            run_id, shown_files({f"{stage.name}/{name}": file for name, file in files_in(folder).items()})
+        )
         if PREPARED in outs:
             tracker.log_dataset(run_id, folder / FACTS_FILE, outs[PREPARED], "preparation")
         if stage.name == MODEL_NAME:
-            tracker.log_student(run_id, recipe, {name: folder / name for name in MODEL_FILES}, version(outs))
+            model_id = tracker.log_student(run_id, recipe, {name: folder / name for name in MODEL_FILES}, version(outs))
+            tracker.client.set_logged_model_tags(model_id, imported)
 
     run.submit(log_outputs)
+
+
+def _import_tags(folder: Path, section: Any) -> dict[str, str]:
+    """Return the tags that name the checkpoint of an imported model: address, SHA-256, format, licence."""
+    if not getattr(section, "is_imported", False):
+        return {}
+    origin = {"weights": public_uri(section.weights), **json.loads((folder / ORIGIN_FILE).read_text())}
+    return {f"import.{key}": value for key, value in origin.items()}

@@ -4,10 +4,12 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from flows.settings import Settings, variable
+from flows.workspace.process import grace
 
 
 class StageSignals:
@@ -46,13 +48,18 @@ class StageSignals:
         self._number = number
 
 
-def end_with_caller() -> None:
-    """Terminate this process, as SIGTERM does, when its standard input closes: the parent holds the other end."""
+def end_with_caller(is_stopping: Callable[[], bool]) -> None:
+    """Terminate this process, as SIGTERM does, when its standard input closes: the parent holds the other end.
+
+    A process that is stopping already has the grace period to save its state: a second signal would end it at once.
+    """
 
     def end() -> None:  # nobody reads our output now, and a failing write must not prevent saving
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):
             os.dup2(nowhere, stream.fileno())
+        if is_stopping():
+            time.sleep(grace())
         os.kill(os.getpid(), signal.SIGTERM)
 
     _at_end_of(sys.stdin.fileno(), end)

@@ -10,6 +10,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from cm_core.parallel import ranks
 from flows.distributed.launch import RESUMES
+from flows.environment import adopt
 from flows.errors import USER_ERROR, UserError
 from flows.stage_runner.run import run_stage, share_stage
 
@@ -19,6 +20,7 @@ def main(argv: Sequence[str]) -> int:
 
     Rank 0 acts as `cm stage`, the others only compute. An error common to all ranks is printed once per node.
     """
+    adopt()
     stage, root = argv[0], Path.cwd()
     several_nodes = int(os.environ["GROUP_WORLD_SIZE"]) > 1
     try:

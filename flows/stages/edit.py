@@ -118,7 +118,7 @@ def edit(edit: Edit, prepare_dir: Path, student_dir: Path, out_dir: Path, monito
 
 
 def _possible(edit: Edit, spec: ModelSpec, monitor: Monitor) -> list[str]:
-    if spec.form in editing.NOT_CONSISTENT:
+    if not spec.is_consistency_function:
         monitor.remark("no gallery: the student is no consistency model")
         return []
     if "colorize" in edit.tasks and spec.image_shape[0] != 3:

@@ -1,17 +1,21 @@
-"""Stage `features`: the network that measures images, and its features of the training images (the reference).
+"""Stage `features`: the network that measures images, and the reference: statistics of the training images' features.
 
-An evaluation reads these features and never the training images.
+An evaluation reads the reference and never the training images. Published statistics can take its place.
 """
 
 import shutil
 import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import ConfigDict, Field
-from torch import Tensor
+from pydantic import Field
+from torch import Tensor, nn
 
+from cm_core.metrics.evaluation import Reference
 from cm_core.metrics.features import (
     NETWORKS,
     Classifier,
@@ -19,13 +23,15 @@ from cm_core.metrics.features import (
     accuracy,
     build_extractor,
     extract_features,
+    feature_batches,
     save_classifier,
     train_classifier,
 )
 from cm_core.params import Params
 from cm_core.randomness import derive_seed
+from flows.data.archives import refuse_zip_bomb
 from flows.data.dataset import Dataset, load_dataset
-from flows.data.feature_files import write_feature_files
+from flows.data.feature_files import read_statistics, write_feature_files
 from flows.errors import UserError
 from flows.monitor import Monitor
 from flows.storage.fetch import download_dir, fetch, file_digest
@@ -62,6 +68,11 @@ class Pretrained(Params):
     """State dict: a path, s3:// or https:// address; null: the published file, from torch's cache or its download."""
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     """Checksum the weights must have; null accepts any file and records its checksum."""
+    reference: str | None = None
+    """Published statistics to compare with, an .npz of mu and sigma: a path, s3:// or https:// address; null: the
+    training images. FID and the Inception score alone can use them (evaluate.beside_fid)."""
+    reference_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    """Checksum the statistics must have; null accepts any file and records its checksum."""
     batch_size: int = Field(100, ge=1)
     """Images per batch of the network."""
 
@@ -76,28 +87,18 @@ class Pretrained(Params):
         return PUBLISHED[self.kind]
 
 
-class InceptionFeatures(Pretrained):
-    """Inception v3 of 2015-12-05, the network of published FIDs."""
+class ImageNetFeatures(Pretrained):
+    """Inception v3 of 2015-12-05, the network of published FIDs; or VGG16, the one of published precision and recall.
 
-    model_config = ConfigDict(title="inception-v3-compat")
+    Kynkaanniemi et al. (2019) measure precision and recall on VGG16.
+    """
 
-    kind: Literal["inception-v3-compat"] = "inception-v3-compat"
-    """Name of the feature network."""
-
-
-class Vgg16Features(Pretrained):
-    """VGG16 trained on ImageNet, the network of published precision and recall (Kynkaanniemi et al., 2019)."""
-
-    model_config = ConfigDict(title="vgg16")
-
-    kind: Literal["vgg16"] = "vgg16"
+    kind: Literal["inception-v3-compat", "vgg16"] = "inception-v3-compat"
     """Name of the feature network."""
 
 
 class DinoFeatures(Pretrained):
     """DINOv2, for FD-DINOv2 (Stein et al., 2023)."""
-
-    model_config = ConfigDict(title="dinov2")
 
     kind: Literal["dinov2"] = "dinov2"
     """Name of the feature network."""
@@ -113,12 +114,12 @@ class DinoFeatures(Pretrained):
         return Download(f"https://dl.fbaipublicfiles.com/dinov2/{self.extractor}/{self.extractor}_pretrain.pth")
 
 
-Features = ClassifierFeatures | InceptionFeatures | Vgg16Features | DinoFeatures
+Features = ClassifierFeatures | ImageNetFeatures | DinoFeatures
 
 
 def features(seed: int, features: Features, prepare_dir: Path, out_dir: Path, monitor: Monitor) -> None:
-    """Train or fetch the feature network, extract the features of the training images, write both.
-    Raises UserError if weights are unavailable or do not fit, or if a classifier has no labels to learn.
+    """Train or fetch the feature network, measure the training images or fetch published statistics, write both.
+    Raises UserError if weights or statistics are unavailable or do not fit, or if a classifier has no labels to learn.
     """
     dataset = load_dataset(prepare_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -136,13 +137,19 @@ def features(seed: int, features: Features, prepare_dir: Path, out_dir: Path, mo
         extractor = build_extractor(extractor_name, weights, device)
     except ValueError as error:
         raise UserError(f"features.weights: {error}") from error
-    reference = extract_features(
-        dataset.train_images,
-        extractor,
-        batch_size=features.batch_size,
-        device=device,
-        on_batch=lambda done, total: monitor.progress(done, total, "images"),
-    ).features
+    if isinstance(features, Pretrained) and features.reference:
+        reference, described = _published_reference(features, dataset, extractor, device, monitor)
+    else:
+        batches = feature_batches(
+            dataset.train_images,
+            extractor,
+            batch_size=features.batch_size,
+            device=device,
+            on_batch=lambda done, total: monitor.progress(done, total, "images"),
+        )
+        count = len(dataset.train_images)
+        reference = Reference.collect((batch[0] for batch in batches), count)
+        described = {"images": f"{count} training images", "sha256": dataset.sha256["train"]}
     facts = {
         "kind": features.kind,
         "extractor": extractor_name,
@@ -150,10 +157,31 @@ def features(seed: int, features: Features, prepare_dir: Path, out_dir: Path, mo
         "layer": NETWORKS[extractor_name].layer,
         "weights": weights.name,
         "sha256": file_digest(weights),
-        "reference_sha256": dataset.sha256["train"],
+        "data_sha256": dataset.sha256["train"],
+        "reference": described,
         **facts,
     }
-    write_feature_files(out_dir, facts, reference.numpy())
+    write_feature_files(out_dir, facts, reference)
+
+
+def _published_reference(
+    features: Pretrained, dataset: Dataset, extractor: nn.Module, device: torch.device, monitor: Monitor
+) -> tuple[Reference, dict[str, Any]]:
+    """Fetch published statistics and compare their shape with the features of one image."""
+    assert features.reference is not None, "the caller asks for a published reference alone"
+    dim = extract_features(dataset.train_images[:1], extractor, batch_size=1, device=device).features.shape[1]
+    with _fetched(features.reference, features.reference_sha256, monitor) as path:
+        if zipfile.is_zipfile(path):
+            refuse_zip_bomb(path)
+        try:
+            statistics = read_statistics(path)
+            if len(statistics.mu) != dim:
+                raise ValueError(f"statistics of {len(statistics.mu)} features, {features.extractor} has {dim}")
+        except ValueError as error:
+            raise UserError(f"features.reference={features.reference}: {error}") from error
+        name = features.reference.rpartition("/")[2]  # whatever folder or mirror it came from: the checksum tells it
+        described = {"images": f"published statistics, {name}", "sha256": file_digest(path)}
+    return Reference(statistics), described
 
 
 def _train(
@@ -197,9 +225,15 @@ def _place_weights(features: Pretrained, path: Path, monitor: Monitor) -> None:
     if features.weights is None:
         shutil.copyfile(_published_weights(features, monitor), path)
         return
+    with _fetched(features.weights, features.sha256, monitor) as found:
+        shutil.copyfile(found, path)
+
+
+@contextmanager
+def _fetched(uri: str, sha256: str | None, monitor: Monitor) -> Iterator[Path]:
+    """Yield the file at a path or address; downloads of a known checksum are kept."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = download_dir(features.sha256) if features.sha256 else Path(scratch)
-        shutil.copyfile(fetch(features.weights, folder, sha256=features.sha256, monitor=monitor), path)
+        yield fetch(uri, download_dir(sha256) if sha256 else Path(scratch), sha256=sha256, monitor=monitor)
 
 
 def _published_weights(features: Pretrained, monitor: Monitor) -> Path:

@@ -4,15 +4,19 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cm_core.model import ModelSpec, build_seeded, load_weights
 from cm_core.precond import Precond
-from cm_core.sampling import ImageNoise, euler_steps, multistep
+from cm_core.randomness import make_generator
+from cm_core.sampling import ImageNoise, euler_steps, flow_map_steps, multistep
 from cm_core.solvers import Denoiser
+from flows.data.dataset import Dataset
 
 ABSENT_FILE = "none.json"  # marks the teacher's folder of a recipe without teacher
+ORIGIN_FILE = "origin.json"  # the source of a model: of its first weights, or the checkpoint it was read from
 GRID_IMAGES = 64  # images per training grid
 
 
@@ -32,9 +36,10 @@ def to_device(model: Precond, device: torch.device) -> Precond:
     return model
 
 
-def write_origin(out_dir: Path, *, init_from: str, seed: int) -> None:
-    """Record the source of the student's initial weights, for `initial_student`."""
-    (out_dir / "origin.json").write_text(json.dumps({"init_from": init_from, "seed": seed}, indent=2) + "\n")
+def write_origin(out_dir: Path, *, method: str, init_from: str, seed: int) -> None:
+    """Record the student's method, and the source of its initial weights for `initial_student`."""
+    origin = {"method": method, "init_from": init_from, "seed": seed}
+    (out_dir / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n")
 
 
 def initial_student(spec: ModelSpec, *, init_from: str, seed: int, teacher_dir: Path) -> Precond:
@@ -46,7 +51,9 @@ def initial_student(spec: ModelSpec, *, init_from: str, seed: int, teacher_dir: 
 
 
 def few_step_sigmas(spec: ModelSpec, mid_sigmas: Sequence[float] = ()) -> list[float]:
-    """Return the student's noise levels: sigma_max and the given ones, or those of PD's Euler steps."""
+    """Return the student's noise levels: sigma_max and the given ones, or those that its training fixed."""
+    if spec.form == "generator":
+        return [spec.generator_sigma or spec.noise.sigma_max]
     if spec.form == "euler":
         return spec.noise.grid(spec.euler_steps + 1)[:-1].tolist()
     return [spec.noise.sigma_max, *mid_sigmas]
@@ -57,11 +64,45 @@ def few_steps(spec: ModelSpec, f: Denoiser, noise: ImageNoise, mid_sigmas: Seque
     sigmas = few_step_sigmas(spec, mid_sigmas)
     if spec.form == "euler":
         return euler_steps(f, noise, [*sigmas, spec.noise.sigma_min])
+    if spec.form == "average_velocity":
+        return flow_map_steps(f, noise, sigmas)
     return multistep(f, noise, sigmas, sigma_min=spec.boundary)
 
 
-def fixed_labels(spec: ModelSpec, indices: range, device: torch.device) -> torch.Tensor | None:
-    """Return class labels for sample indices, balanced over the classes; None for unconditional models."""
-    if spec.num_classes == 0:
+def ema_suffix(ema: int) -> str:
+    """Return the end of a row's name for an EMA by its place; none for the first."""
+    return f"_ema{ema}" if ema else ""
+
+
+def fixed_labels(
+    spec: ModelSpec, indices: range, seed: int, device: torch.device, counts: Sequence[int] | np.ndarray | None = None
+) -> torch.Tensor | None:
+    """Return class labels for sample indices; None for unconditional models.
+
+    `counts` are the images of each class in the data: labels are as frequent as those, without them all alike. Each run
+    of num_classes indices holds evenly spaced quantiles of the classes, in an order drawn from (seed, run), so that
+    neither a regular nor a random subset of the images prefers some classes. The quantiles of a run lie between those
+    of earlier runs: of n images, each class gets its share of n but for a few.
+    """
+    number = spec.num_classes
+    if number == 0:
         return None
-    return torch.tensor(indices, device=device) % spec.num_classes
+    shares = np.ones(number, int) if counts is None else np.asarray(counts)
+    edges = np.cumsum(shares) / shares.sum()
+    labels = []
+    for run in range(indices.start // number, -(-indices.stop // number)):
+        places = (np.arange(number) + _between(run)) / number
+        order = torch.randperm(number, generator=make_generator("cpu", seed, "labels", run))
+        labels.append(torch.from_numpy(np.searchsorted(edges, places, side="right"))[order])
+    return torch.cat(labels)[indices.start % number :][: len(indices)].to(device)
+
+
+def _between(run: int) -> float:
+    """Return term `run` of van der Corput's sequence from 1/2 on: 1/2, 1/4, 3/4, 1/8, 5/8, ..."""
+    return float(int(f"{run + 1:b}"[::-1], 2)) / 2 ** (run + 1).bit_length()
+
+
+def class_counts(dataset: Dataset) -> np.ndarray:
+    """Return the number of training images of each class, int64 [num_classes]."""
+    labels = dataset.train_labels
+    return np.bincount(labels[labels >= 0], minlength=dataset.num_classes)

@@ -5,13 +5,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from cm_core.model import ModelSpec, load_model
+from cm_core.formats.base import Hints, UnreadableCheckpoint
+from cm_core.formats.read import read_checkpoint
+from cm_core.model import ModelSpec, load_model, load_spec
 from cm_core.parallel import ranks
 from cm_core.parallel.graphs import with_cuda_graphs
 from cm_core.params import Params
@@ -19,12 +22,17 @@ from cm_core.precision import Precision, autocast_dtype, set_float32_products
 from cm_core.precond import Precond
 from cm_core.sampling import ImageNoise, TeacherSampler, check_levels
 from cm_core.tensors import from_pixels, to_pixels
+from cm_core.training.posthoc import FOLDER, WIDEST, rebuild
 from flows.data.dataset import Dataset, load_dataset
+from flows.data.new_array import new_array
 from flows.errors import UserError
 from flows.monitor import Monitor
 from flows.reports.figures import save_grid, save_rows
 from flows.stages.models import (
     ABSENT_FILE,
+    ORIGIN_FILE,
+    class_counts,
+    ema_suffix,
     few_step_sigmas,
     few_steps,
     fixed_labels,
@@ -32,11 +40,53 @@ from flows.stages.models import (
     pick_device,
     to_device,
 )
+from flows.stages.weights import locate
+from flows.storage.fetch import download_dir, is_local
 
 GRID_IMAGES = 100
 STRIP_SIGMAS = (0.2, 0.5, 1.0, 2.0, 5.0, 20.0, 80.0)  # from hardly visible to pure noise
 STRIP_IMAGES = 8
+STRIPS_FILE = "strips.png"
+LABELS = {
+    "data": "every class as often as among the training images, in a random order",
+    "uniform": "every class equally often, in a random order",
+}
+LABELS_FILE = "labels.npy"  # int64 [N], the classes of every row's images, of a conditional model
 ROUNDING = "uint8, x * 127.5 + 128, clipped"
+
+
+class WeakTeacher(Params):
+    """A checkpoint of a smaller or less trained teacher of the same images."""
+
+    weights: str | None = None
+    """The checkpoint: a path, s3:// or https:// address; empty: none."""
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    """Checksum it must have; of a local path it is recorded by itself."""
+
+    @model_validator(mode="after")
+    def _pinned(self) -> "WeakTeacher":
+        if self.weights and not self.sha256 and not is_local(self.weights):
+            raise ValueError(f"weights={self.weights} needs its sha256")
+        return self
+
+    def load(self, wanted: ModelSpec, device: torch.device, autocast: torch.dtype | None, m: Monitor) -> Precond | None:
+        """Return the denoiser, if there is one. Raises UserError unless it makes the teacher's images."""
+        if self.weights is None:
+            return None
+        into = download_dir(self.sha256) if self.sha256 else Path()
+        path, _ = locate(self.weights, into, self.sha256, m)
+        hints = Hints("denoiser", wanted.image_shape[1], getattr(wanted.network, "channels_per_head", None))
+        try:
+            found = read_checkpoint(path, hints)
+        except (UnreadableCheckpoint, ValueError) as error:
+            raise UserError(f"sample.weak_teacher.weights: {error}") from error
+        for key in ("form", "image_shape", "num_classes"):
+            theirs, ours = getattr(found.spec, key), getattr(wanted, key)
+            if theirs != ours:
+                raise UserError(f"sample.weak_teacher.weights: {key} is {theirs!r}, and the teacher's is {ours!r}")
+        model = found.spec.build(autocast=autocast)
+        model.load_state_dict(found.weights)
+        return _place(model.eval().requires_grad_(False), device)
 
 
 class Sample(Params):
@@ -44,18 +94,40 @@ class Sample(Params):
 
     num_images: int = Field(50_000, ge=1)
     """Images per row."""
+    labels: Literal["data", "uniform"] = "data"
+    """Classes of the images: as often as among the training images, or all equally often."""
     batch_size: int = Field(500, ge=1)
     """Images per batch; does not affect the images."""
     seed: int = Field(0, ge=0)
     """Image i is drawn from (seed, i), whatever the batch size."""
     mid_sigmas: tuple[tuple[float, ...], ...] = ((), (0.821,))
     """One row per entry: the noise levels after sigma_max; none is one-step sampling (iCT: 0.821 on CIFAR-10)."""
+    emas: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(None, min_length=1)
+    """EMAs of the weights that get rows, by their place in train.emas from 0; empty: every one. Names of rows of an EMA
+    after the first end in _ema1, _ema2, ..."""
+    widths: tuple[Annotated[float, Field(gt=0, lt=WIDEST)], ...] = ()
+    """Relative widths of averages of the student's weights that get rows, too, rebuilt from student.train.snapshots;
+    the report has a curve of FID over width. Names of their rows end in _width_0.08 and the like."""
     teacher_sampler: TeacherSampler = TeacherSampler()
     """Sampler of the teacher's row, if the recipe has a teacher."""
+    weak_teacher: WeakTeacher = WeakTeacher()
+    """A weaker teacher that guides it in place of the labels (autoguidance, 2406.02507)."""
     teacher_images: int | None = Field(None, ge=0)
-    """Images of the teacher's row; empty: as many as the others, 0: no such row."""
+    """Images of the teacher's row; empty: as many as the others, 0: no such row. FID grows as images get fewer: a row
+    of another number has it in its name and is no point of the same curve."""
     precision: Precision = "fp32"
     """Arithmetic of the network's body."""
+
+    @model_validator(mode="after")
+    def _guides(self) -> "Sample":
+        if self.weak_teacher.weights and self.teacher_sampler.guidance == 1:
+            raise ValueError("weak_teacher has no effect with teacher_sampler.guidance=1, which is none")
+        return self
+
+    @property
+    def label_guidance(self) -> float:
+        """The teacher's guidance by labels, which a weaker teacher replaces; 1: none."""
+        return 1.0 if self.weak_teacher.weights else self.teacher_sampler.guidance
 
 
 @dataclass(frozen=True)
@@ -64,9 +136,12 @@ class Row:
 
     name: str
     model: str
+    ema: int
+    width: float | None
     nfe: int
     sigmas: list[float]
     num_images: int
+    sampler: dict[str, Any]  # its settings
     draw: Callable[[ImageNoise, Tensor | None], Tensor]
 
 
@@ -77,19 +152,30 @@ def sample(
     device = pick_device()
     autocast = autocast_dtype(sample.precision)
     set_float32_products(sample.precision)
-    spec, f = _load(student_dir, device, autocast)
+    spec = load_spec(student_dir)
     _check_levels(sample, spec)
-    untrained = _untrained(spec, student_dir, teacher_dir, device, autocast)
-    rows = [*_student_rows(sample, spec, f), _student_row("untrained", "untrained", sample, spec, untrained)]
+    chosen = _chosen_emas(sample, student_dir).items()
+    students = {ema: _load(folder, device, autocast)[1] for ema, folder in chosen}
+    dataset = load_dataset(prepare_dir)
+    counts = class_counts(dataset) if spec.num_classes and sample.labels == "data" else None
+    rows = [row for ema, f in students.items() for row in _student_rows(sample, spec, f, ema)]
+    for width in sample.widths:
+        f = _place(load_rebuilt(student_dir, width, autocast=autocast)[1], device)
+        rows += _student_rows(sample, spec, f, 0, width)
+    if "init_from" in (origin := json.loads((student_dir / ORIGIN_FILE).read_text())):  # trained here
+        untrained = _untrained(spec, origin, teacher_dir, device, autocast)
+        rows.append(_student_row("untrained", "untrained", sample, spec, untrained))
     if not (teacher_dir / ABSENT_FILE).exists() and sample.teacher_images != 0:
-        rows.append(_teacher_row(sample, teacher_dir, device, autocast))
+        weak = sample.weak_teacher.load(load_spec(teacher_dir), device, autocast, monitor)
+        for ema, folder in _chosen_emas(sample, teacher_dir).items():
+            rows.append(_teacher_row(sample, *_load(folder, device, autocast), ema, weak))
     out_dir.mkdir(parents=True, exist_ok=True)
     total, done = sum(row.num_images for row in rows), 0
     for row in rows:
 
         def draw(indices: range, row: Row = row) -> Tensor:
             noise = ImageNoise(sample.seed, indices, spec.image_shape, device)
-            return row.draw(noise, fixed_labels(spec, indices, device))
+            return row.draw(noise, fixed_labels(spec, indices, sample.seed, device, counts))
 
         def progress(drawn: int, before: int = done) -> None:
             monitor.progress(before + drawn, total, "images")
@@ -101,15 +187,49 @@ def sample(
             save_grid(np.load(path, mmap_mode="r")[:GRID_IMAGES], grid)
             monitor.image(f"grid/{row.name}", grid, 0)
     if ranks.is_main():
-        _save_strips(spec, f, load_dataset(prepare_dir), device, out_dir / "strips.png")
+        labels = fixed_labels(spec, range(sample.num_images), sample.seed, torch.device("cpu"), counts)
+        if labels is not None:
+            np.save(out_dir / LABELS_FILE, labels.numpy())
+        if spec.form != "generator":  # which is trained at no other level
+            _save_strips(spec, next(iter(students.values())), dataset, device, out_dir / STRIPS_FILE)
         _write_index(sample, spec, rows, out_dir)
+
+
+def _chosen_emas(sample: Sample, model_dir: Path) -> dict[int, Path]:
+    """Return the folders of a model's EMAs that get rows, by place; a teacher may have fewer than the student."""
+    written = {0: model_dir} | {int(path.name.removeprefix("ema")): path for path in model_dir.glob("ema[0-9]*")}
+    return {ema: folder for ema, folder in sorted(written.items()) if sample.emas is None or ema in sample.emas}
 
 
 def _load(folder: Path, device: torch.device, autocast: torch.dtype | None) -> tuple[ModelSpec, Precond]:
     spec, model = load_model(folder, autocast=autocast)
+    return spec, _place(model, device)
+
+
+def load_rebuilt(
+    folder: Path, width: float, *, autocast: torch.dtype | None = None
+) -> tuple[ModelSpec, Precond, float]:
+    """Return a model with the average of its weights of relative width `width`, in eval mode, and the profile's error.
+
+    Raises UserError if the model has no snapshots, or they do not give such an average.
+    """
+    spec, model = load_model(folder, autocast=autocast)
+    try:
+        weights, error = rebuild(folder / FOLDER, width)
+    except FileNotFoundError as missing:
+        raise UserError(
+            f"{folder}: no snapshots of its weights ({missing.filename}); train it with train.snapshots"
+        ) from missing
+    except ValueError as refused:
+        raise UserError(f"{folder}: {refused}") from refused
+    model.load_state_dict(model.state_dict() | weights)
+    return spec, model, error
+
+
+def _place(model: Precond, device: torch.device) -> Precond:
     model = to_device(model, device)
     model.network_pass = with_cuda_graphs(model.net)
-    return spec, model
+    return model
 
 
 def _check_levels(sample: Sample, spec: ModelSpec) -> None:
@@ -120,46 +240,55 @@ def _check_levels(sample: Sample, spec: ModelSpec) -> None:
             raise UserError(f"sample.mid_sigmas: {error}") from error
 
 
-def _student_rows(sample: Sample, spec: ModelSpec, f: Precond) -> list[Row]:
+def _student_rows(sample: Sample, spec: ModelSpec, f: Precond, ema: int, width: float | None = None) -> list[Row]:
     rows: list[Row] = []
-    for mid in [()] if spec.form == "euler" else sample.mid_sigmas:  # training fixes PD's steps
+    suffix = ema_suffix(ema) if width is None else f"_width_{width:g}"
+    for mid in [()] if spec.fixed_steps else sample.mid_sigmas:
         name = f"nfe_{len(few_step_sigmas(spec, mid))}"
-        if any(row.name == name for row in rows):
+        if any(row.nfe == len(mid) + 1 for row in rows):
             name += "_at_" + "_".join(f"{sigma:g}" for sigma in mid)
-        rows.append(_student_row(name, "student", sample, spec, f, mid))
+        rows.append(_student_row(name + suffix, "student", sample, spec, f, mid, ema, width))
     return rows
 
 
 def _student_row(
-    name: str, model: str, sample: Sample, spec: ModelSpec, f: Precond, mid_sigmas: Sequence[float] = ()
+    name: str,
+    model: str,
+    sample: Sample,
+    spec: ModelSpec,
+    f: Precond,
+    mid_sigmas: Sequence[float] = (),
+    ema: int = 0,
+    width: float | None = None,
 ) -> Row:
     def draw(noise: ImageNoise, labels: Tensor | None) -> Tensor:
         return few_steps(spec, partial(f, labels=labels), noise, mid_sigmas)
 
     sigmas = few_step_sigmas(spec, mid_sigmas)
-    return Row(name, model, len(sigmas), sigmas, sample.num_images, draw)
+    sampler = {"kind": {"euler": "euler", "average_velocity": "flow_map"}.get(spec.form, "multistep")}
+    return Row(name, model, ema, width, len(sigmas), sigmas, sample.num_images, sampler, draw)
 
 
 def _untrained(
-    spec: ModelSpec, student_dir: Path, teacher_dir: Path, device: torch.device, autocast: torch.dtype | None
+    spec: ModelSpec, origin: dict[str, Any], teacher_dir: Path, device: torch.device, autocast: torch.dtype | None
 ) -> Precond:
-    origin = json.loads((student_dir / "origin.json").read_text())
-    f = to_device(initial_student(spec, **origin, teacher_dir=teacher_dir), device).eval().requires_grad_(False)
-    f.autocast = autocast
-    f.network_pass = with_cuda_graphs(f.net)
-    return f
+    first = initial_student(spec, init_from=origin["init_from"], seed=origin["seed"], teacher_dir=teacher_dir)
+    first.autocast = autocast
+    return _place(first.eval().requires_grad_(False), device)
 
 
-def _teacher_row(sample: Sample, teacher_dir: Path, device: torch.device, autocast: torch.dtype | None) -> Row:
-    spec, denoiser = _load(teacher_dir, device, autocast)
+def _teacher_row(sample: Sample, spec: ModelSpec, denoiser: Precond, ema: int, weak: Precond | None) -> Row:
     sampler = sample.teacher_sampler
     num_images = sample.num_images if sample.teacher_images is None else sample.teacher_images
 
     def draw(noise: ImageNoise, labels: Tensor | None) -> Tensor:
-        return sampler.sample(denoiser, noise, spec.noise, labels)
+        return sampler.sample(denoiser, noise, spec.noise, labels, weak=weak)
 
     sigmas = [*spec.noise.grid(sampler.num_steps).tolist(), 0.0]
-    return Row(f"teacher_nfe_{sampler.nfe}", "teacher", sampler.nfe, sigmas, num_images, draw)
+    apart = "" if num_images == sample.num_images else f"_of_{num_images}"  # FID depends on the number of images
+    name = f"teacher_nfe_{sampler.nfe}{apart}{ema_suffix(ema)}"
+    settings = sampler.model_dump(mode="json") | ({"weak_teacher": sample.weak_teacher.sha256} if weak else {})
+    return Row(name, "teacher", ema, None, sampler.nfe, sigmas, num_images, settings, draw)
 
 
 @torch.no_grad()
@@ -179,11 +308,11 @@ def write_images(
     channels, height, width = spec.image_shape
     shape = (num_images, height, width, channels)
     if ranks.is_main():
-        np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+        new_array(path, shape)
     ranks.wait_for_all()
     apart = ranks.agree(not path.exists())  # ranks of another node write their own files
     if not path.exists():
-        np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+        new_array(path, shape)
     images = np.lib.format.open_memmap(path, mode="r+")
     pending: tuple[range, Tensor, torch.cuda.Event | None] | None = None
     for start in range(0, num_images, batch_size)[ranks.rank() :: ranks.world_size()]:
@@ -241,20 +370,22 @@ def _save_strips(spec: ModelSpec, f: Precond, dataset: Dataset, device: torch.de
     rows = {split: pixels.cpu().numpy()}
     for sigma in STRIP_SIGMAS:
         x_t = x0 + sigma * eps
-        rows[f"noised to {sigma:g}"] = to_pixels(x_t / max(1.0, sigma)).cpu().numpy()
-        rows[f"f at {sigma:g}"] = to_pixels(f(x_t, torch.full((len(x0),), sigma, device=device), labels)).cpu().numpy()
+        rows[f"noised, sigma {sigma:g}"] = to_pixels(x_t / max(1.0, sigma)).cpu().numpy()
+        x0_hat = f(x_t, torch.full((len(x0),), sigma, device=device), labels)
+        rows[f"denoised, sigma {sigma:g}"] = to_pixels(x0_hat).cpu().numpy()
     save_rows(rows, path)
 
 
 def _write_index(sample: Sample, spec: ModelSpec, rows: list[Row], out_dir: Path) -> None:
-    facts = ("name", "model", "nfe", "sigmas", "num_images")
+    facts = ("name", "model", "ema", "width", "nfe", "sigmas", "num_images", "sampler")
     index = {
         "rows": [{key: getattr(row, key) for key in facts} | {"file": f"{row.name}.npy"} for row in rows],
         "seed": sample.seed,
         "rounding": ROUNDING,
         "precision": sample.precision,
-        "labels": "every class equally often" if spec.num_classes else "none",
+        "labels": LABELS[sample.labels] if spec.num_classes else "none",
         "grids": {row.name: f"{row.name}_grid.png" for row in rows},
-        "strips": "strips.png",
+        **({} if spec.form == "generator" else {"strips": STRIPS_FILE}),
+        **({"labels_file": LABELS_FILE} if spec.num_classes else {}),
     }
     (out_dir / "samples.json").write_text(json.dumps(index, indent=2) + "\n")

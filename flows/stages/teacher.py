@@ -8,32 +8,32 @@ import numpy as np
 import torch
 
 from cm_core.augment import LABEL_DIM
+from cm_core.methods.base import Models
 from cm_core.methods.edm import EDM
 from cm_core.model import ModelSpec, build_seeded
 from cm_core.networks import Network
 from cm_core.noise import Noise
-from cm_core.params import Params
 from cm_core.precond import Precond
 from cm_core.randomness import derive_seed
 from cm_core.sampling import ImageNoise, TeacherSampler
 from cm_core.tensors import to_pixels
 from cm_core.training.config import Train
-from cm_core.training.optimizers import Adam
+from cm_core.training.optimizers import Optimizer
 from cm_core.training.state import TrainState
 from cm_core.training.trainer import Trainer
-from cm_core.types import Models
 from flows.data.dataset import load_dataset
 from flows.monitor import Monitor
 from flows.stages.models import ABSENT_FILE, GRID_IMAGES, fixed_labels, pick_device
-from flows.stages.training import make_batches, place, run_training
+from flows.stages.training import build_weighting, make_batches, place, run_training
+from flows.stages.weights import Weights, write_imported
 
 
-class Teacher(Params):
-    """Training settings of the diffusion model."""
+class Teacher(Weights):
+    """Training settings of the diffusion model, or a checkpoint in place of a training."""
 
     method: EDM = EDM()
     """The training method."""
-    train: Train = Train(optimizer=Adam())
+    train: Train = Train(optimizer=Optimizer(kind="adam", learning_rate=1e-3))
     """Length, optimiser, EMAs, precision."""
     grid_sampler: TeacherSampler = TeacherSampler(num_steps=8)
     """Sampler of the grids drawn during training; few steps, because it interrupts the training."""
@@ -50,7 +50,7 @@ def teacher(
     state_dir: Path,
     monitor: Monitor,
 ) -> None:
-    """Train the teacher and write its EMA weights; for a recipe without teacher write a marker file."""
+    """Train or import the teacher and write its EMA weights; for a recipe without teacher write a marker file."""
     out_dir.mkdir(parents=True, exist_ok=True)
     if teacher is None:
         (out_dir / ABSENT_FILE).write_text(json.dumps({"teacher": None}) + "\n")
@@ -65,9 +65,14 @@ def teacher(
         num_classes=dataset.num_classes if conditional else 0,
         augment_dim=LABEL_DIM if teacher.method.augment else 0,
     )
+    if teacher.is_imported:
+        write_imported(teacher, "teacher", spec, out_dir, state_dir, monitor)
+        return
     batches = make_batches(dataset, teacher.train, conditional=conditional, seed=seed, device=device)
     model = place(build_seeded(spec, derive_seed(seed, "init"), autocast=teacher.train.autocast), device)
-    state, models = TrainState(model, teacher.train), Models(student=model, target=model)
+    weighting = build_weighting(teacher.method, seed, device)
+    state = TrainState(model, teacher.train, weighting=weighting)
+    models = Models(student=model, target=model, weighting=weighting)
     run_training(
         Trainer(state, teacher.method, models, batches, noise, seed),
         spec=spec,
@@ -85,4 +90,4 @@ def draw_samples(
     """Return the images of a training grid, with fixed noise, uint8 [N, H, W, C]."""
     indices = range(GRID_IMAGES)
     noise = ImageNoise(0, indices, spec.image_shape, device)
-    return to_pixels(sampler.sample(model, noise, spec.noise, fixed_labels(spec, indices, device))).cpu().numpy()
+    return to_pixels(sampler.sample(model, noise, spec.noise, fixed_labels(spec, indices, 0, device))).cpu().numpy()

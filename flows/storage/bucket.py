@@ -1,6 +1,7 @@
 """Objects below an s3:// address: atomic, verified by checksum on both ends, replaced conditionally by version."""
 
 import hashlib
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,11 +12,12 @@ from typing import Any
 
 from flows.errors import UserError
 from flows.storage.fetch import file_digest
-from flows.storage.s3 import list_objects, s3_address, s3_client, s3_errors
+from flows.storage.s3 import list_objects, s3_address, s3_client, s3_errors, sends_checksums
 
 PART = 8 * 2**20  # bytes; larger files are transferred in such parts, in parallel
 PART_WORKERS = 4
 TRIES = 2  # attempts to download an object whose bytes arrive damaged
+CONFLICT_PAUSES = (0.1, 0.5, 2.0)  # seconds between tries of a conditional request that met another one
 DELETED_AT_ONCE = 1000  # S3's limit
 
 OnBytes = Callable[[int], None]  # bytes transferred since the last call
@@ -93,6 +95,17 @@ class Bucket:
         with self._naming(key) as named:
             return self._conditional(lambda: self._client.put_object(**named, Body=data, **condition)["ETag"])
 
+    def put(self, key: str, data: bytes) -> None:
+        """Write a small object, whatever is there."""
+        with self._naming(key) as named:
+            self._client.put_object(**named, Body=data)
+
+    def move(self, key: str, to: str) -> None:
+        """Copy an object, whatever its size, to another key of this bucket, then delete it."""
+        with self._naming(key) as source, self._naming(to) as target:
+            self._client.copy(source, target["Bucket"], target["Key"])
+        self.remove([key])
+
     def remove_version(self, key: str, etag: str) -> bool:
         """Delete an object if it still has this version; return whether it was deleted."""
         with self._naming(key) as named:
@@ -100,21 +113,26 @@ class Bucket:
         return deleted is not None
 
     def _conditional(self, request: Callable[[], Any]) -> Any:
+        """Return the answer to a request, or None if its condition does not hold."""
         from botocore.exceptions import ClientError
 
-        try:
-            return request()
-        except ClientError as error:
-            if error.response["Error"]["Code"] in ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"):
-                return None
-            raise
+        for pause in (*CONFLICT_PAUSES, None):
+            try:
+                return request()
+            except ClientError as error:
+                code = error.response["Error"]["Code"]
+                if code in ("PreconditionFailed", "NoSuchKey"):
+                    return None
+                if code != "ConditionalRequestConflict" or pause is None:
+                    raise
+            time.sleep(pause)  # another request to the object was under way: whether the condition holds is not known
 
     def upload(self, path: Path, key: str, on_bytes: OnBytes = lambda count: None) -> None:
         """Upload a file, large ones in parallel parts, then compare its checksum. Raises WrongBytes.
 
         A store that computes SHA-256 rejects altered bytes itself; the comparison is for stores that do not.
         """
-        extra, config = {"ChecksumAlgorithm": "SHA256"}, _transfer()
+        extra, config = {"ChecksumAlgorithm": "SHA256"} if sends_checksums(self._client) else {}, _transfer()
         with self._naming(key) as named:
             with path.open("rb") as file:
                 self._client.upload_fileobj(

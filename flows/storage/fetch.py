@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from flows.errors import UserError
 from flows.monitor import Monitor
+from flows.storage.allowed import opener, refuse_foreign
 from flows.storage.s3 import S3_WORKERS, TIMEOUT, list_objects, public_uri, s3_address, s3_client, s3_errors
 
 CHUNK = 1 << 20  # bytes between progress reports
@@ -32,6 +33,7 @@ def fetch(
     checksums = {name: value.lower() for name, value in (("sha256", sha256), ("md5", md5)) if value}
     if is_local(uri):
         return _verified(uri, _existing_file(uri), checksums)
+    refuse_foreign(uri)
     path = into / _file_name(uri)
     if checksums and path.is_file() and all(file_digest(path, name) == sum for name, sum in checksums.items()):
         return path
@@ -56,6 +58,7 @@ def fetch_prefix(uri: str, into: Path, *, monitor: Monitor | None = None) -> Pat
 
     Raises UserError for an empty prefix, denied access, no network, or a key that points outside `into`.
     """
+    refuse_foreign(uri)
     bucket, prefix = s3_address(uri)
     prefix = prefix and prefix.rstrip("/") + "/"
     with s3_errors(uri):
@@ -85,9 +88,22 @@ def is_local(uri: str) -> bool:
 
 
 def local_path(uri: str) -> Path:
-    """Return the path that a local `uri` names, `~` expanded."""
-    if not uri.startswith("file://"):
-        return Path(uri).expanduser()
+    """Return the path that a local `uri` names, `~` expanded.
+
+    Raises UserError if the recipe may not read it, or nobody here can: no permission, an endless link, an endless name.
+    """
+    path = Path(uri).expanduser() if not uri.startswith("file://") else _path_of(uri)
+    refuse_foreign(path)
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # the caller's to say
+    except (OSError, ValueError) as error:
+        raise UserError(f"{uri}: cannot be read ({getattr(error, 'strerror', error)})") from error
+    return path
+
+
+def _path_of(uri: str) -> Path:
     parts = urlsplit(uri)
     if parts.netloc not in ("", "localhost"):
         raise UserError(f"{uri}: a file:// URL names a file of this machine: file:///absolute/path")
@@ -103,7 +119,7 @@ def _existing_file(uri: str) -> Path:
 
 def _file_name(uri: str) -> str:
     name = PurePosixPath(unquote(urlsplit(uri).path)).name
-    if not name:
+    if name in ("", ".."):
         raise UserError(f"{public_uri(uri)}: names no file")
     return name
 
@@ -139,7 +155,7 @@ def file_digest(path: Path, name: str = "sha256") -> str:
 def _download(uri: str, path: Path, monitor: Monitor) -> None:
     scheme = urlsplit(uri).scheme
     if scheme in ("http", "https"):
-        with _http_errors(uri), urllib.request.urlopen(_request(uri), timeout=TIMEOUT) as response:
+        with _http_errors(uri), opener().open(_request(uri), timeout=TIMEOUT) as response:
             size = response.headers.get("Content-Length")
             _copy(response, int(size) if size else None, path, monitor)
     elif scheme == "s3":

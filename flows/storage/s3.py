@@ -1,12 +1,15 @@
 """Clients, addresses and errors of S3."""
 
+import base64
+import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from flows.errors import UserError
 
+ADDRESS = re.compile(r"""[a-zA-Z][\w+.-]*://[^\s"'<>]+""")
 TIMEOUT = 30  # seconds without a response
 S3_WORKERS = 16  # objects of a prefix that are downloaded at once
 DENIED = "access denied; see AWS_PROFILE or AWS_ACCESS_KEY_ID, and the policy of the bucket"
@@ -27,10 +30,17 @@ S3_CAUSES = {
 
 def public_uri(uri: str) -> str:
     """Return `uri` without user, password and query, which may hold secrets."""
-    if not uri.startswith(("http://", "https://")):
+    scheme, separator, rest = uri.partition("://")
+    if not separator or scheme in ("s3", "file", "sqlite"):
         return uri
-    parts = urlsplit(uri)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    place = re.split("[?#]", rest, maxsplit=1)[0]
+    host, slash, path = place.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
+def public_text(text: str) -> str:
+    """Return `text` with every address in it as `public_uri` shows it."""
+    return ADDRESS.sub(lambda found: public_uri(found[0]), text)
 
 
 @contextmanager
@@ -73,7 +83,37 @@ def s3_client() -> Any:
         max_pool_connections=S3_WORKERS,
         signature_version=None if session.get_credentials() else UNSIGNED,
     )
-    return session.client("s3", config=config)
+    client = session.client("s3", config=config)
+    if not sends_checksums(client):
+        client.meta.events.register("before-call.s3.DeleteObjects", _prove_by_md5)
+    return client
+
+
+def sends_checksums(client: Any) -> bool:
+    """Whether requests may carry the checksum headers of 2022, which some stores refuse.
+
+    AWS_REQUEST_CHECKSUM_CALCULATION=when_required, or `request_checksum_calculation` of an AWS profile, forbids them.
+    """
+    return bool(client.meta.config.request_checksum_calculation != "when_required")
+
+
+def _prove_by_md5(params: Any, **_: Any) -> None:
+    """Send Content-MD5 with a request that must prove its body: all that stores without the new headers know."""
+    del params["context"]["checksum"]
+    digest = hashlib.md5(params["body"], usedforsecurity=False).digest()
+    params["headers"]["Content-MD5"] = base64.b64encode(digest).decode()
+
+
+def addressing_style() -> str | None:
+    """Return `addressing_style` of the AWS profile in force, `virtual` or `path`, if it names one."""
+    from botocore.exceptions import BotoCoreError
+    from botocore.session import Session
+
+    try:
+        section = Session().get_scoped_config().get("s3")
+    except BotoCoreError as error:
+        raise UserError(f"AWS's configuration files: {error}") from None
+    return section.get("addressing_style") if isinstance(section, dict) else None
 
 
 def list_objects(client: Any, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:

@@ -8,18 +8,17 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError, model_validator
 
 from cm_core.params import Params
 from flows.errors import UserError
-from flows.recipes.overrides import flatten, parse_override, read_yaml
-from flows.recipes.recipe import Recipe, vary
+from flows.recipes.files import SWEEPS_DIR, find_file
+from flows.recipes.recipe import Recipe, flatten, parse_override, read_yaml, vary, yaml_text
 
-SWEEPS_DIR = Path("params/sweeps")
 MEASURED_ALIKE = ("data", "features", "evaluate", "sample.num_images", "sample.seed", "sample.precision")
 
 
@@ -44,7 +43,7 @@ class SweepPage(Params):
         empty = [key for key, values in self.grid.items() if not values]
         if empty:
             raise ValueError(f"grid.{empty[0]} is an empty list")
-        if self.x is not None and not all(_is_number(value) for value in self.grid.get(self.x, [None])):
+        if self.x is not None and not all(type(value) in (int, float) for value in self.grid.get(self.x, [None])):
             raise ValueError(f"x={self.x}: must be a key of grid whose values are numbers")
         return self
 
@@ -76,35 +75,20 @@ class Sweep:
     points: tuple[Point, ...]
 
 
-def sweep_names(root: Path) -> list[str]:
-    """Return the names of the sweeps under `root`, sorted."""
-    return sorted(path.stem for path in (root / SWEEPS_DIR).glob("*.yaml"))
-
-
 def load_sweep(name: str, overrides: Sequence[str] = (), *, root: Path) -> Sweep:
     """Read a sweep by name or path; `key=value` overrides apply to its recipe, below its points.
 
     Raises UserError: one line with the file, the point, the key, the value and what is allowed.
     """
-    path = _page_path(name, root)
+    path = find_file(name, root / SWEEPS_DIR)
     page = _read_page(path)
     layers = [page.set, *(flatten(parse_override(override)) for override in overrides)]
     points = []
     for label, values in page.named_values():
         recipe = vary(page.recipe, [*layers, values], root=root, source=f"{path}: point {label}")
         points.append(Point(label, values, recipe))
-    _refuse_twins(path, points)
     _refuse_incomparable(path, points)
     return Sweep(path.stem, page.recipe, page.x, tuple(points))
-
-
-def _page_path(name: str, root: Path) -> Path:
-    if name.endswith((".yaml", ".yml")):
-        return Path(name)
-    path = root / SWEEPS_DIR / f"{name}.yaml"
-    if not path.exists():
-        raise UserError(f"no sweep {name!r}; there are {', '.join(sweep_names(root))}, or give a path to a .yaml file")
-    return path
 
 
 def _read_page(path: Path) -> SweepPage:
@@ -118,32 +102,19 @@ def _read_page(path: Path) -> SweepPage:
         raise UserError(f"{path}: {f'{key}: ' if key else ''}{reason}") from None
 
 
-def _refuse_twins(path: Path, points: Sequence[Point]) -> None:
+def _refuse_incomparable(path: Path, points: Sequence[Point]) -> None:
+    """Refuse equal points, and points that are not measured alike."""
     for one, other in itertools.combinations(points, 2):
         if one.recipe == other.recipe:
             raise UserError(f"{path}: the points {one.name} and {other.name} are the same")
-
-
-def _refuse_incomparable(path: Path, points: Sequence[Point]) -> None:
     first, *others = points
     for other in others:
         for key in MEASURED_ALIKE + (("seed",) if first.recipe.features.kind == "classifier" else ()):
-            if _value(first.recipe, key) != _value(other.recipe, key):
+            if attrgetter(key)(first.recipe) != attrgetter(key)(other.recipe):
                 raise UserError(
                     f"{path}: the points {first.name} and {other.name} differ in {key}, which decides what the "
                     f"metrics say; all points of a sweep are measured alike"
                 )
-
-
-def _value(recipe: Recipe, key: str) -> Any:
-    value: Any = recipe
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def describe_values(values: Mapping[str, Any]) -> str:
@@ -157,4 +128,4 @@ def value_text(value: Any) -> str:
     """Return a value in short form: a section's kind, else one line of YAML."""
     if isinstance(value, Mapping) and "kind" in value:
         return str(value["kind"])
-    return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).splitlines()[0]
+    return yaml_text(value)

@@ -1,11 +1,11 @@
 """Results of a sweep: one table with floor and ceiling and every point at every number of network calls; plots."""
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.reports.figures import save_bars, save_lines
+from flows.reports.charts import save_bars, save_lines
 from flows.reports.metrics_table import Metrics, Rows, by_row
 from flows.sweeps.page import Point, Sweep, describe_values, value_text
 
@@ -39,7 +39,8 @@ def calibrations(outcomes: Sequence[Outcome]) -> Rows:
     for outcome in outcomes:
         for name, row in outcome.rows.items():
             if not name.startswith("nfe_"):
-                same = found.setdefault(_calibration_label(name, outcome.point), {})
+                teachers = name == "untrained" and outcome.point.recipe.student.initial_weights == "teacher"
+                same = found.setdefault(f"{name} (the teacher's weights)" if teachers else name, {})
                 if row not in same.values():
                     same[outcome.point.name] = row
     order = sorted(found, key=lambda label: next(i for i, word in enumerate(ORDER) if label.startswith(word)))
@@ -48,11 +49,6 @@ def calibrations(outcomes: Sequence[Outcome]) -> Rows:
         for label in order
         for point, row in found[label].items()
     }
-
-
-def _calibration_label(name: str, point: Point) -> str:
-    from_teacher = name == "untrained" and point.recipe.student.initial_weights == "teacher"
-    return f"{name} (the teacher's weights)" if from_teacher else name
 
 
 def table(outcomes: Sequence[Outcome]) -> Rows:
@@ -70,9 +66,8 @@ def write_report(sweep: Sweep, outcomes: Sequence[Outcome], folder: Path) -> lis
     """Write the table as CSV and the plots as PNG into `folder`; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     write_table(outcomes, folder / TABLE_FILE)
-    if sweep.x:
-        return [folder / TABLE_FILE, *_plot_lines(sweep, sweep.x, outcomes, folder)]
-    return [folder / TABLE_FILE, _plot_bars(sweep, outcomes, folder / "fid.png")]
+    plots = _plot_lines(sweep, sweep.x, outcomes, folder) if sweep.x else _plot_bars(sweep, outcomes, folder)
+    return [folder / TABLE_FILE, *plots]
 
 
 def write_table(outcomes: Sequence[Outcome], path: Path) -> None:
@@ -95,20 +90,20 @@ def _levels(outcomes: Sequence[Outcome]) -> dict[str, float]:
     return {name: row["fid"] for name, row in calibrations(outcomes).items() if name.startswith(("real", "untrained"))}
 
 
-def _plot_bars(sweep: Sweep, outcomes: Sequence[Outcome], path: Path) -> Path:
+def _plot_bars(sweep: Sweep, outcomes: Sequence[Outcome], folder: Path) -> list[Path]:
     series: dict[str, dict[str, float]] = {}
     for outcome in outcomes:
         for name, row in outcome.students().items():
             series.setdefault(name, {})[outcome.point.name] = row["fid"]
     save_bars(
         series,
-        path,
+        folder / "fid.png",
         categories=[outcome.point.name for outcome in outcomes],
         xlabel=f"FID ({network_of(outcomes)})",
         title=sweep.name,
         levels=_levels(outcomes),
     )
-    return path
+    return [folder / "fid.png"]
 
 
 def _plot_lines(sweep: Sweep, x: str, outcomes: Sequence[Outcome], folder: Path) -> list[Path]:
@@ -119,27 +114,16 @@ def _plot_lines(sweep: Sweep, x: str, outcomes: Sequence[Outcome], folder: Path)
         for name, row in outcome.students().items():
             line = pictures.setdefault(name, {}).setdefault(describe_values(others) or name, [])
             line.append((outcome.point.values[x], row["fid"]))
-    return [_plot_line(sweep, x, outcomes, name, lines, folder) for name, lines in pictures.items()]
-
-
-def _plot_line(
-    sweep: Sweep,
-    x: str,
-    outcomes: Sequence[Outcome],
-    name: str,
-    lines: Mapping[str, Sequence[tuple[float, float]]],
-    folder: Path,
-) -> Path:
-    path = folder / f"fid_{name}.png"
-    save_lines(
-        {label: tuple(zip(*sorted(points), strict=True)) for label, points in lines.items()},
-        path,
-        xlabel=x.rpartition(".")[2],
-        ylabel=f"FID ({network_of(outcomes)})",
-        title=f"{sweep.name}, {name}",
-        markers=True,
-        log_x=True,
-        log_y=min(fid for points in lines.values() for _, fid in points) > 0,
-        levels=_levels(outcomes),
-    )
-    return path
+    for name, lines in pictures.items():
+        save_lines(
+            {label: tuple(zip(*sorted(points), strict=True)) for label, points in lines.items()},
+            folder / f"fid_{name}.png",
+            xlabel=x.rpartition(".")[2],
+            ylabel=f"FID ({network_of(outcomes)})",
+            title=f"{sweep.name}, {name}",
+            markers=True,
+            log_x=True,
+            log_y=min(fid for points in lines.values() for _, fid in points) > 0,
+            levels=_levels(outcomes),
+        )
+    return [folder / f"fid_{name}.png" for name in pictures]

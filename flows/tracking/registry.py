@@ -6,14 +6,17 @@ protocols are never compared.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from flows.errors import UserError
+from flows.reports.metrics_table import STUDENT, by_row, of_student, renamed
 from flows.settings import Settings
-from flows.tracking.tracker import Tracker, all_pages, student_numbers
+from flows.tracking.run_queries import FEATURES
+from flows.tracking.tracker import Tracker, all_pages
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -35,20 +38,23 @@ class Rule:
     def in_force(cls) -> "Rule":
         """Read the rule from CM_CHAMPION_METRIC, else use the default. Raises UserError for an unknown metric."""
         text = Settings.read().champion_metric
-        metric, _, row = text.partition("/")
-        if metric not in LARGER_IS_BETTER or not row.startswith("nfe_"):
-            allowed = f"{'|'.join(LARGER_IS_BETTER)}/nfe_N, such as {Settings.champion_metric}"
+        row, _, metric = text.partition("/")
+        if metric not in LARGER_IS_BETTER or not row.startswith(STUDENT):
+            allowed = f"nfe_N/{'|'.join(LARGER_IS_BETTER)}, such as {Settings.champion_metric}"
             raise UserError(f"CM_CHAMPION_METRIC={text}: expected {allowed}")
         return cls(metric, row)
 
-    def cost(self, version: "Version") -> float | None:
-        """Return a number that is smaller for a better version; None if the metric is missing."""
-        found = [value for key, value in version.numbers.items() if self._is_key(key)]
-        return None if not found else -found[0] if LARGER_IS_BETTER[self.metric] else found[0]
+    @property
+    def key(self) -> str:
+        """The metric's key, such as nfe_1/fid."""
+        return f"{self.row}/{self.metric}"
 
-    def _is_key(self, key: str) -> bool:
-        name, _, row = key.partition("/")
-        return name.startswith(f"{self.metric}_") and row == self.row
+    def cost(self, version: "Version") -> float:
+        """Return a number that is smaller for a better version; infinite if the metric is missing."""
+        value = version.numbers.get(self.key)
+        if value is None:
+            return math.inf
+        return -value if LARGER_IS_BETTER[self.metric] else value
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class Version:
     def read(cls, found: "ModelVersion") -> "Version":
         """Read one of MLflow's versions; a version registered by other software has no metrics."""
         tags = dict(found.tags)
-        numbers = {key: float(text) for key, text in tags.items() if "/nfe_" in key}
+        numbers = renamed({key: float(text) for key, text in tags.items() if "/" in key and STUDENT in key})
         data, protocol = tags.get(DATA_TAG, ""), tags.get(PROTOCOL_TAG, "")
         return cls(int(found.version), data, protocol, numbers, tags.get(MODEL_TAG), tags)
 
@@ -95,17 +101,13 @@ class Registered:
 
         The reigning version is the promoted one, else the first. Depends only on the registry, so all callers agree.
         """
-        scored = [version for version in self.versions.values() if rule.cost(version) is not None]
+        scored = [version for version in self.versions.values() if rule.cost(version) < math.inf]
         base = self.versions.get(self.promoted or 0) or min(scored, key=lambda version: version.number, default=None)
         if base is None:
             return None
         after = self.promoted_among if base.number == self.promoted else 0
         rivals = [version for version in scored if version.number > after and version.is_comparable_with(base)]
-        return min([base, *rivals], key=lambda version: (_or_infinite(rule.cost(version)), version.number))
-
-
-def _or_infinite(cost: float | None) -> float:
-    return float("inf") if cost is None else cost
+        return min([base, *rivals], key=lambda version: (rule.cost(version), version.number))
 
 
 class Registry:
@@ -114,17 +116,19 @@ class Registry:
     def __init__(self, tracker: Tracker) -> None:
         self._client, self._rule = tracker.client, Rule.in_force()
 
-    def register(self, name: str, model_id: str, numbers: Mapping[str, float], tags: Mapping[str, str]) -> Version:
+    def register(
+        self, name: str, model_id: str, numbers: Mapping[str, float], tags: Mapping[str, str], description: str = ""
+    ) -> Version:
         """Register a measured model, unless it is registered already; then update `candidate` and `champion`.
 
-        `tags` hold at least the data version and the protocol.
+        `tags` hold at least the data version and the protocol; `description` is markdown.
         """
         self._create(name)
         known = (version for version in self.read(name).versions.values() if version.model_id == model_id)
         same = (
             version for version in known if (version.data, version.protocol) == (tags[DATA_TAG], tags[PROTOCOL_TAG])
         )
-        version = next(same, None) or self._add(name, model_id, numbers, tags)
+        version = next(same, None) or self._add(name, model_id, numbers, tags, description)
         self._settle(name)
         return version
 
@@ -137,12 +141,19 @@ class Registry:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
 
-    def _add(self, name: str, model_id: str, numbers: Mapping[str, float], tags: Mapping[str, str]) -> Version:
+    def _add(
+        self, name: str, model_id: str, numbers: Mapping[str, float], tags: Mapping[str, str], description: str
+    ) -> Version:
         texts = {key: repr(value) for key, value in numbers.items()}
         everything = {**tags, **texts, MODEL_TAG: model_id}  # a search does not return a version's model_id
         source, at_once = f"models:/{model_id}", 0  # a version in a database is ready at once
         found = self._client.create_model_version(
-            name, source, tags=everything, model_id=model_id, await_creation_for=at_once
+            name,
+            source,
+            tags=everything,
+            model_id=model_id,
+            description=description,
+            await_creation_for=at_once,
         )
         return Version.read(found)
 
@@ -155,7 +166,10 @@ class Registry:
 
         while True:
             registered = self.read(name)
-            wanted = {CANDIDATE: max(registered.versions), **self._due_champion(registered)}
+            wanted = {CANDIDATE: max(registered.versions)}
+            rightful, reigning = registered.rightful_champion(self._rule), registered.champion
+            if rightful and (reigning is None or reigning.is_comparable_with(rightful)):
+                wanted[CHAMPION] = rightful.number
             moves = {alias: number for alias, number in wanted.items() if registered.aliases.get(alias) != number}
             if not moves:
                 return
@@ -165,12 +179,6 @@ class Registry:
             except MlflowException:  # the database refuses one of two concurrent creations of an alias
                 if self.read(name).aliases == registered.aliases:
                     raise
-
-    def _due_champion(self, registered: Registered) -> dict[str, int]:
-        rightful, reigning = registered.rightful_champion(self._rule), registered.champion
-        if rightful is None or (reigning and not reigning.is_comparable_with(rightful)):
-            return {}
-        return {CHAMPION: rightful.number}
 
     def promote(self, name: str, number: int, *, force: bool) -> None:
         """Make a version the champion; with `force` also a worse or incomparable one.
@@ -196,9 +204,9 @@ class Registry:
                 f"{label} was measured on other data or by another protocol than the champion, version "
                 f"{champion.number}; --force promotes it all the same"
             )
-        costs, key = (self._rule.cost(version), self._rule.cost(champion)), f"{self._rule.metric} {self._rule.row}"
-        if _or_infinite(costs[0]) > _or_infinite(costs[1]):
-            numbers = ["not measured" if cost is None else f"{abs(cost):.4g}" for cost in costs]
+        costs, key = (self._rule.cost(version), self._rule.cost(champion)), self._rule.key
+        if costs[0] > costs[1]:
+            numbers = ["not measured" if cost == math.inf else f"{abs(cost):.4g}" for cost in costs]
             raise UserError(
                 f"{label} is worse than the champion, version {champion.number}: {key} {numbers[0]} against "
                 f"{numbers[1]}; --force promotes it all the same"
@@ -232,6 +240,12 @@ def model_name(dataset: str) -> str:
     return f"cm-{re.sub(r'[^A-Za-z0-9_-]+', '-', dataset).strip('-')}"
 
 
+def champion_of(tracker: Tracker, dataset: str) -> int | None:
+    """Return the version of a data set's champion, None before the first."""
+    registry, name = Registry(tracker), model_name(dataset)
+    return registry.read(name).aliases.get(CHAMPION) if name in registry.names() else None
+
+
 def protocol_digest(protocol: Mapping[str, Any]) -> str:
     """Return a digest of the parts of protocol.json that make two students' metrics comparable."""
     settings = {key: value for key, value in protocol["settings"].items() if key != "batch_size"}
@@ -250,8 +264,9 @@ def register_student(
     protocol: Mapping[str, Any],
     metrics: Mapping[str, Any],
     tags: Mapping[str, str],
+    description: str = "",
 ) -> tuple[str, Version]:
     """Register the student of a measured run; return the registered model's name and version."""
     name = model_name(dataset)
-    measured = {DATA_TAG: data_version, PROTOCOL_TAG: protocol_digest(protocol)}
-    return name, Registry(tracker).register(name, model_id, student_numbers(metrics), {**tags, **measured})
+    measured = {DATA_TAG: data_version, PROTOCOL_TAG: protocol_digest(protocol), FEATURES: by_row(metrics)[0]}
+    return name, Registry(tracker).register(name, model_id, of_student(metrics), {**tags, **measured}, description)

@@ -7,21 +7,25 @@ where a plain `mlflow ui` shows it. The DVC hash of a stage's outputs identifies
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from flows.errors import UserError
+from flows.storage.s3 import addressing_style, public_text
+from flows.tracking.database import check_database, make_database
+from flows.tracking.gpu_usage import summed
+from flows.tracking.run_queries import PIPELINES, RESULT
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
     from flows.recipes.recipe import Recipe
 
 EXPERIMENT = "consistency-models"
+PARENT_TAG = "mlflow.parentRunId"
 MODEL_NAME, MODEL_FILES = "student", ("ema.safetensors", "model.json")
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -31,7 +35,23 @@ SETTINGS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout is for --json
 }
-MOST_PARAMS = 100  # per request, MLflow's limit
+MOST_PARAMS, MOST_METRICS = 100, 1000  # per request, MLflow's limits
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow's pages open their view for language models
+COLOUR = "mlflow.runColor"  # of a run in MLflow's charts; by itself MLflow draws it at random, from similar ones
+COLOURS = (
+    "#4269d0",
+    "#e8710a",
+    "#2ca02c",
+    "#d62728",
+    "#9467bd",
+    "#17a2b8",
+    "#8c564b",
+    "#e377c2",
+    "#7f7f7f",
+    "#bcbd22",
+)  # as many as MLflow's charts show at first
+FIRST_TAGS = (RESULT, "recipe", "stage")  # MLflow's pages keep the order
+LINEAGE = "lineage.json"  # the artifact with data versions by path, which people rarely read
 SMALL = 5 * 2**20  # bytes; larger files stay in DVC and are not copied to MLflow
 SHOWN = {".png", ".json", ".jsonl", ".csv", ".html", ".patch"}
 
@@ -46,25 +66,72 @@ class Tracker:
 
         for noisy in ("alembic", "mlflow.store.db.utils"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
+        if style := addressing_style():  # which its S3 client would overrule
+            os.environ.setdefault("MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE", style)
         given = os.environ.get("MLFLOW_TRACKING_URI")
         self.uri = given or f"sqlite:///{shared_root / 'mlflow.db'}"
         mlflow.set_tracking_uri(self.uri)
         if given is None:  # MLflow writes its own choice into the environment, where only the user's belongs
             os.environ.pop("MLFLOW_TRACKING_URI", None)
-        self.client: MlflowClient = mlflow.MlflowClient(self.uri)
-        self.experiment_id = self._open_experiment(None if given else (shared_root / "mlruns").as_uri())
+        check_database(self.uri)
+        make_database(self.uri)
+        artifacts = None if given else (shared_root / "mlruns").as_uri()
+        if artifacts:  # of MLflow's experiment "Default", whose folder it writes into SQL as it is: no quotes in a URI
+            os.environ["_MLFLOW_SERVER_ARTIFACT_ROOT"] = artifacts
+        self.experiment_id = self._open_experiment(artifacts)
 
     def _open_experiment(self, artifacts: str | None) -> str:
+        from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+        name = experiment_name()
         try:
+            self.client: MlflowClient = MlflowClient(self.uri)
             found = self.client.get_experiment_by_name(name)
-            return found.experiment_id if found else self.client.create_experiment(name, artifact_location=artifacts)
+            if found is None:
+                return self.client.create_experiment(name, artifact_location=artifacts, tags=KIND)
+            with suppress(MlflowException):  # a user who may only read need not
+                for key in KIND.keys() - found.tags.keys():  # one that an earlier version created
+                    self.client.set_experiment_tag(found.experiment_id, key, KIND[key])
+            return found.experiment_id
         except MlflowException as error:
             if error.error_code == "RESOURCE_ALREADY_EXISTS":  # another process was faster
                 return self.client.get_experiment_by_name(name).experiment_id  # type: ignore[union-attr]  # it exists
-            raise UserError(f"MLflow at {self.uri}: {' '.join(str(error).split())[:300]}") from error
+            raise UserError(public_text(f"MLflow at {self.uri}: {' '.join(str(error).split())[:300]}")) from error
+
+    def start_run(
+        self, name: str, tags: Mapping[str, str], *, command: str, parent_run_id: str | None, since: int | None = None
+    ) -> str:
+        """Open a run below its parent, if there is one, and return its id; `since` is its start, ms, if not now."""
+        own = {"mlflow.source.name": command}  # MLflow by itself would name the installed script
+        if "git.revision" in tags:
+            own["mlflow.source.git.commit"] = tags["git.revision"]
+        if parent_run_id:
+            own[PARENT_TAG] = parent_run_id
+        everything = {**{key: tags[key] for key in FIRST_TAGS if key in tags}, **tags, **own}
+        return self.client.create_run(self.experiment_id, since, everything, run_name=name).info.run_id
+
+    def end_run(self, run_id: str, error: BaseException | None) -> None:
+        """Close a run that ended with this error or none."""
+        if error:
+            self.set_tags(run_id, {"error": public_text(f"{type(error).__name__}: {error}")[:500]})
+        status = "FINISHED" if error is None else "FAILED" if isinstance(error, Exception) else "KILLED"
+        self.client.set_terminated(run_id, status)
+
+    def kill_runs(self, tag: str, value: str) -> None:
+        """Mark the running runs with this tag, whose processes are gone, as killed."""
+        query = f"tags.`{tag}` = '{value}' and attributes.status = 'RUNNING'"
+        for lost in self.client.search_runs([self.experiment_id], query):
+            self.book_usage(lost.info.run_id)
+            self.client.set_terminated(lost.info.run_id, "KILLED")
+
+    def book_usage(self, run_id: str) -> dict[str, float]:
+        """Log to a run the sums of GPU-hours and energy of the runs below it, if there are some; return them."""
+        query = f"tags.`mlflow.parentRunId` = '{run_id}'"
+        below = all_pages(self.client.search_runs, [self.experiment_id], query)
+        if usage := summed([run.data.metrics for run in below]):
+            self.log_numbers(run_id, usage)
+        return usage
 
     def find_stage_run(self, stage: str, data_version: str) -> str | None:
         """Return the id of the newest run of `stage` that produced this data version."""
@@ -80,7 +147,7 @@ class Tracker:
         registered = all_pages(self.client.search_model_versions)
         runs += [self.client.get_run(one.run_id) for one in registered if one.run_id]  # including deleted runs
         tags = [run.data.tags for run in runs] + [model.tags for model in models]
-        return {value for one in tags for key, value in one.items() if key.startswith("dvc.")}
+        return {md5 for one in tags for key, value in one.items() if key.startswith("dvc.") for md5 in value.split()}
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags of a run."""
@@ -98,12 +165,50 @@ class Tracker:
         metrics = [Metric(key, value, now, step, model_id=model_id) for key, value in values.items()]
         self.client.log_batch(run_id, metrics)
 
+    def log_curves(self, run_id: str, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+        """Log curves, {key: [(step, value)]}, MOST_METRICS points a request."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        points = [Metric(key, value, now, step) for key, curve in curves.items() for step, value in curve]
+        for start in range(0, len(points), MOST_METRICS):
+            self.client.log_batch(run_id, points[start : start + MOST_METRICS])
+
+    def missing(
+        self, run_id: str, curves: Mapping[str, Sequence[tuple[int, float]]]
+    ) -> dict[str, list[tuple[int, float]]]:
+        """Return the points of curves at steps that the run does not have."""
+        known = {key: {one.step for one in self.client.get_metric_history(run_id, key)} for key in curves}
+        return {
+            key: [(step, value) for step, value in curve if step not in known[key]] for key, curve in curves.items()
+        }
+
+    def free_colour(self) -> str:
+        """Return the colour for a new pipeline run: the one that the newest of them have not had for longest."""
+        newest = self.client.search_runs([self.experiment_id], PIPELINES, max_results=len(COLOURS))
+        used = [run.data.tags.get(COLOUR) for run in newest]
+        return max(COLOURS, key=lambda colour: used.index(colour) if colour in used else len(used))
+
+    def log_lineage(self, run_id: str, lineage: Mapping[str, Any]) -> None:
+        """Log what a run was made from and has made, by data version, as LINEAGE."""
+        self.client.log_text(run_id, json.dumps(lineage, indent=2) + "\n", LINEAGE)
+
+    def read_lineage(self, run_id: str) -> dict[str, Any]:
+        """Return what `log_lineage` has logged of a run; empty if it did not come so far."""
+        if LINEAGE not in {file.path for file in self.client.list_artifacts(run_id)}:
+            return {}
+        with TemporaryDirectory() as scratch:
+            found: dict[str, Any] = json.loads(
+                Path(self.client.download_artifacts(run_id, LINEAGE, scratch)).read_text()
+            )
+        return found
+
     def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
-        """Log flattened params; non-strings as JSON."""
+        """Log flattened params; non-strings as JSON, addresses without what may be secret."""
         from mlflow.entities import Param
 
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in params.items()}
-        entities = [Param(key, text) for key, text in texts.items()]
+        entities = [Param(key, public_text(text)) for key, text in texts.items()]
         for start in range(0, len(entities), MOST_PARAMS):
             self.client.log_batch(run_id, params=entities[start : start + MOST_PARAMS])
 
@@ -119,49 +224,42 @@ class Tracker:
         self.client.log_inputs(run_id, [DatasetInput(dataset, tags)])
 
     def log_files(self, run_id: str, files: Mapping[str, Path]) -> None:
-        """Copy files to a run's artifacts, keyed by artifact path."""
-        with _folder_of(files) as folder:
+        """Copy files to a run's artifacts, keyed by artifact path; objects of a cache are named by hash."""
+        with TemporaryDirectory() as folder:
+            for name, path in files.items():
+                (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+                (Path(folder) / name).symlink_to(path.resolve())
             self.client.log_artifacts(run_id, folder)
 
-    def student_model(
-        self,
-        run_id: str,
-        files: Mapping[str, Path],
-        data_version: str,
-        params: Mapping[str, Any],
-        mid_sigmas: Sequence[Sequence[float]] = (),
-    ) -> str:
-        """Return the id of the logged model with this data version; log `files` {name: path} if there is none.
+    def log_student(self, run_id: str, recipe: "Recipe", files: Mapping[str, Path], data_version: str) -> str:
+        """Log a student, `files` {name: path}, unless it is logged; list it among the run's outputs; return its id."""
+        model_id = self.find_student(data_version) or self._add_student(run_id, recipe, files, data_version)
+        self.link_model(run_id, model_id)
+        return model_id
 
-        `mid_sigmas` are the sampling levels of its recipe.
-        """
+    def find_student(self, data_version: str) -> str | None:
+        """Return the id of the logged student with this data version."""
+        query = f"tags.`dvc.out` = '{data_version}'"
+        known = self.client.search_logged_models([self.experiment_id], query)
+        # Its status is no part of the query: the store keeps a number.
+        return next((model.model_id for model in known if model.status == "READY"), None)
+
+    def _add_student(self, run_id: str, recipe: "Recipe", files: Mapping[str, Path], data_version: str) -> str:
         from flows.inference.package import packaged_student
+        from flows.recipes.recipe import flatten
 
-        query = f"name = '{MODEL_NAME}' and tags.`dvc.out` = '{data_version}'"
-        for known in self.client.search_logged_models([self.experiment_id], query):
-            if known.status == "READY":  # cannot be filtered by query: the store keeps a number
-                return known.model_id
+        method = flatten({"method": recipe.student.method.model_dump(mode="json")})
+        params, tags = {key: str(value) for key, value in method.items()}, {"dvc.out": data_version}
+        recipe_name = self.client.get_run(run_id).data.tags.get("recipe", "")
+        name = model_label(stage_title(recipe_name, MODEL_NAME))
         model = self.client.create_logged_model(
-            self.experiment_id,
-            MODEL_NAME,
-            source_run_id=run_id,
-            tags={"dvc.out": data_version},
-            params={key: str(value) for key, value in params.items()},
+            self.experiment_id, name, source_run_id=run_id, tags=tags, params=params
         )
         weights = {name: files[name] for name in MODEL_FILES}
-        with packaged_student(weights, mid_sigmas, model.model_id) as folder:
+        with packaged_student(weights, recipe.sample.mid_sigmas, model.model_id) as folder:
             self.client.log_model_artifacts(model.model_id, str(folder))
         self.client.finalize_logged_model(model.model_id, "READY")
         return model.model_id
-
-    def log_student(self, run_id: str, recipe: "Recipe", weights: Mapping[str, Path], data_version: str) -> str:
-        """Log a student's weights, {name: path}, unless they are logged, and list the model among a run's outputs."""
-        from flows.recipes.overrides import flatten
-
-        method = flatten({"method": recipe.student.method.model_dump(mode="json")})
-        model_id = self.student_model(run_id, weights, data_version, method, recipe.sample.mid_sigmas)
-        self.link_model(run_id, model_id)
-        return model_id
 
     def link_model(self, run_id: str, model_id: str) -> None:
         """List a model among a run's outputs, once."""
@@ -170,6 +268,11 @@ class Tracker:
         outputs = self.client.get_run(run_id).outputs
         if model_id not in [output.model_id for output in (outputs.model_outputs if outputs else ())]:
             self.client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+
+
+def experiment_name() -> str:
+    """Return the name of the experiment that holds all runs."""
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
 
 
 def all_pages(search: Callable[..., Any], *arguments: Any, **query: Any) -> Iterator[Any]:
@@ -181,16 +284,6 @@ def all_pages(search: Callable[..., Any], *arguments: Any, **query: Any) -> Iter
         token = page.token
         if not token:
             return
-
-
-@contextmanager
-def _folder_of(files: Mapping[str, Path]) -> Iterator[str]:
-    """Yield a folder with the files under their names: objects of a cache are named by hash."""
-    with TemporaryDirectory() as folder:
-        for name, path in files.items():
-            (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
-            (Path(folder) / name).symlink_to(path.resolve())
-        yield folder
 
 
 def fetch_student(model_uri: str, shared_root: Path) -> Path:
@@ -220,55 +313,11 @@ def shown_files(files: Mapping[str, Path]) -> dict[str, Path]:
     return {name: path for name, path in files.items() if Path(name).suffix in SHOWN and path.stat().st_size <= SMALL}
 
 
-def files_below(folder: Path, prefix: str) -> dict[str, Path]:
-    """Return {prefix/path below the folder: file}, sorted."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {f"{prefix}/{path.relative_to(folder).as_posix()}": path for path in files}
+def stage_title(recipe: str, stage: str) -> str:
+    """Return the name of a stage's run, such as `digits-cd seed=3 · student`."""
+    return " · ".join(filter(None, [recipe, stage]))
 
 
-def flat_numbers(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Yield the numbers of nested mappings under keys joined by `/`, as MLflow groups charts."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flat_numbers(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield f"{prefix}{key}", float(value)
-
-
-def student_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics of the student's own images, {fid_classifier/nfe_1: value}."""
-    return {key: value for key, value in flat_numbers(metrics) if "/nfe_" in key}
-
-
-def status_after(error: BaseException | None) -> str:
-    """Return MLflow's status of a run that ended with this error or none."""
-    if error is None:
-        return "FINISHED"
-    return "FAILED" if isinstance(error, Exception) else "KILLED"
-
-
-def error_tags(error: BaseException | None) -> dict[str, str]:
-    """Return the tag that holds a run's error."""
-    return {"error": f"{type(error).__name__}: {error}"[:500]} if error else {}
-
-
-def code_tags(tags: Mapping[str, str], command: str) -> dict[str, str]:
-    """Return the tags of source and commit; MLflow by itself would name the installed script."""
-    commit = {"mlflow.source.git.commit": tags["git.revision"]} if "git.revision" in tags else {}
-    return {"mlflow.source.name": command, **commit}
-
-
-def describe_run(tags: Mapping[str, str], outs: Mapping[str, str]) -> str:
-    """Return a run's description in markdown, with links to its context and its results."""
-    lines = [f"- recipe: `{tags['recipe']}`"]
-    if "git.revision" in tags:
-        edits = ", with uncommitted edits" if "git.edits" in tags else ""
-        lines.append("- code: " + _linked(tags["git.revision"][:12], tags.get("git.url")) + edits)
-    if "prefect.flow_run" in tags:
-        lines.append("- Prefect: " + _linked(tags["prefect.flow_run"], tags.get("prefect.url")))
-    lines += [f"- `{path}`: `{md5}`" for path, md5 in outs.items()]
-    return "\n".join(lines)
-
-
-def _linked(text: str, url: str | None) -> str:
-    return f"[{text}]({url})" if url else f"`{text}`"
+def model_label(title: str) -> str:
+    """Return a title as a name that MLflow accepts for a logged model, decimal points raised: `mu0=0·9`."""
+    return re.sub(r"[/:%\"']+", "-", title.replace(".", "·"))

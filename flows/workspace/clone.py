@@ -10,26 +10,39 @@ import logging
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flows.atomic import try_lock
-from flows.errors import USER_ERROR, RunEnding, StageFailed, UserError
-from flows.workspace.dvc_files import DVC, LOCK_FILE, locked_outs, read_lock, update_lock
-from flows.workspace.git import commit_edits, git, revision, uncommitted_patch
+from flows.errors import DISK_FULL, USER_ERROR, RunEnding, StageFailed, UserError, printable
+from flows.storage.s3 import public_text
+from flows.workspace.dvc_files import (
+    DVC,
+    LOCK_FILE,
+    dvc,
+    locked_outs,
+    read_lock,
+    read_stages,
+    update_lock,
+    upstream,
+)
+from flows.workspace.git import clone_repository, commit_edits, revision, uncommitted_patch, without_secrets
+from flows.workspace.integrity import damaged_inputs, read_inputs, recorded_md5, set_damaged_aside
 from flows.workspace.locations import cache_of, shared_remote, shared_root
 from flows.workspace.process import Process
+from flows.workspace.remote_users import register_user
 
 logger = logging.getLogger(__name__)
 CLONE, EDITS_FILE, LIVE_FILE, DONE_FILE = "workspace", "edits.patch", "live", "done"
 KEPT_DONE, KEPT_FAILED = 2, 5  # folders of ended runs; a failed one serves debugging
+LINKS = "hardlink,symlink,copy"  # to the cache, in order of preference; of hard links DVC makes no copy to store them
 MAX_NAME = 60  # characters of a run's name in its folder's name: overrides can exceed the file system's limit
 DVC_EMPTY = "__init__.py' is empty."  # end of DVC's warning about an empty package file
 DVC_CHATTER = (  # hints and bookkeeping unrelated to the stage
@@ -54,11 +67,6 @@ class StageResult:
     entry: dict[str, Any]
     """The stage's entry in dvc.lock."""
 
-    @property
-    def outs(self) -> dict[str, str]:
-        """DVC hash of every output, by path."""
-        return locked_outs(self.entry)
-
 
 def clone(root: Path, run_name: str) -> "Workspace":
     """Clone the workspace `root`, uncommitted edits included, for one run.
@@ -68,12 +76,16 @@ def clone(root: Path, run_name: str) -> "Workspace":
     commit = revision(root)
     folder = _make_folder(root / ".cm" / "runs", run_name)
     target = folder / CLONE
-    git(root, "clone", "--quiet", "--local", "--no-checkout", str(root), str(target))
-    git(target, "checkout", "--quiet", "--detach", commit)
+    clone_repository(root, target, commit)
     edits = uncommitted_patch(root)
     if edits:
-        (folder / EDITS_FILE).write_bytes(edits)
-        commit_edits(target, folder / EDITS_FILE, run_name)
+        patch = folder / EDITS_FILE
+        patch.write_bytes(edits)
+        commit_edits(target, patch, run_name)
+        logged, left_out = without_secrets(edits)
+        patch.write_bytes(logged)
+        for name, reason in left_out.items():
+            logger.warning("%s: the record of the uncommitted edits lacks it: %s", name, reason)
     if (root / LOCK_FILE).exists():
         shutil.copyfile(root / LOCK_FILE, target / LOCK_FILE)
     _share_dvc(root, target)
@@ -84,8 +96,12 @@ def _make_folder(runs: Path, run_name: str) -> Path:
     """Create the run's own folder, after removing old runs' folders."""
     runs.mkdir(parents=True, exist_ok=True)
     _clean(runs)
-    safe = re.sub(r"[^\w.-]+", "-", run_name).strip("-.")
-    return Path(tempfile.mkdtemp(prefix=f"{safe[:MAX_NAME]}-", dir=runs))
+    return Path(tempfile.mkdtemp(prefix=f"{file_name(run_name)}-", dir=runs))
+
+
+def file_name(run_name: str) -> str:
+    """Return a run's name as part of a file's name."""
+    return re.sub(r"[^\w.-]+", "-", run_name).strip("-.")[:MAX_NAME]
 
 
 def _clean(runs: Path) -> None:
@@ -109,17 +125,21 @@ def is_live(folder: Path) -> bool:
 def _share_dvc(root: Path, target: Path) -> None:
     """Give the clone the DVC cache and remotes of `root` (its own relative paths would resolve elsewhere).
 
-    Downloads from a remote are always verified: by default DVC trusts the name of damaged bytes.
+    Downloads from a remote are always verified: by default DVC trusts the name of damaged bytes. Files are linked to
+    the cache, not copied: a stage reads its inputs, and writes into a folder that is empty when it starts.
     """
+    from configobj import ConfigObj
     from dvc.config import Config
 
-    own = Config(str(root / ".dvc")).read("local")
+    own = Config(str(root / ".dvc")).read("local")  # its relative paths made absolute
     remotes = {**Config(str(root / ".dvc")).read("repo")["remote"], **own["remote"]}
-    with Config(str(target / ".dvc")).edit("local") as local:
-        local.update(own)
-        local["cache"]["dir"] = str(cache_of(root).folder)
-        for name, remote in remotes.items():
-            local["remote"][name] = {**local["remote"].get(name, {}), "url": str(remote["url"]), "verify": True}
+    file = ConfigObj(encoding="utf-8", interpolation=False)  # DVC's own writer knows ASCII alone
+    file.update({name: values for name, values in own.items() if name not in ("remote", "machine", "db")})
+    file["cache"] = {**own["cache"], "dir": str(cache_of(root).folder), "type": LINKS}
+    for name, remote in remotes.items():
+        file[f'remote "{name}"'] = {**own["remote"].get(name, {}), "url": str(remote["url"]), "verify": True}
+    file.filename = str(target / ".dvc" / "config.local")
+    file.write()
 
 
 class Workspace:
@@ -130,12 +150,18 @@ class Workspace:
         self.revision = revision
         self._live = (folder / LIVE_FILE).open("w")
         fcntl.flock(self._live, fcntl.LOCK_EX)
+        self._md5 = recorded_md5(shared_root)
         self.seconds: dict[str, float] = {}  # DVC's running time by stage
         self._unpushed: list[str] = []  # stages whose push failed
         self._running: set[Process] = set()
-        self._stopping, self._starting = False, threading.Lock()
+        self.ending, self._starting = False, threading.Lock()  # ending: nothing more may start
 
     def __enter__(self) -> "Workspace":
+        if url := shared_remote(self.shared_root):
+            try:
+                register_user(url, self.shared_root)
+            except UserError as error:
+                logger.warning("`cm gc --remote` of others will not know of this run: %s", error)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -148,27 +174,67 @@ class Workspace:
         self,
         stage: str,
         *,
+        slot: Callable[[], AbstractContextManager[Mapping[str, str]]] | None = None,
         variables: Mapping[str, str] | None = None,
         on_progress: Callable[[dict[str, Any]], None] = lambda progress: None,
     ) -> StageResult:
         """Update one stage through DVC, fetching missing inputs from the cache or the remote.
 
-        `variables` extend its environment; its output is logged, `on_progress` gets its progress. Raises UserError if
-        the stage did, StageFailed for any other failure, RunEnding after `stop`.
+        While it may run, `slot` is held, which yields variables of its environment, as `variables` does; inputs are
+        brought and read before, results pushed after. Its output is logged, `on_progress` gets its progress. A cached
+        result of which objects are damaged is fetched or computed again. Raises UserError if the stage did, StageFailed
+        for any other failure, RunEnding after `stop`.
         """
         progress = _Progress(self.folder / f"progress-{stage}.json", on_progress)
         started = time.monotonic()
-        command = [*DVC, "repro", "--single-item", "--pull", stage]
-        variables = {"CM_PROGRESS_FILE": str(progress.path), **(variables or {})}
-        code, lines = self._run(command, variables, progress.look, logged=True)
+        if slot:
+            self._bring_inputs(stage)
+        with slot() if slot else nullcontext({}) as given:
+            variables = {"CM_PROGRESS_FILE": str(progress.path), **(variables or {}), **given}
+            command = ("repro", "--single-item", "--pull", stage)
+            lines = self._dvc(stage, *command, variables=variables, tick=progress.look, logged=True)
         progress.look()
-        if code:
-            raise RunEnding(stage) if self._stopping else _failure(stage, lines)
         cached = f"Running stage '{stage}':" not in lines
         self.seconds[stage] = time.monotonic() - started
+        entry = read_lock(self.root)[stage]
         if not cached:
+            if not cache_of(self.root).holds(locked_outs(entry)):  # DVC logs a failing transfer and exits with 0
+                raise _failure(stage, lines)
             self.push([stage])
-        return StageResult(cached, read_lock(self.root)[stage])
+        elif self.set_damaged_aside(locked_outs(entry)):
+            for path in locked_outs(entry):
+                _remove(self.root / path)
+            return self.reproduce(stage, slot=slot, variables=variables, on_progress=on_progress)
+        return StageResult(cached, entry)
+
+    def set_damaged_aside(self, outs: Mapping[str, str]) -> bool:
+        """Move damaged objects of outputs {path: hash} out of the cache; return if there were any."""
+        return set_damaged_aside(self.root, outs, self._md5)
+
+    def _bring_inputs(self, stage: str) -> None:
+        """Check out a stage's input artifacts and read their bytes, whose hashes are then on record for it."""
+        stages = read_stages(self.root)
+        if not (earlier := [one.name for one in upstream(stages[stage], stages)]):
+            return
+        self._dvc(stage, "pull", *earlier)
+        if damaged := damaged_inputs(self.root, read_inputs(self.root, stages[stage], self._md5), self._md5):
+            for path in damaged:
+                _remove(self.root / path)
+            self._dvc(stage, "pull", *earlier)
+
+    def _dvc(
+        self,
+        stage: str,
+        *arguments: str,
+        variables: Mapping[str, str] | None = None,
+        tick: Callable[[], None] = lambda: None,
+        logged: bool = False,
+    ) -> list[str]:
+        """Run a DVC command for a stage and return its output; raises as `reproduce` does."""
+        code, lines = self._run([*DVC, *arguments], variables or {}, tick, logged=logged)
+        if code:
+            raise RunEnding(stage) if self.ending else _failure(stage, lines)
+        return lines
 
     def push(self, stages: Sequence[str]) -> None:
         """Push the results of stages to a shared DVC remote, if there is one; log a failure and continue."""
@@ -180,7 +246,7 @@ class Workspace:
         if code or errors:  # if only the run cache fails to upload, DVC reports it and exits with 0
             self._unpushed += stages
             reason = next(iter(errors), lines[-1:])
-            logger.warning("%s: not pushed to %s, tried again later: %s", ", ".join(stages), url, reason)
+            logger.warning("%s: not pushed to %s, tried again later: %s", ", ".join(stages), public_text(url), reason)
 
     def push_again(self) -> None:
         """Retry failed pushes once; see `push`."""
@@ -191,9 +257,15 @@ class Workspace:
         self, command: list[str], variables: Mapping[str, str], on_tick: Callable[[], None], *, logged: bool
     ) -> tuple[int, list[str]]:
         """Run a command in the clone and return its exit code and output; see `reproduce`."""
-        lines, process = [], self._start(command, variables)
+        lines = []
+        with self._starting:
+            if self.ending:
+                raise RunEnding(" ".join(command[-2:]))
+            process = Process(command, cwd=self.root, env={**self.environment(), **variables})
+            self._running.add(process)
         try:
-            for line in process.lines(on_tick=on_tick):
+            for said in process.lines(on_tick=on_tick):
+                line = printable(public_text(said))
                 lines.append(line)
                 if logged and line.strip() and not line.startswith(DVC_CHATTER) and not line.endswith(DVC_EMPTY):
                     logger.info("%s", line)
@@ -201,14 +273,6 @@ class Workspace:
             code = process.end()
             self._running.discard(process)
         return code, lines
-
-    def _start(self, command: list[str], variables: Mapping[str, str]) -> Process:
-        with self._starting:
-            if self._stopping:
-                raise RunEnding(" ".join(command[-2:]))
-            process = Process(command, cwd=self.root, env={**self.environment(), **variables})
-            self._running.add(process)
-        return process
 
     def edits(self) -> dict[str, Path]:
         """Return {name: file} of the patch with the uncommitted edits, if any."""
@@ -227,19 +291,19 @@ class Workspace:
             "DVC_NO_ANALYTICS": "1",
         }
 
-    @property
-    def ending(self) -> bool:
-        """Whether the run is ending, so that nothing more may start."""
-        return self._stopping
-
     def stop(self) -> None:
         """Stop all running commands at once: SIGTERM, then SIGKILL after the grace period."""
         with self._starting:
-            self._stopping, running = True, list(self._running)
+            self.ending, running = True, list(self._running)
         for process in running:
             process.terminate()
         for process in running:
             process.end()
+
+
+def _remove(path: Path) -> None:
+    """Remove an output; DVC then takes it from its cache again."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def take_over(root: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
@@ -248,14 +312,13 @@ def take_over(root: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
     Raises UserError if that would overwrite results that are not in the cache.
     """
     update_lock(root, entries)
-    done = subprocess.run(
-        [*DVC, "checkout", *entries], cwd=root, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
+    try:
+        dvc(root, "checkout", *entries)
+    except UserError as error:
         raise UserError(
             f"{root}: results that DVC does not know stand in the way of the run's; keep them with `dvc commit`, "
-            f"or drop them with `dvc checkout --force` ({' '.join(done.stderr.split())})"
-        )
+            f"or drop them with `dvc checkout --force` ({error})"
+        ) from None
 
 
 class _Progress:
@@ -278,4 +341,6 @@ def _failure(stage: str, lines: list[str]) -> Exception:
     words = [line for line in lines if line.strip()]
     if words and words[-1].endswith(f", exited with {USER_ERROR}"):
         return UserError(words[-2].removeprefix("cm: "))
+    if full := [line for line in words if any(says in line for says in DISK_FULL)]:
+        return UserError(full[-1].removeprefix("ERROR: "))
     return StageFailed(f"{stage} failed:\n" + "\n".join(words[-20:]))

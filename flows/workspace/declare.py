@@ -15,8 +15,11 @@ NOT_DECLARED = ("out_dir", "state_dir", "monitor")  # arguments that do not affe
 
 
 def declare(root: Path, stage: str) -> dict[str, object]:
-    """Return the `cmd`, `deps` and `params` of a stage as dvc.yaml writes them."""
-    names = [name for name in read_signature(root, stage) if name not in NOT_DECLARED]
+    """Return the `cmd`, `deps` and `params` of the function STAGE in flows/stages/STAGE.py as dvc.yaml writes them."""
+    tree = ast.parse((root / "flows" / "stages" / f"{stage}.py").read_text())
+    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == stage)
+    parameters = [argument.arg for argument in function.args.args + function.args.kwonlyargs]
+    names = [name for name in parameters if name not in NOT_DECLARED]
     artifacts = [f"out/{name.removesuffix('_dir')}" for name in names if name.endswith("_dir")]
     sections = [name for name in names if not name.endswith("_dir")]
     return {
@@ -35,13 +38,6 @@ def whole_folders(root: Path, files: Sequence[str]) -> list[str]:
         whole = (folder for folder in folders if {f"{folder}/{name}" for name in files_in(root / folder)} <= known)
         found[next(whole, file)] = None
     return list(found)
-
-
-def read_signature(root: Path, stage: str) -> list[str]:
-    """Return the parameter names of the function STAGE in flows/stages/STAGE.py."""
-    tree = ast.parse((root / "flows" / "stages" / f"{stage}.py").read_text())
-    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == stage)
-    return [argument.arg for argument in function.args.args + function.args.kwonlyargs]
 
 
 def write_declarations(root: Path) -> bool:

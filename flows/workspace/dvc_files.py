@@ -1,19 +1,34 @@
-"""DVC's files, read without importing DVC: declared stages, locked versions, hashes, cached objects."""
+"""DVC's files, read without starting DVC: declared stages, locked versions, hashes, cached objects; its commands."""
 
 import hashlib
 import json
+import os
+import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flows.errors import UserError
 
+NONFINITE_POLICY = ("on_nonfinite", "max_nonfinite")  # fields of the section train
+OBJECTS, DAMAGED = "files/md5", "damaged"  # folders in a cache
 STAGES_FILE, LOCK_FILE, PARAMS_FILE = "dvc.yaml", "dvc.lock", "params/active.yaml"
 DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
+FileHash = Callable[[Path], str]
 GPU, CPU = "gpu", "cpu"  # what a stage may need, as `meta: {needs: ...}` in dvc.yaml
+
+
+def dvc(root: Path, *arguments: str) -> str:
+    """Run a DVC command in a workspace and return its output. Raises UserError with DVC's reason."""
+    environment = {**os.environ, "DVC_NO_ANALYTICS": "1"}
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    done = subprocess.run([*DVC, *arguments], cwd=root, env=environment, **streams, check=False)
+    if done.returncode:
+        raise UserError(f"{root}: dvc {' '.join(arguments)} failed: {' '.join(done.stderr.split())}")
+    return done.stdout
 
 
 @dataclass(frozen=True)
@@ -125,6 +140,19 @@ def stage_key(root: Path, stage: Stage, known: Mapping[str, str]) -> str:
     return _digest(stage_facts(root, stage, known))
 
 
+def training_key(root: Path, stage: Stage, known: Mapping[str, str]) -> str:
+    """Return a digest of the inputs that determine a stage's training states.
+
+    The policy for losses that are not finite is left out: until one occurs all trainings are the same, and a state
+    saved under one policy continues under another.
+    """
+    cmd, deps, params, outs = stage_facts(root, stage, known)
+    for section in params.values():
+        for name in NONFINITE_POLICY if isinstance(section, dict) and "train" in section else ():
+            section["train"].pop(name, None)
+    return _digest([cmd, deps, params, outs])
+
+
 def stage_facts(root: Path, stage: Stage, known: Mapping[str, str]) -> list[Any]:
     """Return the inputs that determine a stage's results: command, dependencies, params, names of outputs.
 
@@ -139,13 +167,19 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def dvc_md5(path: Path) -> str:
+def file_md5(path: Path) -> str:
+    """Return the MD5 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def dvc_md5(path: Path, md5: FileHash = file_md5) -> str:
     """Return DVC's hash of a file, or of a folder: the MD5 of its sorted listing, with the suffix .dir."""
     if path.is_file():
-        return _file_md5(path)
+        return md5(path)
     if not path.is_dir():
         raise UserError(f"{path}: missing; bring its stage up to date with `dvc repro`")
-    listing = [{"md5": _file_md5(file), "relpath": name} for name, file in files_in(path).items()]
+    listing = [{"md5": md5(file), "relpath": name} for name, file in files_in(path).items()]
     return hashlib.md5(json.dumps(listing, sort_keys=True).encode(), usedforsecurity=False).hexdigest() + ".dir"
 
 
@@ -155,16 +189,11 @@ def files_in(folder: Path) -> dict[str, Path]:
     return dict(sorted((name.as_posix(), file) for name, file in files if "__pycache__" not in name.parts))
 
 
-def _file_md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-
-
+@dataclass(frozen=True)
 class Cache:
     """The objects in DVC's cache folder, by hash."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    folder: Path
 
     def files(self, md5: str) -> dict[str, Path]:
         """Return {path below the output: cached object}; the path is empty if the output is a file.
@@ -183,5 +212,42 @@ class Cache:
         except FileNotFoundError:
             return False
 
+    def objects(self) -> list[Path]:
+        """Return all objects, sorted, without those that DVC is writing."""
+        return sorted(path for path in (self.folder / OBJECTS).glob("*/[!.]*") if path.is_file())
+
+    def damaged(self, outs: Mapping[str, str], md5: FileHash) -> dict[Path, Path]:
+        """Return {object: file of the outputs {path: hash}} where the bytes are not those of the hash.
+
+        Objects that are missing are left out.
+        """
+        found: dict[Path, Path] = {}
+        for path, digest in outs.items():
+            listing = self._object(digest)
+            if is_damaged(listing, md5):
+                found[listing] = Path(path)
+            elif listing.exists():
+                below = self.files(digest).items()
+                found |= {file: Path(path, name) for name, file in below if is_damaged(file, md5)}
+        return found
+
+    def set_aside(self, file: Path) -> Path:
+        """Move an object to where DVC does not find it, and return its new place."""
+        place = self.folder / DAMAGED / _hash_in(file)
+        place.parent.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):  # another process was faster
+            file.rename(place)
+        return place
+
     def _object(self, md5: str) -> Path:
-        return self.folder / "files" / "md5" / md5[:2] / md5[2:]
+        return self.folder / OBJECTS / md5[:2] / md5[2:]
+
+
+def is_damaged(file: Path, md5: FileHash) -> bool:
+    """Whether an object of the cache is there and holds other bytes than its name says."""
+    return file.exists() and md5(file) != _hash_in(file).removesuffix(".dir")
+
+
+def _hash_in(file: Path) -> str:
+    """Return the hash by which an object is named."""
+    return file.parent.name + file.name

@@ -5,14 +5,38 @@ import re
 import shutil
 import subprocess
 import tempfile
+from itertools import chain
 from pathlib import Path
 
+from flows.environment import git_environment
 from flows.errors import UserError
 from flows.workspace.dvc_files import LOCK_FILE, PARAMS_FILE
 
 # Paths that git must track to run the code again; the active recipe and dvc.lock belong to a run.
 SOURCES = ("--", ".", f":(exclude){LOCK_FILE}", f":(exclude){PARAMS_FILE}")
 MAX_UNTRACKED = 50 * 2**20  # bytes of untracked files that a run may capture
+MAX_SCANNED = 2**20  # bytes of one file's edits that are searched for secrets; larger ones are not logged
+PLAIN = (
+    *("core.hooksPath=/dev/null", "core.fsmonitor=false", "init.templateDir=", "protocol.file.allow=always"),
+    *("color.ui=false", "commit.gpgSign=false", "diff.noprefix=false", "diff.mnemonicPrefix=false"),
+    *(
+        "apply.whitespace=nowarn",
+        "apply.ignoreWhitespace=no",
+        "status.showUntrackedFiles=normal",
+        "log.showSignature=false",
+    ),
+)
+SECRET_NAME = re.compile(
+    r"(^|/)(\.env[^/]*|\.netrc|\.pgpass|\.pypirc|\.npmrc|\.htpasswd|id_(rsa|dsa|ecdsa|ed25519)[^/]*"
+    r"|[^/]*\.(pem|key|p12|pfx|jks|keystore|kdbx|ovpn)|[^/]*(credential|secret|passw(or)?d)s?(\.[^/]*)?)$"
+    r"|(^|/)(\.aws|\.ssh|\.gnupg|\.kube|\.docker|secrets)/",
+    re.I,
+)
+TOKEN = re.compile(  # of kinds that detect-secrets does not know: of the Hub, in a named value, in a webhook's address
+    r"\bhf_[A-Za-z0-9]{30,}|/webhooks/\w+/[\w-]{16,}"
+    r"|(?i:token|auth_string|api_?key|signature)[\"']?\s*[:=]\s*[\"']?(?=[^\s\"']*\d)[\w:+/.~%-]{16,}(?![\w(\[])"
+)
+TOO_EAGER = ("Base64HighEntropyString", "HexHighEntropyString", "IPPublicDetector")  # hashes and addresses of code
 
 
 def describe_code(root: Path) -> dict[str, str]:
@@ -28,30 +52,57 @@ def describe_code(root: Path) -> dict[str, str]:
 def _code_page(root: Path, revision: str) -> dict[str, str]:
     """Return the web page of a revision if the remote `origin` has one: https, or git@host:owner/name."""
     remotes = dict(line.split("\t") for line in git(root, "remote", "-v").decode().splitlines())
-    found = re.match(r"(?:https://|git@|ssh://git@)([^/:@]+)[/:](.+?)(?:\.git)?(?: |$)", remotes.get("origin", ""))
+    found = re.match(
+        r"(?:https://(?:[^/@]*@)?|git@|ssh://git@)([^/:@]+)[/:](.+?)(?:\.git)?(?: |$)", remotes.get("origin", "")
+    )
     return {"git.url": f"https://{found[1]}/{found[2]}/commit/{revision}"} if found else {}
 
 
 def git(cwd: Path, *arguments: str, **variables: str) -> bytes:
-    """Run git, isolated from hooks and from the repository of a surrounding git command."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")} | variables
-    command = ["git", "-c", "core.hooksPath=/dev/null", *arguments]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, check=False)
+    """Run git, isolated from the repository of a surrounding git command and from what its user configured for people.
+
+    Raises UserError with git's own words.
+    """
+    settings = [word for setting in PLAIN for word in ("-c", setting)]
+    environment = git_environment(os.environ) | variables
+    try:
+        done = subprocess.run(
+            ["git", *settings, *arguments], cwd=cwd, env=environment, capture_output=True, check=False
+        )
+    except FileNotFoundError:
+        raise UserError("git is not installed, or not on PATH") from None
     if done.returncode:
-        raise UserError(f"{cwd}: git {arguments[0]} failed: {' '.join(done.stderr.decode().split())}")
+        command = next(word for word in arguments if not word.startswith("-") and "=" not in word)
+        raise UserError(f"{cwd}: git {command} failed: {' '.join(done.stderr.decode(errors='replace').split())}")
     return done.stdout
 
 
 def revision(root: Path) -> str:
+    """Return the commit of a workspace. Raises UserError if there is none, or git does not trust the folder."""
     try:
         top, revision = git(root, "rev-parse", "--show-toplevel", "HEAD").decode().split("\n")[:2]
-    except UserError:
+    except UserError as error:
+        if "safe.directory" in str(error):  # owned by another user; git's words hold the cure
+            raise
         raise UserError(
-            f"{root}: a run records the revision of its code; make it a git repository with a commit"
+            f"{error}; a run records the revision of its code: make it a repository with a commit"
         ) from None
     if Path(top).resolve() != root.resolve():
         raise UserError(f"{root}: the workspace must be the top of its git repository, which is {top}")
     return revision
+
+
+def clone_repository(root: Path, target: Path, commit: str) -> None:
+    """Clone a repository of this machine at a commit, without its uncommitted edits."""
+    # git asks again whether ROOT/.git is trusted, here and in a process that does not get our options: whoever trusts
+    # ROOT, which `revision` has made sure of, trusts that too.
+    trusted = "safe.directory=*"
+    serve = ("--upload-pack", f"git -c {trusted} upload-pack")
+    # The clone's files end their lines as the workspace's do: hashes of code are over bytes.
+    ends = {name: git(root, "config", "--default", "", name).decode().strip() for name in ("core.autocrlf", "core.eol")}
+    same = [word for name, value in ends.items() if value for word in ("--config", f"{name}={value}")]
+    git(root, "-c", trusted, "clone", "--quiet", "--no-checkout", *serve, *same, ".", str(target))
+    git(target, "checkout", "--quiet", "--detach", commit)
 
 
 def uncommitted_patch(root: Path) -> bytes:
@@ -73,7 +124,46 @@ def uncommitted_patch(root: Path) -> bytes:
         return git(root, *diff, *SOURCES, GIT_INDEX_FILE=index)
 
 
+def without_secrets(patch: bytes) -> tuple[bytes, dict[str, str]]:
+    """Return what of a patch may be logged, headed by a line for each file left out, and {file: why}.
+
+    Left out are files with the name of a secret, or in whose edits detect-secrets finds one.
+    """
+    from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
+    from detect_secrets.settings import transient_settings
+
+    kept, left_out = [], {}
+    plugins: dict[str, type] = get_mapping_from_secret_type_to_class()
+    used = [{"name": plugin.__name__} for plugin in plugins.values() if plugin.__name__ not in TOO_EAGER]
+    with transient_settings({"plugins_used": used}):
+        for edit in re.split(rb"(?m)^(?=diff --git )", patch):
+            name = os.fsdecode(edit.partition(b"\n")[0]).rpartition(" b/")[2].rstrip('"')
+            if reason := _secret_in(name, edit):
+                left_out[name] = reason
+            else:
+                kept.append(edit)
+    heading = "".join(f"# left out: {name}, {reason}\n" for name, reason in left_out.items())
+    return os.fsencode(heading) + b"".join(kept), left_out
+
+
+def _secret_in(name: str, edit: bytes) -> str | None:
+    """Return why the edit of a file may not be logged, or None."""
+    from detect_secrets.core.scan import scan_line
+
+    if SECRET_NAME.search(name):
+        return "by its name a secret"
+    if b"\nGIT binary patch\n" in edit:
+        return None
+    if len(edit) > MAX_SCANNED:
+        return f"larger than the {MAX_SCANNED >> 20} MiB that are searched for secrets"
+    lines = edit.decode(errors="replace").splitlines()
+    found = chain(
+        ("Token" for line in lines if TOKEN.search(line)), (one.type for line in lines for one in scan_line(line))
+    )
+    return next((f"it holds what looks like a secret ({kind})" for kind in found), None)
+
+
 def commit_edits(target: Path, patch: Path, run_name: str) -> None:
-    git(target, "apply", "--index", "--whitespace=nowarn", str(patch))
-    identity = ("-c", "user.name=cm", "-c", "user.email=cm@localhost", "-c", "commit.gpgSign=false")
+    git(target, "apply", "--index", str(patch))
+    identity = ("-c", "user.name=cm", "-c", "user.email=cm@localhost")
     git(target, *identity, "commit", "--quiet", "-m", f"Uncommitted edits of the run {run_name}")

@@ -2,6 +2,8 @@
 
 import ast
 from collections.abc import Iterator
+from importlib.util import resolve_name
+from itertools import accumulate
 from pathlib import Path
 
 PACKAGES = ("cm_core", "flows")
@@ -18,8 +20,8 @@ def import_closure(root: Path, module: str) -> list[str]:
         if name in found or file is None:
             continue
         found[name] = file
-        tree = ast.parse(file.read_text())
-        waiting += [*_parents(name), *_imports(tree, _package(name, file))]
+        tree, package = ast.parse(file.read_text()), name if file.name == "__init__.py" else name.rpartition(".")[0]
+        waiting += [*accumulate(name.split("."), "{}.{}".format), *_imports(tree, package)]  # packages, imports
         templates |= set(_templates(tree, file.parent))
     return sorted(file.relative_to(root).as_posix() for file in {*found.values(), *templates})
 
@@ -32,22 +34,13 @@ def _find(root: Path, module: str) -> Path | None:
     return next((file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()), None)
 
 
-def _package(module: str, file: Path) -> str:
-    return module if file.name == "__init__.py" else module.rpartition(".")[0]
-
-
-def _parents(module: str) -> list[str]:
-    parts = module.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts))]
-
-
 def _imports(tree: ast.AST, package: str) -> Iterator[str]:
     """Yield the imports of the code, inside functions too; `from a import b` may mean module a.b, so yield both."""
     for node in _run_time_nodes(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = _absolute(node, package)
+            base = resolve_name("." * node.level + (node.module or ""), package)
             yield base
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
@@ -66,10 +59,3 @@ def _templates(tree: ast.AST, folder: Path) -> Iterator[Path]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("templates/"):
             yield from [path] if (path := folder / node.value).is_file() else ()
-
-
-def _absolute(node: ast.ImportFrom, package: str) -> str:
-    if not node.level:
-        return node.module or ""
-    parts = package.split(".")
-    return ".".join([*parts[: len(parts) - node.level + 1], *([node.module] if node.module else [])])

@@ -1,6 +1,7 @@
 """The command `cm`: what it prints, how it ends, and that it starts without the heavy libraries."""
 
 import json
+import logging
 import subprocess
 import sys
 
@@ -106,7 +107,6 @@ def test_use_writes_the_resolved_recipe(root, capsys):
         (("sample", "--n", "0"), ["--n", "whole number above 0"]),
         (("evaluate", "images"), ["out/prepare/dataset.json", "stage prepare"]),
         (("bake",), ["bake", "recipes"]),
-        ((), ["required", "COMMAND"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(argv, names, root, capsys):
@@ -115,6 +115,65 @@ def test_bad_input_is_one_line_and_exit_code_2(argv, names, root, capsys):
     assert err.startswith("cm: ") and err.count("\n") == 1
     assert all(name in err for name in names), err
     assert not (root / "params" / "active.yaml").exists()
+
+
+def test_what_is_almost_a_command_or_a_recipe_is_guessed(root, capsys):
+    for argv, guess in (
+        (("rnu",), "invalid choice: 'rnu' (did you mean run"),
+        (("show", "tinny"), "no recipe 'tinny' (did you mean tiny?)"),
+        (("runs", "--sum", "recip"), "did you mean recipe?"),
+        (("runs", "--sum", "xyz"), "choose from recipe, user, method, status"),
+    ):
+        code, _, err = run(capsys, *argv)
+        assert code == 2 and guess in err and err.count("\n") == 1
+
+
+def test_cm_alone_lists_every_command_once_by_groups(root, capsys):
+    code, out, _ = run(capsys)
+    groups = [line for line in out.splitlines() if line.endswith(":") and line[0] != " "]
+    assert code == 0 and groups[0] == "options:" and "Train:" in groups and len(groups) == 7
+    named = [line.split()[0] for line in out.partition("Train:")[2].splitlines() if line.startswith("  ")]
+    assert len(named) == len(set(named)) > 25 and {"run", "runs", "up", "gc", "alerts", "play"} <= set(named)
+
+
+def test_plan_sums_hours_and_their_price(capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.delenv("CM_DEVICES", raising=False)
+    found = json.loads(run(capsys, "plan", "cifar10-quick", "--gpu", "a100", "--price", "2", "--json")[1])
+    hours = sum(row["hours"] for row in found["trainings"])
+    assert len(found["trainings"]) == 2 and hours > 0
+    assert found["total"] == {"hours": hours, "gpu_hours": hours, "cost": 2 * hours}
+    monkeypatch.setenv("CM_DEVICES", "2")
+    text = run(capsys, "plan", "cifar10-quick", "--gpu", "a100", "--price", "2")[1]
+    assert f"{hours:,.1f} GPU-hours; at 2 an hour of one GPU: {2 * hours:,.2f}" in text
+    assert "cost" not in run(capsys, "plan", "cifar10-quick", "--gpu", "a100")[1]
+    code, _, err = run(capsys, "plan", "cifar10-quick", "--price", "-1")
+    assert code == 2 and "not a price" in err
+
+
+def test_a_narrow_terminal_gets_fewer_columns_and_is_told(monkeypatch, capsys):
+    from flows.commands.output import print_table
+
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    columns, rows = ("id", "user", "status", "FID"), [("a" * 20, "b" * 20, "failed", "1.0")]
+    for width, shown in ((80, True), (40, False)):
+        monkeypatch.setenv("COLUMNS", str(width))
+        print_table(columns, rows, numbers=1, optional=("user",))
+        out = capsys.readouterr().out
+        assert ("b" * 20 in out) is shown and "failed" in out and ("too narrow for user" in out) is not shown
+
+
+def test_texts_of_others_write_nothing_into_the_terminal(capsys):
+    """Names of runs and users are anybody's who may write to MLflow; messages quote what servers answer."""
+    from flows.commands.output import log_to_terminal, print_table
+
+    hostile = "evil\x1b[2J\x1b]0;title\x07\nforged"
+    print_table(("id", "user"), [(hostile, "b")])
+    log_to_terminal()
+    logging.getLogger("flows.hostile").warning("no answer: %s", hostile)
+    shown = capsys.readouterr()
+    assert "evil\\x1b[2J\\x1b]0;title\\x07\\nforged" in shown.out and "evil\\x1b[2J" in shown.err
+    assert not {"\x1b", "\x07"} & set(shown.out + shown.err)
 
 
 def test_outside_of_a_workspace_one_line_says_so(tmp_path, monkeypatch, capsys):
@@ -155,12 +214,12 @@ def test_why_names_params_code_and_outputs_in_plain_words(computed, monkeypatch,
     active, dvc_yaml = computed / "params/active.yaml", computed / "dvc.yaml"
     before = active.read_text(), dvc_yaml.read_text()
     try:
-        active.write_text(before[0].replace("1.0e-05", "2.0e-05").replace("unrelated: 1", "unrelated: 2"))
+        active.write_text(before[0].replace("1.0e-05", "2.0e-05").replace("false", "true"))
         dvc_yaml.write_text(before[1].replace("teacher out/prepare\n", "teacher out/prepare --fast\n"))
         out = run(capsys, "why")[1].splitlines()
         assert out == [
             "features runs again because",
-            "  features.lr: 1e-05 -> 2e-05",
+            "  features.learning_rate: 1e-05 -> 2e-05",
             "teacher runs again because",
             "  command changed",
             "evaluate runs again if features or teacher makes something new",
@@ -216,6 +275,20 @@ def test_doctor_names_what_is_broken_and_exits_with_1(tmp_path, monkeypatch, cap
     assert "DVC remote" in broken[1]
 
 
+def test_doctor_repeats_no_password(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(make_workspace(tmp_path / "workspace"))
+    monkeypatch.setenv("PREFECT_API_URL", "http://cm:hunter2@127.0.0.1:9/api")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://cm:hunter2@127.0.0.1:9")
+    _, out, err = run(capsys, "doctor")
+    assert "http://127.0.0.1:9" in out and "hunter2" not in out + err
+
+
+def test_doctor_knows_a_gpu_that_pytorch_cannot_use(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")  # without nvidia-smi its word is taken
+    found = doctor._examine("torch", doctor._torch)
+    assert found["ok"] is False and found["says"].startswith("GPU 3: PyTorch ") and "cannot use it" in found["says"]
+
+
 def test_doctor_outside_of_a_workspace_examines_the_machine(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code, out, _ = run(capsys, "doctor", "--json")
@@ -226,4 +299,4 @@ def test_doctor_outside_of_a_workspace_examines_the_machine(tmp_path, monkeypatc
 
 def test_doctor_knows_a_package_that_does_not_fit(monkeypatch):
     monkeypatch.setattr(doctor.metadata, "requires", lambda _: ["fastapi>=0.1,<0.2", 'nosuch; extra == "dev"'])
-    assert "fastapi" in doctor._examine("packages", doctor._packages).says
+    assert "fastapi" in doctor._examine("packages", doctor._packages)["says"]

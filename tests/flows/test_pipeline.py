@@ -1,26 +1,31 @@
 """The flow: what it skips, what it retries, what it shows, and that both doors share one cache."""
 
 import io
+import json
 import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from rich.console import Console
 
 from cm_core.methods.ct import CT
-from flows.errors import StageFailed, UserError
-from flows.operations.deploy import deployment_entries, form_of
-from flows.recipes.recipe import Recipe, load_recipe, recipe_names, write_active
+from flows.errors import RunEnding, StageFailed, UserError
+from flows.operations.deploy import deployment_entries
+from flows.recipes import naming
+from flows.recipes.recipe import EDITED, Recipe, load_recipe, recipe_names, write_active
 from flows.stages.student import Student
-from flows.tracking.tracker import Tracker
+from flows.tracking.person import USER
+from flows.tracking.tracker import LINEAGE, Tracker
 from flows.workspace.dvc_files import Cache, load_yaml, locked_outs, read_stages
-from miniature import REPOSITORY, git, make_workspace
-from processes import runs, wait_for
+from miniature import REPOSITORY, git, make_workspace, traced
+from processes import runs, wait_until
 
 
 def test_every_recipe_is_a_deployment_with_its_values_in_the_form():
@@ -28,13 +33,9 @@ def test_every_recipe_is_a_deployment_with_its_values_in_the_form():
     assert [entry["name"] for entry in entries] == recipe_names(REPOSITORY)
     for entry in entries:
         assert Recipe.model_validate(entry["parameters"]["recipe"]) == load_recipe(entry["name"], root=REPOSITORY)
-        assert entry["description"] and not entry["description"].startswith("#")
-
-
-def test_the_form_asks_for_the_recipe_and_a_name_alone(pipeline):
-    schema = form_of(pipeline.consistency)
-    assert set(schema["properties"]) == {"recipe", "name"}
-    assert not set(schema["required"]) & {"name", "root"}
+        assert entry["description"].endswith(".") and "\n" not in entry["description"]
+    tags = {entry["name"]: entry["tags"] for entry in entries}
+    assert tags["digits-ct"] == ["digits", "ct", "cpu"] and tags["lsun256-cd"][1:] == ["cd", "gpu"]
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +45,23 @@ def pipeline():
     return pipeline
 
 
-def test_runs_have_readable_names(pipeline):
-    assert pipeline.title(Recipe(), "digits-cd") == "digits-cd · cd heun N=18"
-    assert pipeline.title(Recipe(student=Student(method=CT())), "") == "ct s0=2 s1=150"
+def test_runs_have_readable_names():
+    assert naming.title(Recipe(), "digits-cd") == "digits-cd · cd heun N=18"
+    assert naming.title(Recipe(student=Student(method=CT())), "") == "ct s0=2 s1=150"
+
+
+def test_a_run_that_the_form_changed_is_called_by_what_differs():
+    def called(name, *overrides, **options):
+        return naming.called(load_recipe(name, overrides, root=REPOSITORY, **options), name, REPOSITORY)
+
+    assert called("digits-cd") == "digits-cd"
+    assert called("folder-64", base=REPOSITORY) == "folder-64", "absolute paths are no change"
+    assert called("digits-cd", "seed=3", "student.method=ct") == "digits-cd seed=3 student.method.kind=ct"
+    assert called("digits-cd", "student.method=ect", "student.method.q=3") == (
+        "digits-cd student.method.kind=ect student.method.q=3.0"
+    ), "its default distance is another than the file's, but not chosen"
+    assert called("digits-cd", "student.method.distance=l1") == "digits-cd student.method.distance.kind=l1"
+    assert naming.called(load_recipe("digits-cd", ["seed=3"], root=REPOSITORY), "my own", REPOSITORY) == "my own"
 
 
 def test_stages_side_by_side_share_the_cores(pipeline, monkeypatch):
@@ -71,6 +86,34 @@ def test_progress_that_cannot_be_shown_ends_nothing(pipeline, monkeypatch, caplo
     assert caplog.messages == ["teacher: progress is not shown, the stage continues: refused"]
 
 
+@pytest.mark.parametrize(
+    ("error", "state", "message"),
+    [
+        (RunEnding("teacher"), "CANCELLED", "stopped with its run"),
+        (UserError("data.source.path: no such file"), "FAILED", "data.source.path: no such file"),
+    ],
+)
+def test_a_stage_that_is_stopped_or_refused_says_so_in_its_state(pipeline, root, monkeypatch, error, state, message):
+    def reproduce(stage, **_):
+        raise error
+
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    ended = pipeline.reproduce.fn("teacher", {}, SimpleNamespace(root=root, reproduce=reproduce), {})
+    assert (ended.type.name, ended.message) == (state, message)
+
+
+def test_a_run_that_is_refused_says_so_in_its_state(pipeline, tmp_path):
+    ended = pipeline.consistency.fn(Recipe(), EDITED, tmp_path)
+    assert ended.type.name == "FAILED" and ended.message.startswith(f"{tmp_path}: not inside a workspace")
+
+
+def test_a_finished_run_says_its_numbers_in_its_state(pipeline):
+    fids = {"real": 0.1, "nfe_2": 2.4564, "nfe_1": 12.6595, "nfe_1_ema1": 3, "teacher_nfe_35": 2}
+    stages = {"prepare": {"cached": True}, "student": {"cached": False}}
+    said = pipeline.in_a_line({"metrics": {"is_classifier": {}, "fid_classifier": fids}, "stages": stages})
+    assert said == "FID 12.7 at 1 call, 2.46 at 2; 1 of 2 stages cached"
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     return make_workspace(tmp_path_factory.mktemp("mini"))
@@ -91,7 +134,7 @@ def run(pipeline, root, monkeypatch):
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({"CM_CHAMPION_METRIC": "loss"}, "CM_CHAMPION_METRIC=loss: expected fid"),
+        ({"CM_CHAMPION_METRIC": "loss"}, "CM_CHAMPION_METRIC=loss: expected nfe_N/fid"),
         ({"CM_DEVICES": "3"}, "CM_DEVICES=3: must divide student.train.batch_size=128"),
         ({"CM_DEVICES": "2", "CM_SHARD": "yes"}, "CM_SHARD=yes: must be 1"),
         ({"CM_DEVICES": "2", "CM_SHARD": "1"}, "CM_SHARD=1: student.method.kind=scm takes forward-mode derivatives"),
@@ -107,8 +150,22 @@ def test_what_the_environment_asks_in_vain_is_refused_before_a_clone_is_made(
         "cifar10-sct", ["teacher.train.batch_size=96", "student.train.batch_size=128"], root=REPOSITORY
     )
     with pytest.raises(UserError, match=said):
-        pipeline.consistency.fn(recipe)
+        pipeline.carry_out(recipe, EDITED, root)
     assert not list(root.glob(".cm/runs/*"))
+
+
+def test_the_empty_result_of_a_cancelled_task_is_not_taken_for_its_stages(pipeline, root, tmp_path):
+    from prefect.filesystems import LocalFileSystem
+    from prefect.results import ResultStore
+    from prefect.serializers import JSONSerializer
+
+    store = ResultStore(result_storage=LocalFileSystem(basepath=str(tmp_path)), serializer=JSONSerializer())
+    workspace = SimpleNamespace(root=root, set_damaged_aside=lambda outs: False)
+    asked = SimpleNamespace(result_store=store), {"workspace": workspace, "stage": "prepare", "inputs": {}}
+    key = pipeline.key_unless_gone(*asked)
+    store.write(None, key=key)
+    assert store.exists(key)
+    assert pipeline.key_unless_gone(*asked) == key and not store.exists(key)
 
 
 def cached(results):
@@ -127,6 +184,7 @@ soak = pytest.mark.soak
 @soak
 def test_a_run_computes_tracks_shows_and_hands_over(run, root, monkeypatch):
     (root / "remark.txt").write_text("an uncommitted edit")
+    monkeypatch.setenv("CM_USER", "ada")
     from prefect.logging.handlers import PrefectConsoleHandler
 
     said = io.StringIO()
@@ -141,11 +199,19 @@ def test_a_run_computes_tracks_shows_and_hands_over(run, root, monkeypatch):
     client = Tracker(root).client
     parent = client.get_run(results["mlflow"]["run_id"])
     assert parent.info.status == "FINISHED"
-    assert parent.data.metrics == {"fid_classifier/real": 0.5, "fid_classifier/nfe_1": 2.5}
+    assert parent.data.metrics == {"nfe_1/fid": 2.5, "curves/fid_against_nfe": 2.5}
+    assert parent.data.tags["features"] == "classifier" and parent.data.tags["result"] == "FID 2.5 at 1 call"
     assert parent.data.params["student.method.num_scales"] == "18"
-    assert parent.data.tags["dvc.out.teacher"] == locked_outs(results["stages"]["teacher"]["entry"])["out/teacher"]
+    made = locked_outs(results["stages"]["teacher"]["entry"])["out/teacher"]
+    lineage = json.loads(Path(client.download_artifacts(parent.info.run_id, LINEAGE)).read_text())
+    assert lineage["outputs"]["teacher"] == {"out/teacher": made} and made in parent.data.tags["dvc.outs"].split()
     assert parent.data.tags["git.revision"] == git(root, "rev-parse", "HEAD").strip() == results["revision"]
-    assert [file.path for file in client.list_artifacts(parent.info.run_id)] == ["edits.patch", "evaluate"]
+    assert parent.data.tags[USER] == "ada" and parent.data.tags["user.known_by"] == "CM_USER"
+    assert [file.path for file in client.list_artifacts(parent.info.run_id)] == [
+        "edits.patch",
+        "evaluate",
+        "lineage.json",
+    ]
 
     assert load_recipe(str(root / "params/active.yaml"), root=root) == Recipe(seed=1)
     assert dvc(root, "repro").count("didn't change, skipping") == 4
@@ -159,16 +225,21 @@ def test_a_run_computes_tracks_shows_and_hands_over(run, root, monkeypatch):
 
 
 @soak
-def test_prefect_has_the_metrics_the_progress_and_the_way_to_mlflow(run):
+def test_prefect_has_the_metrics_the_progress_and_the_way_to_mlflow(run, root):
     from prefect.client.orchestration import get_client
 
+    from flows.orchestration.embedded import embedded_prefect
+
     results = run(2, keep=False)
-    with get_client(sync_client=True) as client:
+    with embedded_prefect(root), get_client(sync_client=True) as client:
         found = {artifact.key: artifact for artifact in client.read_latest_artifacts(limit=100)}
         names = {task_run.name for task_run in client.read_task_runs(limit=50)}
+        tags = client.read_flow_runs(limit=1)[0].tags
     assert found["progress-teacher"].data == 25.0
-    assert '"nfe_1"' in found["metrics"].data and results["mlflow"]["run_id"] in found["mlflow"].data
-    assert found["evaluate-below-plot"].data.startswith("data:image/png;base64,")
+    assert [tag.startswith("user:") for tag in tags] == [True], "Prefect's pages filter by it"
+    result = found["result"].data
+    assert "| 1 call | 2.500 |" in result and results["mlflow"]["run_id"] in result
+    assert "![plot](data:image/png;base64," in result and "![lineage](data:image/svg+xml;base64," in result
     assert set(ALL) <= names
 
 
@@ -215,22 +286,22 @@ def test_a_crash_is_retried_and_bad_input_is_not(run, pipeline, monkeypatch, tmp
     monkeypatch.setenv("MINI_REFUSES", "prepare")
     with pytest.raises(UserError, match="seed=1: must be larger"):
         run(8, keep=False)
-    assert trace.read_text().splitlines()[0].startswith("prepare") and len(trace.read_text().splitlines()) == 1
+    assert [name for name, *_ in traced(trace)] == ["prepare"]
 
 
 @soak
 def test_an_interrupted_run_leaves_nothing_running(run, root, monkeypatch, tmp_path):
     trace = tmp_path / "trace"
     monkeypatch.setenv("MINI_TRACE", str(trace))
-    monkeypatch.setenv("MINI_SECONDS", "60")
+    monkeypatch.setenv("MINI_SECONDS", "600")
 
     def interrupt():
-        wait_for(trace.exists, seconds=120)  # Prefect starts first
+        wait_until(lambda: traced(trace))
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         run(9, keep=False)
-    assert not runs(int(trace.read_text().split()[2]))
+    assert not runs(int(traced(trace)[0][2]))
     (newest,) = Tracker(root).client.search_runs(["1"], "tags.stage = 'pipeline'", max_results=1)
     assert newest.info.status == "KILLED"

@@ -4,8 +4,8 @@ Each implements `Source` and `read(scratch, monitor) -> Contents`; `scratch` is 
 while the images are read.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import PurePosixPath
 from typing import ClassVar
@@ -37,19 +37,18 @@ class Contents:
     train: list[Item]
     heldout: list[Item] | None  # None: the source has no split of its own
     class_names: tuple[str, ...]  # empty: no labels
-    ignored: int = 0  # files that are not images
+    ignored: tuple[str, ...] = ()  # files that are not images
+    unused: Mapping[str, int] = field(default_factory=dict)  # images by further held-out folders that nobody reads
+    label_gaps: tuple[int, ...] = ()  # numbers below the highest label that no training image has; not kept as classes
 
 
 class Source(Params):
     """A source of images with a fixed name and shape."""
 
-    NATIVE: ClassVar[tuple[int, int, int] | None] = None
+    native_shape: ClassVar[tuple[int, int, int] | None] = None
+    """[C, H, W] of the images if known before reading them."""
 
     kind: str
-
-    def native_shape(self) -> tuple[int, int, int] | None:
-        """Return [C, H, W] of the images if known before reading them."""
-        return self.NATIVE
 
     def dataset_name(self) -> str:
         """Return the name for reports."""
@@ -87,3 +86,8 @@ def array_items(images: np.ndarray, labels: np.ndarray | None, where: str) -> li
         Item(str(index), f"{where}[{index}]", int(label), partial(Image.fromarray, flat[index]))
         for index, label in enumerate(labels)
     ]
+
+
+def label_gaps(used: Collection[int]) -> tuple[int, ...]:
+    """Return the whole numbers below the highest label that are no label."""
+    return tuple(sorted(set(range(max(used, default=0))) - set(used)))

@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 from pydantic import ConfigDict, Field
 
-from flows.data.sources import MAX_CLASSES, Contents, FileSource, array_items
+from flows.data.archives import refuse_zip_bomb
+from flows.data.sources import MAX_CLASSES, Contents, FileSource, array_items, label_gaps
 from flows.errors import UserError
 from flows.monitor import Monitor
 from flows.storage.fetch import download_dir, fetch
@@ -37,19 +38,32 @@ class ArrayFile(FileSource):
         """Open the arrays and check their types and shapes."""
         kept = download_dir(self.sha256) if self.sha256 else scratch / "train"
         images, labels = _load(fetch(self.path, kept, sha256=self.sha256, monitor=monitor))
-        train = array_items(images, labels, self.origin())
+        used = np.unique(labels) if labels is not None else np.array([], int)
+        train = array_items(images, _numbered(labels, used, self.origin()), self.origin())
         heldout = None
         if self.heldout_path:
-            heldout_images, heldout_labels = _load(fetch(self.heldout_path, scratch / "heldout", monitor=monitor))
+            where = public_uri(self.heldout_path)
+            images, heldout_labels = _load(fetch(self.heldout_path, scratch / "heldout", monitor=monitor))
             if (labels is None) != (heldout_labels is None):
-                raise UserError(f"{self.heldout_path}: labels in one file and none in the other")
-            heldout = array_items(heldout_images, heldout_labels, public_uri(self.heldout_path))
-        highest = max((item.label for item in train + (heldout or [])), default=-1)
-        return Contents(train, heldout, tuple(str(label) for label in range(highest + 1)))
+                raise UserError(f"{where}: labels in one file and none in the other")
+            heldout = array_items(images, _numbered(heldout_labels, used, where), where)
+        names = used.tolist()
+        return Contents(train, heldout, tuple(map(str, names)), label_gaps=label_gaps(names))
+
+
+def _numbered(labels: np.ndarray | None, used: np.ndarray, where: str) -> np.ndarray | None:
+    """Return the place of each label among the `used` ones, those of the training images."""
+    if labels is None:
+        return None
+    if len(foreign := np.flatnonzero(~np.isin(labels, used))):
+        raise UserError(f"{where}[{foreign[0]}]: no training image is of the class {labels[foreign[0]]}")
+    return np.searchsorted(used, labels)
 
 
 def _load(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     try:
+        if zipfile.is_zipfile(path):
+            refuse_zip_bomb(path)
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             return _checked_images(path, loaded), None

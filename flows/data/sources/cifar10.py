@@ -19,7 +19,7 @@ from flows.storage.s3 import public_uri
 class Cifar10(Source):
     """60,000 photographs of ten kinds of things, 32x32 RGB; the archive's own test batch is held out."""
 
-    NATIVE: ClassVar = (3, 32, 32)
+    native_shape: ClassVar = (3, 32, 32)
     model_config = ConfigDict(title="CIFAR-10")
 
     kind: Literal["cifar10"] = "cifar10"

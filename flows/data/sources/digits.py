@@ -13,7 +13,7 @@ from flows.monitor import Monitor
 class Digits(Source):
     """1,797 scans of handwritten digits, 8x8 grey, ten classes."""
 
-    NATIVE: ClassVar = (1, 8, 8)
+    native_shape: ClassVar = (1, 8, 8)
     model_config = ConfigDict(title="Digits")
 
     kind: Literal["digits"] = "digits"

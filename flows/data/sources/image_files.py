@@ -2,23 +2,27 @@
 
 import json
 import posixpath
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
 from pydantic import ConfigDict, Field
 
-from flows.data.archives import Files, archive_files, contents, folder_files
-from flows.data.images import EXTENSIONS, open_image
-from flows.data.sources import MAX_CLASSES, Contents, FileSource, Item
+from flows.data.archives import Files, archive_files, contents, first_bytes, folder_files, plain_name
+from flows.data.formats import EXTENSIONS, HEAD, extension_by_contents, remedy
+from flows.data.images import open_image
+from flows.data.sources import MAX_CLASSES, Contents, FileSource, Item, label_gaps
+from flows.data.sources.splits import find_splits, refuse_splits_below_classes
 from flows.errors import UserError
 from flows.monitor import Monitor
 from flows.storage.fetch import download_dir, fetch, fetch_prefix, is_local, local_path
 from flows.storage.s3 import public_uri
 
 LABEL_FILE = "dataset.json"
-HELDOUT_FOLDERS = ("test", "val", "valid", "validation", "heldout")  # beside train/, the first that exists is held out
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 
 Classes = dict[str, str] | dict[str, int]  # name of an image -> its folder, or its number in the label file
@@ -30,11 +34,13 @@ class Images(FileSource):
     model_config = ConfigDict(title="Image files")
 
     kind: Literal["images"] = "images"
-    """PNG, JPEG, WebP, GIF, BMP, TIFF and PNM files."""
+    """PNG, JPEG, WebP, GIF, BMP, TIFF, PNM, AVIF, JPEG 2000 and QOI files; HEIC and JPEG XL with their packages."""
     path: str = Field(min_length=1)
     """A folder, a zip or tar (path, file://, http(s):// or s3://), or a prefix s3://bucket/folder/."""
     heldout_path: str | None = None
     """A second such place, held out; null takes a folder `test` or `val` beside `train`, or else a part at random."""
+    splits: Literal["auto", "none"] = "auto"
+    """Whether top-level folders named like `train` and `test` are splits, or, with none, classes like any others."""
     labels: Literal["auto", "folders", "file", "none"] = "auto"
     """From the folders that hold the images, an EDM-style dataset.json, or none; auto: the file where there is one."""
 
@@ -43,31 +49,48 @@ class Images(FileSource):
         places = [self._open_place(self.path, self.sha256, scratch / "train", monitor)]
         if self.heldout_path:
             places.append(self._open_place(self.heldout_path, None, scratch / "heldout", monitor))
-        splits = places if self.heldout_path else _split_folders(places[0])
+        splits, unused = self._splits(places)
         classes = [split.classes(self.labels) for split in splits]
-        class_names = _class_names(classes[0])
+        class_names, gaps = _class_names(classes[0])
         items = [_items(*pair, class_names) for pair in zip(splits, classes, strict=True)]
-        files = sum(len(place.images) + place.others for place in places)
-        heldout = items[1] if len(items) > 1 else None
-        return Contents(items[0], heldout, class_names, ignored=files - sum(map(len, items)))
+        ignored = tuple(name for place in places for name in place.ignored)
+        return Contents(items[0], items[1] if len(items) > 1 else None, class_names, ignored, unused, gaps)
+
+    def _splits(self, places: "list[_Place]") -> "tuple[list[_Place], dict[str, int]]":
+        """Return training and held-out images, if the latter have a place, and the images of unused splits."""
+        top, place = {name.partition("/")[0] if "/" in name else "" for name in places[0].images}, places[0]
+        nested = {name.partition("/")[0] for name in place.images if name.count("/") > 1}
+        found = find_splits(place.where, top, nested) if self.splits == "auto" else None
+        if found and self.heldout_path:
+            raise UserError(
+                f"{place.where}: holds {found.train} and {found.heldout} and data.source.heldout_path is set; name"
+                f" {found.train} as data.source.path, or set data.source.splits=none if they are classes"
+            )
+        if not found:
+            if self.splits == "auto" and not place.numbers and self.labels != "none":
+                refuse_splits_below_classes(place.where, place.images)
+            return places, {}
+        unused = {folder: len(place.below(folder).images) for folder in found.unused}
+        return [place.below(found.train), place.below(found.heldout)], unused
 
     def _open_place(self, uri: str, sha256: str | None, scratch: Path, monitor: Monitor) -> "_Place":
         where = public_uri(uri).rstrip("/")
         files = _list_files(uri, sha256, scratch, monitor)
-        images = sorted(name for name in files if _is_image(name))
+        images, ignored = _find_images(where, files)
         if not images:
             raise UserError(f"{where}: no images among {len(files)} files; extensions read are {' '.join(EXTENSIONS)}")
         # A folder that holds everything is no class: `photos.zip` often has `photos/` at its top.
         root = posixpath.commonpath([posixpath.dirname(name) for name in images])
-        plain = {posixpath.relpath(name, root or "."): files[name] for name in images}
+        plain = {posixpath.relpath(name, root or "."): read for name, read in images.items()}
         where = posixpath.join(where, root).rstrip("/")
         found = [file for file in (posixpath.join(root, LABEL_FILE), LABEL_FILE) if file in files]
         if not found or self.labels not in ("auto", "file"):
-            return _Place(where, plain, None, len(files) - len(images))
-        numbers = _read_label_file(f"{public_uri(uri)}/{found[0]}", contents(files[found[0]]))
+            return _Place(where, plain, None, ignored)
+        numbers = _read_label_file(f"{public_uri(uri)}/{found[0]}", files[found[0]])
         below = posixpath.relpath(root or ".", posixpath.dirname(found[0]) or ".")
         numbers = {posixpath.relpath(name, below): number for name, number in numbers.items()}
-        return _Place(where, plain, _matched(where, numbers, plain), len(files) - len(images) - 1)
+        ignored = tuple(name for name in ignored if name != found[0])
+        return _Place(where, plain, _matched(where, numbers, plain), ignored)
 
 
 @dataclass(frozen=True)
@@ -77,7 +100,7 @@ class _Place:
     where: str
     images: Files
     numbers: dict[str, int] | None  # from the label file; empty if it declares no labels
-    others: int = 0  # files that are not images
+    ignored: tuple[str, ...] = ()  # files that are not images
 
     def below(self, folder: str) -> "_Place":
         """Return the part below `folder`."""
@@ -102,9 +125,39 @@ class _Place:
         return folders
 
 
-def _is_image(name: str) -> bool:
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-    return name.lower().endswith(EXTENSIONS) and not hidden
+def _find_images(where: str, files: Files) -> tuple[Files, tuple[str, ...]]:
+    """Return the images by name, sorted, and the names of other files.
+
+    An image that this program cannot read is among the images, and refused when it is opened.
+    """
+    images: Files = {}
+    ignored = []
+    for name in sorted(files):
+        hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+        advice = (
+            None if hidden or name.endswith(LABEL_FILE) else _advice(files[name], posixpath.splitext(name)[1].lower())
+        )
+        if advice:
+            images[name] = partial(_refuse, f"{where}/{name}: {advice}")
+        elif not hidden and name.lower().endswith(EXTENSIONS):
+            images[name] = files[name]
+        else:
+            ignored.append(name)
+    return images, tuple(ignored)
+
+
+def _advice(read: Callable[[], Path | BytesIO], extension: str) -> str | None:
+    """Return what to do about a file that is plainly an image and not read here, else None."""
+    if extension in EXTENSIONS or remedy(extension):
+        return remedy(extension)
+    with suppress(UserError, OSError):  # pipes, and files that are no business of ours
+        kind = extension_by_contents(first_bytes(read, HEAD))
+        return f"is an image by its contents; end its name in {kind}, or move it elsewhere" if kind else None
+    return None
+
+
+def _refuse(message: str) -> Path:
+    raise UserError(message)
 
 
 def _list_files(uri: str, sha256: str | None, scratch: Path, monitor: Monitor) -> Files:
@@ -120,11 +173,13 @@ def _list_files(uri: str, sha256: str | None, scratch: Path, monitor: Monitor) -
     return archive_files(fetch(uri, kept, sha256=sha256, monitor=monitor), scratch / "unpacked")
 
 
-def _read_label_file(where: str, text: bytes) -> dict[str, int]:
+def _read_label_file(where: str, read: Callable[[], Path | BytesIO]) -> dict[str, int]:
     """Read `{"labels": [[name, number], ...]}`, or `{"labels": null}`: no labels."""
     try:
-        pairs = json.loads(text)["labels"]
-        numbers = {str(name): number for name, number in pairs or ()}
+        pairs = json.loads(contents(read))["labels"]
+        numbers = {plain_name(str(name)): number for name, number in pairs or ()}
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f'{where}: not of the form {{"labels": [["a/1.png", 0], ...]}} ({error})') from error
     for name, number in numbers.items():
@@ -142,20 +197,12 @@ def _matched(where: str, numbers: dict[str, int], images: Files) -> dict[str, in
     return numbers
 
 
-def _split_folders(place: _Place) -> list[_Place]:
-    """Return training and held-out images of `train/...` and `test/...`, or all images as one split."""
-    folders = {name.partition("/")[0] if "/" in name else "" for name in place.images}
-    heldout = next((folder for folder in HELDOUT_FOLDERS if folder in folders), None)
-    if heldout and "train" in folders and folders <= {"train", *HELDOUT_FOLDERS}:
-        return [place.below("train"), place.below(heldout)]
-    return [place]
-
-
-def _class_names(classes: Classes | None) -> tuple[str, ...]:
-    if classes is None:
-        return ()
-    numbers = [label for label in classes.values() if isinstance(label, int)]
-    return tuple(map(str, range(max(numbers) + 1))) if numbers else tuple(sorted(set(map(str, classes.values()))))
+def _class_names(classes: Classes | None) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Return the classes' names in the order of their numbers, and the gaps between labels that are numbers."""
+    used = (classes or {}).values()
+    numbers = {label for label in used if isinstance(label, int)}
+    names = map(str, sorted(numbers)) if numbers else sorted(set(map(str, used)))
+    return tuple(names), label_gaps(numbers)
 
 
 def _items(place: _Place, classes: Classes | None, class_names: tuple[str, ...]) -> list[Item]:

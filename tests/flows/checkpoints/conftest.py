@@ -10,15 +10,17 @@ from s3_states import URI, Worker
 from servers import point_aws_at, shared_s3
 
 server = shared_s3("states")
+LEASE = 3600.0
 
 
 @pytest.fixture
 def s3(server, monkeypatch):
-    """An empty bucket, states in it, no long waits."""
+    """An empty bucket, states in it, no long waits, and leases that end only where a test says so."""
     for entry in server.list_objects_v2(Bucket="states").get("Contents", ()):
         server.delete_object(Bucket="states", Key=entry["Key"])
     monkeypatch.setenv("CM_STATE", URI)
     monkeypatch.setattr(s3_store, "PATIENCE", (0.05,))
+    monkeypatch.setattr(s3_store, "LEASE_SECONDS", LEASE)
     monkeypatch.setattr(store, "RETRY_EVERY", 0.1)
     return server
 

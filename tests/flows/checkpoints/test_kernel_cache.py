@@ -1,4 +1,4 @@
-"""Compiled kernels are found by the next worker; a store that does not answer costs one line."""
+"""Compiled kernels are found by the next worker, only if signed; a store that does not answer costs one line."""
 
 import importlib
 import os
@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from flows.checkpoints.store import KERNELS_VARIABLE, share_kernels
+from flows.checkpoints.store import share_kernels
+from flows.errors import UserError
 from servers import free_port, point_aws_at, shared_s3
 
-s3 = shared_s3("states")
+s3 = shared_s3("kernels")
 
 
 @pytest.fixture
@@ -22,11 +23,13 @@ def key(tmp_path):
 
 @pytest.fixture
 def shared(s3, monkeypatch, tmp_path):
-    """The environment that a training with its checkpoints in a bucket gives Triton."""
-    for name in (KERNELS_VARIABLE, "TRITON_CACHE_DIR", "TRITON_CACHE_MANAGER", "TRITON_REMOTE_CACHE_BACKEND"):
+    """The environment that a training gives Triton where kernels are shared."""
+    for name in ("TRITON_CACHE_DIR", "TRITON_CACHE_MANAGER", "TRITON_REMOTE_CACHE_BACKEND"):
         monkeypatch.setenv(name, "")  # so that what is set now is undone
         del os.environ[name]
-    monkeypatch.setenv("CM_STATE", "s3://states/in flight")
+    (tmp_path / "signing").write_bytes(os.urandom(32))
+    monkeypatch.setenv("CM_KERNELS", "s3://kernels/of ours")
+    monkeypatch.setenv("CM_KERNELS_KEY", str(tmp_path / "signing"))
     share_kernels(tmp_path)
 
 
@@ -36,7 +39,9 @@ def backend(shared, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton.runtime.cache", SimpleNamespace(RemoteCacheBackend=object))
     monkeypatch.delitem(sys.modules, "flows.checkpoints.kernel_cache", raising=False)
     module, _, name = os.environ["TRITON_REMOTE_CACHE_BACKEND"].partition(":")
-    yield getattr(importlib.import_module(module), name)
+    found = getattr(importlib.import_module(module), name)
+    found._given_up.clear()
+    yield found
     sys.modules.pop(module)
 
 
@@ -51,15 +56,46 @@ def test_what_lies_here_is_not_asked_for(backend, key, s3, tmp_path):
     folder = tmp_path / ".cm" / "states" / "compiled" / "shared" / key
     folder.mkdir(parents=True)
     (folder / "kernel.cubin").write_bytes(b"ours")
-    s3.put_object(Bucket="states", Key=f"in flight/compiled/{key}/kernel.cubin", Body=b"theirs")
+    s3.put_object(Bucket="kernels", Key=f"of ours/{key}/kernel.cubin", Body=b"theirs")
     assert backend(key).get(["kernel.cubin"]) == {"kernel.cubin": b"ours"}
 
 
 def test_the_first_of_two_writers_is_kept(backend, key, s3):
     for code in (b"first", b"second"):
         backend(key).put("kernel.cubin", code)
-    stored = s3.get_object(Bucket="states", Key=f"in flight/compiled/{key}/kernel.cubin")
-    assert stored["Body"].read() == b"first"
+    stored = s3.get_object(Bucket="kernels", Key=f"of ours/{key}/kernel.cubin")
+    assert stored["Body"].read()[32:] == b"first"
+
+
+@pytest.mark.parametrize("forgery", ["unsigned", "of another key", "of another file", "altered", "short"])
+def test_what_was_not_signed_for_its_place_is_not_loaded(backend, key, s3, monkeypatch, tmp_path, capsys, forgery):
+    backend(key).put("kernel.so", b"ours")
+    place = {"Bucket": "kernels", "Key": f"of ours/{key}/kernel.so"}
+    ours = s3.get_object(**place)["Body"].read()
+    if forgery == "of another key":
+        (tmp_path / "other").write_bytes(bytes(32))
+        with monkeypatch.context() as patch:
+            patch.setenv("CM_KERNELS_KEY", str(tmp_path / "other"))
+            s3.delete_object(**place)
+            backend(key).put("kernel.so", b"evil")
+    elif forgery == "of another file":
+        backend(key).put("other.so", b"old")
+        body = s3.get_object(Bucket="kernels", Key=f"of ours/{key}/other.so")["Body"].read()
+        s3.put_object(**place, Body=body)
+    else:
+        body = {"unsigned": b"evil" * 20, "altered": ours[:-1] + b"!", "short": b"evil"}[forgery]
+        s3.put_object(**place, Body=body)
+    assert backend(key).get(["kernel.so"]) == {}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"{key}/kernel.so: not signed with the key of CM_KERNELS_KEY")
+
+
+@pytest.mark.parametrize("value", [None, "key", "/nowhere/key", "/dev/null"])
+def test_kernels_are_not_shared_without_a_key(monkeypatch, tmp_path, value):
+    monkeypatch.setenv("CM_KERNELS", "s3://kernels/of ours")
+    monkeypatch.setenv("CM_KERNELS_KEY", value or "")
+    with pytest.raises(UserError, match="CM_KERNELS_KEY"):
+        share_kernels(tmp_path)
 
 
 @pytest.mark.slow
@@ -68,12 +104,14 @@ def test_a_store_that_does_not_answer_is_asked_once(backend, key, monkeypatch, c
     for _ in range(2):
         backend(key).put("kernel.cubin", b"code")
         assert backend(key).get(["kernel.cubin"]) == {}
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"compiled kernels are not shared by this training: s3://states/in flight/compiled/{key}/")
+    for verb, line in zip(("stored", "fetched"), capsys.readouterr().err.splitlines(), strict=True):
+        assert line.startswith(f"compiled kernels are not {verb} by this training: s3://kernels/of ours/{key}/")
 
 
-def test_without_a_bucket_triton_is_told_nothing(monkeypatch, tmp_path):
-    monkeypatch.delenv("CM_STATE", raising=False)
+@pytest.mark.parametrize("state", ["", "s3://states/in flight"])
+def test_unless_asked_for_triton_is_told_nothing(monkeypatch, tmp_path, state):
+    monkeypatch.setenv("CM_STATE", state)
+    monkeypatch.delenv("CM_KERNELS", raising=False)
     before = dict(os.environ)
     share_kernels(tmp_path)
     assert dict(os.environ) == before
@@ -93,8 +131,8 @@ def test_triton_compiles_a_kernel_once_for_all(shared, s3, tmp_path):
     source = ASTSource(_sum_columns, signature | dict.fromkeys(tile, "constexpr"), tile)
     target = GPUTarget("cuda", 90, 32)  # no GPU is needed to compile for one
     made = compile(source, target=target).asm["cubin"]
-    stored = {entry["Key"] for entry in s3.list_objects_v2(Bucket="states")["Contents"]}
+    stored = {entry["Key"] for entry in s3.list_objects_v2(Bucket="kernels")["Contents"]}
     shutil.rmtree(tmp_path / ".cm")
     assert compile(source, target=target).asm["cubin"] == made
-    assert {entry["Key"] for entry in s3.list_objects_v2(Bucket="states")["Contents"]} == stored
+    assert {entry["Key"] for entry in s3.list_objects_v2(Bucket="kernels")["Contents"]} == stored
     assert any(key.endswith("_sum_columns.cubin") for key in stored)

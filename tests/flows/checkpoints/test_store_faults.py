@@ -1,7 +1,7 @@
 """Checkpoints on the bad days of a store: nothing is lost, and what cannot be done is said."""
 
 import json
-import time
+import threading
 
 import boto3
 import pytest
@@ -13,14 +13,16 @@ from fault_proxy import (
     cut_body,
     cut_request,
     error,
+    ignore,
     shift_clock,
     slow,
 )
 from flows.checkpoints import s3_store
 from flows.checkpoints.s3_store import LeaseLost, Training
+from flows.commands import doctor
 from flows.errors import UserError
 from flows.storage.bucket import Bucket
-from processes import wait_for
+from processes import wait_until
 from s3_states import NAME, URI, head, needed, objects, save, steps, take_over
 
 PASSING = {
@@ -69,11 +71,11 @@ def test_the_training_outlives_the_store_and_says_where_its_state_is(proxy, work
     with first.hold() as held:
         save(held.folder, 1)
         held.publish()
-        wait_for(lambda: head(boto3.client("s3")).states)
+        wait_until(lambda: head(boto3.client("s3")).states)
         proxy.strike(fault, method="PUT")
         save(held.folder, 2)
         held.publish()
-        wait_for(lambda: first.heard("training continues"))
+        wait_until(lambda: first.heard("training continues"))
     assert first.heard(says), first.said
     assert first.heard(f"is on this machine alone, in {held.folder}") and steps(held.folder) == [1, 2]
     proxy.heal()
@@ -86,18 +88,59 @@ def test_the_training_outlives_the_store_and_says_where_its_state_is(proxy, work
 
 @pytest.mark.slow
 def test_a_store_that_comes_back_gets_the_newest_state(proxy, workers):
-    worker = workers[0]
+    worker, all_wait = workers[0], threading.Event()
+
+    def fail_when_all_wait(exchange):
+        all_wait.wait()
+        error(500, "InternalError")(exchange)
+
     with worker.hold() as held:
-        proxy.strike(error(500, "InternalError"), method="PUT")
+        proxy.strike(fail_when_all_wait, method="PUT")
         for step in (1, 2, 3):
             save(held.folder, step)
             held.publish()
-        wait_for(lambda: worker.heard("training continues"))
+        all_wait.set()
+        wait_until(lambda: worker.heard("training continues"))
         proxy.heal()
-        wait_for(lambda: worker.heard("works again"))
+        wait_until(lambda: worker.heard("works again"))
         assert len(head(boto3.client("s3")).states) == 1, "of the waiting states only the newest was sent"
     with workers[1].hold() as held:
         assert steps(held.folder) == [3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [2, float("inf")])
+def test_requests_that_meet_at_the_store_cost_no_lease(proxy, workers, monkeypatch, times):
+    """S3 answers 409 where two conditional requests meet, whoever of them is right."""
+    monkeypatch.setattr("flows.storage.bucket.CONFLICT_PAUSES", (0.01, 0.01, 0.01))
+    worker = workers[0]
+    with worker.hold() as held:
+        proxy.strike(error(409, "ConditionalRequestConflict"), method="PUT", path="head.json", times=times)
+        save(held.folder, 1)
+        held.publish()
+        if times > 2:
+            wait_until(lambda: worker.heard("training continues"))
+            proxy.heal()
+        wait_until(lambda: len(head(boto3.client("s3")).states) == 1)
+        save(held.folder, 2)
+        held.publish()
+    assert not worker.heard("taken") and len(head(boto3.client("s3")).states) == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "header", "says"),
+    [
+        ("PUT", "If-None-Match", "ignores If-None-Match, two workers could train the same"),
+        ("PUT", "If-Match", "ignores If-Match, a late worker could overwrite another"),
+        ("DELETE", "If-Match", "ignores If-Match of DELETE, a late worker could delete"),
+    ],
+)
+def test_the_doctor_refuses_a_store_that_ignores_conditions(proxy, s3, method, header, says):
+    assert "a second writer and a late one were refused" in doctor._prove_leases(Bucket(URI))
+    proxy.strike(ignore(header), method=method)
+    with pytest.raises(doctor.Broken, match=says):
+        doctor._prove_leases(Bucket(URI))
+    assert s3.list_objects_v2(Bucket="states")["KeyCount"] == 0, "nothing is left behind"
 
 
 @pytest.mark.slow
@@ -116,7 +159,7 @@ def test_bytes_altered_on_the_way_up_never_become_a_state(proxy, workers):
         proxy.strike(alter_request, method="PUT", path="objects", times=3)
         save(held.folder, 1)
         held.publish()
-        wait_for(lambda: head(boto3.client("s3")).states)
+        wait_until(lambda: head(boto3.client("s3")).states)
     assert workers[0].heard("checksum")
     with workers[1].hold() as held:
         assert steps(held.folder) == [1]
@@ -146,7 +189,7 @@ def test_wrong_bytes_under_a_right_name_are_noticed_and_the_state_before_is_take
         for step in (1, 2):
             save(held.folder, step)
             held.publish()
-            wait_for(lambda s=step: len(head(s3).states) == s)
+            wait_until(lambda s=step: len(head(s3).states) == s)
     newest, older = head(s3).states
     spoil(s3, newest)
     with workers[1].hold() as held:
@@ -172,18 +215,18 @@ def test_a_missing_object_counts_as_damage(s3, workers):
 @pytest.mark.parametrize("seconds", [-86_400, 86_400])
 def test_a_store_with_another_clock_keeps_leases_all_the_same(proxy, workers, monkeypatch, seconds):
     proxy.strike(shift_clock(seconds))
-    monkeypatch.setattr(s3_store, "LEASE_SECONDS", 2.0)
+    monkeypatch.setattr(s3_store, "RENEWALS", 10 * s3_store.LEASE_SECONDS)
     with workers[0].hold() as held:
         save(held.folder, 1)
-        other = Training(Bucket(URI).below(NAME), print)
-        for _ in range(8):  # longer than a lease: it is renewed
+        other, written = Training(Bucket(URI).below(NAME), print), set()
+        while len(written) < 4:  # it is renewed
             assert not other._try_acquire({"holder": "other", "who": "other"})
-            time.sleep(0.4)
+            written.add(head(boto3.client("s3")).write)
         with pytest.raises(LeaseLost):
             take_over(boto3.client("s3"), None)
             assert other._try_acquire({"holder": "other", "who": "other"})
             held.publish()
-            wait_for(lambda: workers[0].heard("taken this training over"))
+            wait_until(lambda: workers[0].heard("taken this training over"))
             held.publish()
 
 

@@ -5,8 +5,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import zipfile
+from argparse import Namespace
+from contextlib import suppress
 
 import numpy as np
 import psutil
@@ -21,16 +22,19 @@ from cm_core.sampling import ImageNoise, TeacherSampler, multistep
 from cm_core.tensors import to_pixels
 from command import run
 from flows.commands.run import demo_rows
+from flows.commands.runs import describe, select
 from flows.data.dataset import load_dataset
 from flows.monitor import Monitor
-from flows.recipes.recipe import load_recipe, write_active
+from flows.operations.process_trees import still_runs
+from flows.recipes.recipe import Recipe, load_recipe, write_active
 from flows.reports.metrics_table import by_row
 from flows.stages.features import features
 from flows.stages.prepare import prepare
 from flows.tracking.pipeline_run import PipelineRun
 from flows.tracking.registry import Registry
 from flows.tracking.tracker import MODEL_FILES, Tracker
-from miniature import REPOSITORY, make_workspace
+from miniature import REPOSITORY, make_workspace, traced
+from processes import wait_until
 
 RECIPE = """
 data: {max_images: 120}
@@ -54,7 +58,7 @@ def prepared(tmp_path_factory):
     prepare(recipe.data, root / "out/prepare", Monitor())
     (root / "out/features").mkdir()
     features(0, recipe.features, root / "out/prepare", root / "out/features", Monitor())
-    for name, form in (("student", "skip"), ("teacher", "denoiser")):
+    for name, form in (("student", "skip"), ("teacher", "denoiser"), ("generator", "generator")):
         spec = ModelSpec(form=form, network=MLPParams(), noise=Noise(), image_shape=(1, 8, 8))
         (root / "out" / name).mkdir()
         torch.manual_seed(0)
@@ -94,7 +98,7 @@ def drawn(root, name, count, sampler):
 def test_sample_draws_from_the_student_at_the_levels_asked_for(root, tmp_path, capsys, options, sigmas):
     code, out, _ = run(capsys, "sample", *options, "--n", "3", "--seed", "5", "--out", str(tmp_path / "new" / "a.npy"))
     expected = drawn(root, "student", 3, lambda f, noise, _: multistep(f, noise, sigmas, sigma_min=0.002))
-    assert code == 0 and f"{len(sigmas)} network calls" in out
+    assert code == 0 and f"{len(sigmas)} network call{'s' * (len(sigmas) > 1)} at" in out
     np.testing.assert_array_equal(np.load(tmp_path / "new" / "a.npy"), expected)
     assert np.ptp(expected) > 0 and (tmp_path / "new" / "a.png").exists()
 
@@ -113,6 +117,8 @@ def test_sample_writes_a_folder_of_pictures_and_a_grid_beside_it(root, tmp_path,
     ("argv", "names"),
     [
         (("--model", "out/teacher", "--steps", "1"), ["teacher", "--steps 2"]),
+        (("--model", "out/generator", "--steps", "2"), ["distilled to --steps 1", "no --mid-sigmas"]),
+        (("--model", "out/generator", "--mid-sigmas", "1"), ["distilled to --steps 1", "no --mid-sigmas"]),
         (("--mid-sigmas", "90"), ["--mid-sigmas", "90"]),
         (("--steps", "3", "--mid-sigmas", "1"), ["--steps 3", "2 --mid-sigmas"]),
     ],
@@ -128,7 +134,7 @@ def test_sample_takes_a_model_from_mlflow(root, tmp_path, monkeypatch, capsys):
     files = {name: root / "out" / "student" / name for name in MODEL_FILES}
     tracker = Tracker(root)
     run_id = tracker.client.create_run(tracker.experiment_id).info.run_id
-    model = f"models:/{tracker.student_model(run_id, files, 'a data version', {})}"
+    model = f"models:/{tracker.log_student(run_id, Recipe(), files, 'a data version')}"
     for name, place in (("logged", model), ("local", "out/student")):
         assert run(capsys, "sample", "--model", place, "--n", "2", "--out", str(tmp_path / f"{name}.npy"))[0] == 0
     assert (tmp_path / "logged.npy").read_bytes() == (tmp_path / "local.npy").read_bytes()
@@ -199,15 +205,30 @@ def test_runs_stand_side_by_side(tmp_path, monkeypatch, capsys):
     for solver, fid in (("heun", 2.5), ("euler", 3.5)):
         params = {"student.method.kind": "cd", "student.method.solver": solver, "seed": 0}
         with PipelineRun(Tracker(tmp_path), f"digits {solver}", {"recipe": "digits"}, params) as parent:
-            parent.log_results({"fid_classifier": {"nfe_1": fid, "real": 1.0}}, {})
+            parent.log_evaluation({"fid_classifier": {"nfe_1": fid, "real": 1.0}}, {}, {}, {})
         ids.append(parent.run_id)
     lines = run(capsys, "runs")[1].splitlines()
     rows = [line.split() for line in lines if line.strip()][2:]
     assert [row[:4] for row in rows] == [[one[:8], "digits", "cd", "finished"] for one in reversed(ids)]
-    assert [row[-1] for row in rows] == ["3.500", "2.500"] and "fid_classifier/nfe_1" in lines[1]
+    assert [row[-1] for row in rows] == ["3.500", "2.500"] and "nfe_1/fid" in lines[1]
     found = json.loads(run(capsys, "runs", "--json", "--max", "1")[1])
-    assert [one["id"] for one in found] == [ids[1]] and found[0]["metrics"]["fid_classifier/real"] == 1.0
+    assert [one["id"] for one in found] == [ids[1]] and found[0]["metrics"] == {"nfe_1/fid": 3.5}
     compare(tmp_path, capsys, ids)
+    assert_database_says_what_mlflow_says(tmp_path, monkeypatch)
+
+
+def assert_database_says_what_mlflow_says(root, monkeypatch):
+    """The list is read from MLflow's tables, which another version of MLflow may lay out otherwise."""
+    tracker = Tracker(root)
+    newest = Namespace(where=[], sort=None, max=100)
+    deleted = tracker.start_run("deleted", {"stage": "pipeline"}, command="consistency", parent_run_id=None)
+    tracker.client.delete_run(deleted)
+    with PipelineRun(tracker, "not a number", {"recipe": "digits"}, {}) as parent:
+        tracker.log_numbers(parent.run_id, {"loss": float("nan"), "fid": 1.5})
+        read = [describe(one) for one in select(root, newest)]
+        assert len(read) == 4 and read[0]["status"] == "running" and read[0]["seconds"] is None
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.uri)
+        assert repr([describe(one) for one in select(root, newest)]) == repr(read)  # nan != nan
 
 
 def compare(root, capsys, ids):
@@ -215,13 +236,15 @@ def compare(root, capsys, ids):
     out = run(capsys, "runs", "compare", ids[0][:12], "digits euler")[1]
     short = [one[:8] for one in ids]
     assert "student.method.solver   heun       euler" in out and "seed" not in out
-    (line,) = [line for line in out.splitlines() if line.split()[:1] == ["fid_classifier/nfe_1"]]
-    assert line.split() == ["fid_classifier/nfe_1", "2.500", "3.500", "+1.000"] and f"{short[1]} - {short[0]}" in out
+    (line,) = [line for line in out.splitlines() if line.split()[:1] == ["nfe_1/fid"]]
+    assert line.split() == ["nfe_1/fid", "2.500", "3.500", "+1.000"] and f"{short[1]} - {short[0]}" in out
 
     tracker = Tracker(root)
+    with suppress(KeyboardInterrupt), PipelineRun(tracker, "digits heun", {"recipe": "digits"}, {}):
+        raise KeyboardInterrupt  # newer, but a name means the newest run that finished
     model = tracker.client.create_logged_model(tracker.experiment_id, "student").model_id
     tags = {"data": "d", "protocol": "p", "run_id": ids[0]}
-    Registry(tracker).register("cm-digits", model, {"fid_classifier/nfe_1": 2.5}, tags)
+    Registry(tracker).register("cm-digits", model, {"nfe_1/fid": 2.5}, tags)
     for names in (
         ("champion", "digits"),
         ("cm-digits@candidate", ids[1]),
@@ -233,6 +256,8 @@ def compare(root, capsys, ids):
         assert found["metrics"][0]["differences"][0] == 1.0
     for names, words in (
         (("zzz", ids[0]), "run 'zzz': no pipeline run"),
+        (("it's", ids[0]), 'run "it\'s": no pipeline run'),
+        (('it\'s "it"', ids[0]), "no pipeline run"),
         ((ids[0], "cm-digits@best"), "no version has this alias; there are candidate, champion"),
         ((ids[0], "cm-none@champion"), "no registered model 'cm-none'; there are cm-digits"),
     ):
@@ -248,15 +273,13 @@ def test_a_run_that_is_stopped_leaves_nothing_running(tmp_path, number, code):
     (root / "params" / "recipes" / "tiny.yaml").write_text("seed: 4\n")
     trace = tmp_path / "out" / "trace"
     trace.parent.mkdir()
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "MINI_TRACE": str(trace), "MINI_SECONDS": "300"}
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "MINI_TRACE": str(trace), "MINI_SECONDS": "600"}
     command = psutil.Popen(
         [sys.executable, "-m", "flows.cli", "run", "tiny"], cwd=root, env=env, stderr=subprocess.PIPE
     )
-    deadline = time.monotonic() + 120
-    while not trace.exists() and command.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_until(lambda: traced(trace) or command.poll() is not None)
     children = command.children(recursive=True)
     command.send_signal(number)
-    _, err = command.communicate(timeout=60)
+    _, err = command.communicate()
     assert len(children) >= 3 and command.returncode == code, err.decode()
-    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    wait_until(lambda: not [child for child in children if still_runs(child)])

@@ -21,6 +21,8 @@ MODELS = {
     "unshifted": {"form": "unshifted", "image_shape": (3, 8, 8)},
     "teacher": {"form": "denoiser", "image_shape": (3, 8, 8)},
     "halved": {"form": "euler", "image_shape": (3, 8, 8)},
+    "flow_map": {"form": "average_velocity", "image_shape": (3, 8, 8)},
+    "generator": {"form": "generator", "image_shape": (3, 8, 8)},
 }
 
 
@@ -216,6 +218,11 @@ def test_options_speak_of_what_there_is():
         (("stroke", "a.png", "--model", "out/wide"), ["a.png", "8x8", "8x4"]),
         (("stroke", "a.png", "--model", "out/teacher"), ["out/teacher", "teacher", "consistency model"]),
         (("stroke", "a.png", "--model", "out/halved"), ["out/halved", "progressive distillation"]),
+        (
+            ("stroke", "a.png", "--model", "out/flow_map"),
+            ["out/flow_map", "a student of MeanFlow", "consistency model"],
+        ),
+        (("stroke", "a.png", "--model", "out/generator"), ["out/generator", "one-step generator", "consistency model"]),
         (("stroke", "a.png", "--model", "nowhere"), ["nowhere", "model.json"]),
         (("stroke", "a.png", "--sigma", "90"), ["--sigma 90", "80"]),
         (("stroke", "a.png", "--sigma", "nan"), ["--sigma nan"]),

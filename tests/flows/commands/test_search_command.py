@@ -14,6 +14,7 @@ from PIL import Image
 from cm_core.noise import Noise
 from command import run
 from flows.commands.search import Scorer, find, make_grid, report, set_override
+from flows.data.feature_files import load_feature_files
 from flows.errors import UserError
 from flows.monitor import Monitor
 from flows.recipes.recipe import load_active, load_recipe, write_active
@@ -63,7 +64,8 @@ def found(root, monkeypatch, capsys):
 def test_a_search_measures_finds_and_logs(root, found, capsys):
     recipe, found = found
     assert found["grid"] == [float(f"{sigma:.4g}") for sigma in Noise().grid(7).tolist()]
-    assert found["metric"] == "fid_classifier" and found["num_images"] == 120, "as many as trained on"
+    assert found["metric"] == "fid_classifier" and found["num_images"] == 120, "as many as compared with"
+    assert found["compared_with"] == "120 held-out images"
     scorer = Scorer(recipe, root, None)
     for one in found["candidates"]:
         assert one["sigmas"] == [found["grid"][index] for index in one["indices"]]
@@ -80,6 +82,20 @@ def test_a_search_measures_finds_and_logs(root, found, capsys):
     history = tracker.client.get_metric_history(logged.info.run_id, "fid_classifier")
     assert [metric.value for metric in history] == [one["fid"] for one in found["candidates"]]
     assert [file.path for file in tracker.client.list_artifacts(logged.info.run_id)] == ["search.json"]
+
+
+def test_a_search_looks_at_no_image_of_the_evaluation(root, monkeypatch):
+    """Neither its noise nor, where enough images are held out, its reference are those of the final numbers."""
+    import flows.inference.generate as generate
+
+    recipe, seen = load_recipe("tiny", root=root), []
+    draw = generate.draw_images
+    monkeypatch.setattr(generate, "draw_images", lambda *args, **how: seen.append(how["seed"]) or draw(*args, **how))
+    scorer = Scorer(recipe, root, 8)
+    scorer.fid([80.0, 1.0], "a candidate")
+    assert seen and recipe.sample.seed not in seen
+    trained_on = load_feature_files(root / "out" / "features").reference.statistics
+    assert not np.allclose(scorer.reference.statistics.mu, trained_on.mu)
 
 
 def test_the_result_is_printed_as_it_can_be_used_and_written(root, found, capsys):
@@ -103,9 +119,11 @@ def test_the_override_is_short_and_exact():
 def test_the_grid_is_the_methods_own():
     assert len(make_grid(load_recipe("digits-cd", root=REPOSITORY), 2, None)) == 18
     assert len(make_grid(load_recipe("digits-ct", root=REPOSITORY), 2, None)) == 40
-    halved = load_recipe("digits-cd", ["student.method={kind: pd, start_steps: 4}"], root=REPOSITORY)
-    with pytest.raises(UserError, match="student.method.kind=pd: its training fixes the levels"):
-        make_grid(halved, 2, None)
+    assert len(make_grid(load_recipe("digits-meanflow", root=REPOSITORY), 2, None)) == 40
+    for kind, method in {"pd": "{kind: pd, start_steps: 4}", "dmd": "dmd"}.items():
+        fixed = load_recipe("digits-cd", [f"student.method={method}"], root=REPOSITORY)
+        with pytest.raises(UserError, match=f"student.method.kind={kind}: its training fixes the levels"):
+            make_grid(fixed, 2, None)
 
 
 @pytest.mark.parametrize(

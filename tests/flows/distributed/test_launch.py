@@ -60,14 +60,15 @@ def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused(tmp_pat
 def waits_for_a_late_main(folder):
     started = time.monotonic()
     if os.environ["RANK"] == "0":
-        time.sleep(3)
-    ranks.TIMEOUT = ranks.timedelta(seconds=2)
+        time.sleep(21)
+    ranks.TIMEOUT = ranks.timedelta(seconds=20)
     with ranks.process_group():
         return time.monotonic() - started
 
 
+@pytest.mark.slow
 def test_others_wait_for_rank_0_longer_than_an_exchange_may_take(tmp_path):
-    assert min(run_in_several(waits_for_a_late_main, tmp_path).values()) >= 2
+    assert min(run_in_several(waits_for_a_late_main, tmp_path).values()) >= 20
 
 
 def lose(folder):
@@ -76,13 +77,13 @@ def lose(folder):
     ranks.GRACE = 8
     try:
         with ranks.process_group():
+            pids = ranks.all_gather(os.getpid())
             if ranks.rank() == 1:
-                (folder / "pid").write_text(str(os.getpid()))
                 signal.pause()
-            while not (folder / "pid").exists() or ranks.rank() == 2:
+            while ranks.rank() == 2 or not (folder / "waits-2").exists():
                 (folder / f"waits-{ranks.rank()}").touch()
                 time.sleep(0.1)
-            os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
+            os.kill(pids[1], signal.SIGKILL)
             ranks.wait_for_all()
     except ranks.ProcessLost as error:
         (folder / "said").write_text(str(error))
@@ -95,7 +96,7 @@ def test_survivors_name_the_lost_and_one_that_does_not_notice_ends_all_the_same(
         run_in_several(lose, tmp_path, 3)
     said, waits = tmp_path / "said", tmp_path / "waits-2"
     assert said.read_text() == f"lost rank 1 ({socket.gethostname()})"
-    assert waits.stat().st_mtime - said.stat().st_mtime < 15, "the launcher would kill it after 30 s"
+    assert waits.stat().st_mtime - said.stat().st_mtime < 28, "the launcher would kill it after 30 s"
 
 
 def failed(error_file, *codes):

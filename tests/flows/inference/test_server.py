@@ -4,13 +4,11 @@ import base64
 import io
 import json
 import os
-import sqlite3
 import subprocess
 import sys
-import tarfile
 import urllib.error
 import urllib.request
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +20,11 @@ from cm_core.model import ModelSpec, save_model
 from cm_core.networks import SongUNetParams
 from cm_core.noise import Noise
 from command import run
+from flows.recipes.recipe import Recipe
+from flows.stages.models import fixed_labels
+from flows.stages.sample import Sample
 from flows.tracking.tracker import MODEL_FILES, Tracker
-from miniature import REPOSITORY
+from miniature import REPOSITORY, make_bare_workspace, unpack_registered_student
 from servers import free_port, process, wait_for_page
 
 MID_SIGMAS = [[], [3.0]]
@@ -31,16 +32,13 @@ MID_SIGMAS = [[], [3.0]]
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("workspace")
-    (root / "params").mkdir()
-    (root / "dvc.yaml").write_text("stages: {}\n")
-    return root
+    return make_bare_workspace(tmp_path_factory.mktemp("workspace"))
 
 
 @pytest.fixture(scope="module")
 def models(root):
     """URIs of two logged students of coloured images: one with 3 classes, one without."""
-    tracker, uris = Tracker(root), {}
+    tracker, uris, recipe = Tracker(root), {}, Recipe(sample=Sample(mid_sigmas=MID_SIGMAS))
     network = SongUNetParams(channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=())
     for name, classes in (("classes", 3), ("plain", 0)):
         spec = ModelSpec(form="skip", network=network, noise=Noise(), image_shape=(3, 8, 8), num_classes=classes)
@@ -53,7 +51,7 @@ def models(root):
         save_model(root / "weights" / name, spec, model.state_dict())
         files = {file: root / "weights" / name / file for file in MODEL_FILES}
         run_id = tracker.client.create_run(tracker.experiment_id).info.run_id
-        uris[name] = f"models:/{tracker.student_model(run_id, files, name, {'kind': 'cd'}, MID_SIGMAS)}"
+        uris[name] = f"models:/{tracker.log_student(run_id, recipe, files, name)}"
     return uris
 
 
@@ -131,7 +129,7 @@ def test_a_server_answers_with_the_pictures_that_cm_sample_draws(root, models, s
         np.testing.assert_array_equal(first, sample(models["classes"], "--n", "7", "--steps", "2", "--seed", "5"))
         np.testing.assert_array_equal(second, sample(models["classes"], "--n", "2"))
 
-        labels = [index % 3 for index in range(7)]
+        labels = fixed_labels(ModelSpec.model_construct(num_classes=3), range(7), 5, torch.device("cpu")).tolist()
         _, named = ask(address, {"inputs": [{"n": 7, "steps": 2, "seed": 5, "labels": labels}]})
         np.testing.assert_array_equal(decode(named["predictions"][0]["images"]), first)
         _, other = ask(address, {"inputs": [{"n": 7, "steps": 2, "seed": 5, "labels": [2] * 7}]})
@@ -173,29 +171,31 @@ def test_the_packed_code_is_enough(root, models, tmp_path):
 
 
 BEFORE, CHAMPION = REPOSITORY / "tests" / "fixtures" / "logged_before_wings", "models:/cm-digits@champion"
-AS_DRAWN = {"n": 4, "steps": 2, "seed": 5}
+SETTINGS = {"n": 4, "steps": 2, "seed": 5}
+AS_DRAWN = {**SETTINGS, "labels": [0, 1, 2, 0]}  # those that the code of that time drew without being asked
 
 
 @pytest.fixture
 def before(tmp_path, monkeypatch):
     """A workspace with a student that was logged and registered before `flows/` had wings, and the images it drew."""
     root = tmp_path / "before"
-    (root / "params").mkdir(parents=True)
-    (root / "dvc.yaml").write_text("stages: {}\n")
-    with closing(sqlite3.connect(root / "mlflow.db")) as database:
-        database.executescript((BEFORE / "mlflow.sql").read_text().replace("@ROOT@", str(root)))
-    with tarfile.open(BEFORE / "model.tar.gz") as archive:
-        archive.extractall(root, filter="data")
+    unpack_registered_student(root)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(root)
     return root, np.load(BEFORE / "drawn.npy")
 
 
-def test_a_model_logged_before_the_wings_draws_the_same_images_by_its_alias(before, capsys):
+def test_a_model_logged_before_the_wings_draws_the_same_images_by_its_alias(before, capsys, monkeypatch):
+    """As the model does when it is loaded, which draws the images of that time where it is told their labels."""
+    import mlflow
+
     root, drawn = before
-    options = [f"--{name}={value}" for name, value in AS_DRAWN.items()]
+    options = [f"--{name}={value}" for name, value in SETTINGS.items()]
     assert run(capsys, "sample", "--model", CHAMPION, *options, "--out", str(root / "now.npy"))[0] == 0
-    np.testing.assert_array_equal(np.load(root / "now.npy"), drawn)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    answers = mlflow.pyfunc.load_model(CHAMPION).predict([SETTINGS, AS_DRAWN])
+    np.testing.assert_array_equal(np.load(root / "now.npy"), decode(answers[0].images))
+    np.testing.assert_array_equal(decode(answers[1].images), drawn)
 
 
 def test_a_model_logged_before_the_wings_loads_where_the_present_code_is_imported(before, monkeypatch):

@@ -15,6 +15,7 @@ from flows.errors import UserError
 from flows.operations import garbage
 from flows.operations.garbage import find_garbage, object_key
 from flows.storage.bucket import Bucket
+from flows.tracking.sqlite_reads import data_versions
 from flows.tracking.tracker import Tracker
 from flows.workspace import clone
 from flows.workspace.dvc_files import version
@@ -127,6 +128,16 @@ def test_run_cache_entries_go_with_what_they_made(root):
     assert kept_entry.exists() and not gone_entry.exists()
 
 
+def test_damaged_objects_that_were_set_aside_go_in_time(root):
+    aside = root / ".dvc/cache/damaged/abc"
+    aside.parent.mkdir(parents=True)
+    aside.write_bytes(b"damaged")
+    assert not list(find_garbage(root, older_than=timedelta(days=1), with_remote=False))
+    (found,) = find_garbage(root, older_than=ALL_AGES, with_remote=False)
+    found.remove()
+    assert (found.kind, found.size) == ("damaged", 7) and not aside.exists()
+
+
 def test_the_remote_is_touched_on_request_alone(root):
     maker = Maker(root / ".cm" / "remote", 0)
     _, objects = maker.result()
@@ -192,6 +203,7 @@ def test_what_mlflow_knows_survives_and_its_silence_is_no_permission(root, monke
     client.delete_run(runs[1])
     tracker.set_tags(runs[2], {"dvc.out": forgotten[0]})
     client.delete_run(runs[2])
+    assert data_versions(root / "mlflow.db") == tracker.data_versions(), "read without MLflow, the same"
     gone = objects_of(find_garbage(root, older_than=ALL_AGES, with_remote=False))
     assert gone == forgotten[1] - set.union(*(objects for _, objects in (by_run, by_model, by_registered, *several)))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")

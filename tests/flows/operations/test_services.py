@@ -2,26 +2,27 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 import uuid
 from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from flows.distributed.devices import devices_for, hold_devices, visible_devices
-from flows.errors import UserError
-from flows.operations import service_environment, services
+from flows.distributed.devices import devices_for, hold_devices, refuse_unusable_gpus, visible_devices
+from flows.errors import RunEnding, UserError
+from flows.operations import service_environment, services, stop_flag
 from flows.operations.process_trees import end_trees, still_runs
 from flows.workspace.dvc_files import load_yaml, read_stages
-from live import Up, cm, environment, make_live_workspace, wait_until
+from live import Up, cm, environment, make_live_workspace
 from miniature import REPOSITORY
-from servers import http_server
+from processes import WAIT, command_line, wait_until
+from servers import client, http_server
 
 
 def test_every_stage_says_what_it_needs():
@@ -41,6 +42,42 @@ def test_devices_are_those_that_the_environment_shows(monkeypatch, tmp_path):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: a (UUID: x)'\necho 'GPU 1: b (UUID: y)'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     assert visible_devices() == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [("1,0", ["1", "0"]), ("-1", []), ("1,-1,0", ["1"]), ("GPU-8a", ["GPU-8a"]), ("MIG-1", ["MIG-1"])]
+    + [(odd, None) for odd in ("abc", "2", "0,0", "0,,1", "GPU-zz")],
+)
+def test_a_device_that_cuda_would_not_find_is_refused(monkeypatch, tmp_path, given, chosen):
+    listing = "GPU 0: a (UUID: GPU-8a1)\n  MIG 1g.10gb Device 0: (UUID: MIG-1f)\nGPU 1: b (UUID: GPU-9b2)\n"
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{listing}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    if chosen is None:
+        with pytest.raises(
+            UserError, match=f"^CUDA_VISIBLE_DEVICES={given}: .* is no GPU, .*there are 0, 1 and GPU-8a1"
+        ):
+            visible_devices()
+    else:
+        assert visible_devices() == chosen
+
+
+def test_a_stage_waits_for_a_gpu_of_its_machine_alone(monkeypatch):
+    """Where there is none, on the CPU: a slot of the server's limit stands for another machine's GPU."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows.orchestration.gpu_slots import takes_slot
+
+    stages = read_stages(REPOSITORY)
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4200/api"}):
+        for devices, waiting in (("0", {"features", "teacher", "student", "sample", "edit", "evaluate"}), ("", set())):
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+            assert {name for name, stage in stages.items() if takes_slot(stage)} == waiting
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with temporary_settings({PREFECT_API_URL: None}):
+        assert not takes_slot(stages["student"]), "no server, no limit"
 
 
 def unwanted():
@@ -88,17 +125,15 @@ def test_a_number_of_devices_that_cannot_be_is_refused(monkeypatch, value, compl
 def test_a_device_comes_back_when_its_holder_is_killed(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from flows.distributed.devices import hold_devices\n"
-        "with hold_devices(Path(sys.argv[1]), ['0'], 1, print, bool): print('held', flush=True); time.sleep(60)"
+        "with hold_devices(Path(sys.argv[1]), ['0'], 1, print, bool): print('held', flush=True); time.sleep(600)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     holder = subprocess.Popen(command, env=environment(REPOSITORY), stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
-    threading.Timer(0.3, holder.kill).start()
-    waits = []
-    with hold_devices(tmp_path, ["0"], 1, lambda: waits.append(1), lambda: False) as held:
-        assert held == {"CUDA_VISIBLE_DEVICES": "0"} and waits == [1]
-    holder.wait()
-    holder.stdout.close()
+    with holder:
+        with hold_devices(tmp_path, ["0"], 1, holder.kill, lambda: False) as held:
+            assert held == {"CUDA_VISIBLE_DEVICES": "0"}
+        assert holder.wait() == -signal.SIGKILL, "it was waited for"
 
 
 @pytest.mark.slow
@@ -114,7 +149,7 @@ def test_a_stage_waits_for_its_slot_while_the_server_or_its_database_is_away(mon
     stage = read_stages(REPOSITORY)["student"]
 
     def come_back():
-        wait_until(lambda: asked.count(path) >= 3, 20, every=0.01)
+        wait_until(lambda: asked.count(path) >= 3, every=0.01)
         body = json.dumps({"lease_id": str(lease), "limits": [{"id": str(uuid.uuid4()), "name": "gpu", "limit": 1}]})
         answers[path] = (200, {"Content-Type": "application/json"}, body.encode())
 
@@ -132,22 +167,82 @@ def test_a_stage_waits_for_its_slot_while_the_server_or_its_database_is_away(mon
             assert gpu_slots._ask_for_slots(client, stage, 1) is None
 
 
-def test_a_port_is_free_or_refused_by_its_option():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=rf"--mlflow-port {port}: Address already in use; choose another"):
-            services.choose_port(port, "--mlflow-port")
-    assert services.choose_port(port, "--mlflow-port") == port
-    assert services.choose_port(0, "--mlflow-port") > 0
+@pytest.mark.slow
+def test_a_stage_does_not_wait_for_a_server_that_fails_each_time(monkeypatch):
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    from flows.errors import StageFailed
+    from flows.orchestration import gpu_slots
+
+    monkeypatch.setattr(gpu_slots, "LOOK_EVERY", 0.02)
+    monkeypatch.setattr(gpu_slots, "BROKEN_AFTER", 0.5)
+    path, run = "/api/v2/concurrency_limits/increment-with-lease", SimpleNamespace(ending=False)
+    answers = {path: (500, {}, b"{}")}
+    stage = read_stages(REPOSITORY)["student"]
+    with (
+        http_server(answers) as (url, asked),
+        temporary_settings({PREFECT_API_URL: f"{url}/api", PREFECT_CLIENT_MAX_RETRIES: 0}),
+        get_client(sync_client=True) as client,
+    ):
+        with pytest.raises(StageFailed, match=r"^student: .* answered 500 .*a slot of the limit `gpu`; its log"):
+            gpu_slots._take_slots(client, stage, 1, run)
+        assert len(asked) > 1
+        answers[path] = (423, {"Retry-After": "0"}, b"{}")  # taken by others: no fault, however long it lasts
+        deadline = threading.Timer(1.5, lambda: setattr(run, "ending", True))
+        deadline.start()
+        with pytest.raises(RunEnding):
+            gpu_slots._take_slots(client, stage, 1, run)
+        deadline.join()
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_refused(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", lambda: (_ for _ in ()).throw(RuntimeError("The driver is\ntoo old")))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with pytest.raises(UserError, match=r"^GPU 1: PyTorch \S+ cannot use it: The driver is too old; .*the CPU$"):
+        refuse_unusable_gpus()
+    for none in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
+        refuse_unusable_gpus()
+
+
+def test_a_stage_is_not_computed_on_the_cpu_beside_a_gpu(tmp_path):
+    """The stage itself refuses, with this machine's PyTorch that has no CUDA."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("PyTorch has a GPU here")
+    for name in ("dvc.yaml", "params", "flows", "cm_core"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    command = [sys.executable, "-m", "flows.cli", "stage", "teacher"]
+    env = environment(tmp_path, CUDA_VISIBLE_DEVICES="0")
+    ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2 and "cm: GPU 0: PyTorch" in ended.stderr, ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_port_is_kept_for_its_server_and_refused_by_its_option_where_one_listens():
+    """Whoever asks for any port, or for this one, does not get it before the server has started."""
+    with services._reserve(0, "--mlflow-port") as kept, socket.socket() as stranger:
+        port = kept.getsockname()[1]
+        with pytest.raises(OSError, match="Address already in use"):
+            stranger.bind((services.HOST, port))
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((services.HOST, port))
+        with socket.create_server((services.HOST, port)):  # sets SO_REUSEADDR
+            socket.create_connection((services.HOST, port)).close()
+            with pytest.raises(UserError, match=rf"--mlflow-port {port}: Address already in use; choose another"):
+                services._reserve(port, "--mlflow-port")
 
 
 def test_both_servers_share_a_database_but_no_table(tmp_path):
-    prefect, mlflow = service_environment._database_urls(tmp_path, "postgresql://me:p%40ss@db.example:5433/cm")
+    prefect, mlflow = service_environment.database_urls(tmp_path, "postgresql://me:p%40ss@db.example:5433/cm")
     assert prefect == "postgresql+asyncpg://me:p%40ss@db.example:5433/cm"
     assert mlflow == "postgresql+psycopg2://me:p%40ss@db.example:5433/cm?options=-csearch_path%3Dmlflow"
-    prefect, mlflow = service_environment._database_urls(tmp_path, None)
+    prefect, mlflow = service_environment.database_urls(tmp_path, None)
     assert mlflow == f"sqlite:///{tmp_path}/mlflow.db", "what `mlflow ui` and runs without a server use"
 
 
@@ -178,6 +273,22 @@ def test_nothing_leaves_the_machine_and_no_secret_stands_in_a_command_line(tmp_p
     for command in services._server_commands(tmp_path, at).values():
         assert "secret" not in " ".join(command)
     assert "127.0.0.1" in services._server_commands(tmp_path, at)["mlflow"]
+
+
+def test_prefect_forgets_runs_only_when_told(tmp_path, monkeypatch):
+    from prefect.settings.models.server.services import ServerServicesDBVacuumSettings
+
+    def vacuum():
+        """Return what Prefect's server makes of its environment."""
+        at = service_environment.Services("http://127.0.0.1:4200", "http://127.0.0.1:5000")
+        for name, value in service_environment.server_variables(tmp_path, at, None).items():
+            monkeypatch.setenv(name, value)
+        return ServerServicesDBVacuumSettings()
+
+    assert "flow_runs" not in vacuum().enabled_vacuum_types
+    monkeypatch.setenv("CM_KEEP_RUNS", "30")
+    told = vacuum()
+    assert told.enabled_vacuum_types == {"events", "flow_runs", "orphans"} and told.retention_period.days == 30
 
 
 def test_without_services_there_is_nothing_to_stop_to_show_or_to_use(tmp_path, monkeypatch):
@@ -220,7 +331,7 @@ def test_a_second_up_says_in_one_line_where_the_first_is(leftover):
 def test_a_log_is_kept_for_one_more_start(tmp_path):
     for _ in range(2):
         child = services.Child("x", ["platform"], cwd=tmp_path, env=os.environ, logs=tmp_path)
-        wait_until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE, 20)  # noqa: B023
+        wait_until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE)  # noqa: B023
     with pytest.raises(services.ServiceEnded, match=r"x ended with code 0; the end of .*x\.log:\nLinux"):
         child.check()
     assert (tmp_path / "x.log.1").read_text() == (tmp_path / "x.log").read_text()
@@ -239,6 +350,26 @@ def test_bad_input_ends_in_one_line(tmp_path, arguments, says):
     root = make_live_workspace(tmp_path / "workspace")
     ended = cm(root, *arguments)
     assert ended.returncode == 2 and says in ended.stderr and ended.stderr.count("\n") == 1
+
+
+def test_servers_take_no_settings_of_another_server(tmp_path, monkeypatch):
+    theirs = {"MLFLOW_STATIC_PREFIX": "/x", "PREFECT_SERVER_API_BASE_PATH": "/x", "PREFECT_UI_SERVE_BASE": "/x"}
+    started = {}
+
+    class Recorded:
+        def __init__(self, name, command, *, env, **_):
+            started[name], self.name, self.pid, self.log = env, name, os.getpid(), tmp_path
+
+    for name, value in theirs.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(services, "Child", Recorded)
+    monkeypatch.setattr(services, "answering", lambda _: {"prefect": True})
+    at = service_environment.Services("http://127.0.0.1:1", "http://127.0.0.1:2", metrics="http://127.0.0.1:3")
+    with stop_flag.stop_signal() as stop:
+        services._Children(tmp_path, at, print).start_servers(None, stop)
+    assert set(started) == {"prefect", "mlflow"}
+    for env in started.values():
+        assert not set(theirs) & set(env) and env["MLFLOW_BACKEND_STORE_URI"].endswith("mlflow.db")
 
 
 slow = pytest.mark.slow
@@ -269,6 +400,9 @@ def test_up_status_down_and_up_again(root, begin_up):
     up = begin_up()
     status = cm(root, "status", "--json")
     assert status.returncode == 0 and '"running": true' in status.stdout
+    (experiment,) = re.findall(rf"{up.note['mlflow']}/#/experiments/(\w+)/runs", up.welcome)
+    page = f"{up.note['mlflow']}/api/2.0/mlflow/experiments/get?experiment_id={experiment}"
+    assert client().get(page).json()["experiment"]["name"] == "consistency-models", "no run has made it yet"
     second = cm(root, "up")
     assert second.returncode == 2 and second.stderr.count("\n") == 1 and up.note["prefect"] in second.stderr
     pools = {pool["name"]: pool["type"] for pool in up.post("/work_pools/filter")}
@@ -276,39 +410,39 @@ def test_up_status_down_and_up_again(root, begin_up):
     limit = up.get("/v2/concurrency_limits/gpu")
     assert (limit["limit"], limit["active"]) == (max(1, len(visible_devices())), True)
     deployed = up.get("/deployments/name/consistency/tiny")
-    (nightly,) = deployed["schedules"]
-    assert nightly["schedule"]["cron"] == "0 2 * * *" and not nightly["active"], "for whoever switches it on"
-    switch = up.api.patch(f"/deployments/{deployed['id']}/schedules/{nightly['id']}", json={"active": True})
-    switch.raise_for_status()
+    assert deployed["schedules"] == [] and deployed["tags"] == ["digits", "cd", "gpu"]
+    nightly = {"schedule": {"cron": "0 2 * * *"}, "active": True}
+    up.api.post(f"/deployments/{deployed['id']}/schedules", json=[nightly]).raise_for_status()
+    up.api.patch(f"/deployments/{deployed['id']}", json={"tags": [*deployed["tags"], "mine"]}).raise_for_status()
     scheduled = {"state": {"type": {"any_": ["SCHEDULED"]}}}
-    wait_until(lambda: up.post("/flow_runs/count", flow_runs=scheduled) > 0, 120)
+    wait_until(lambda: up.post("/flow_runs/count", flow_runs=scheduled) > 0)
     for connection in psutil.net_connections("tcp"):
         if connection.pid in {child.pid for child in up.children} and connection.status == psutil.CONN_LISTEN:
             assert connection.laddr.ip == "127.0.0.1"
     assert cm(root, "down").stdout == "stopped\n"
-    assert up.process.wait(timeout=10) == 0
+    assert up.process.wait(WAIT) == 0
     assert not [child for child in up.children if still_runs(child)]
     assert cm(root, "status").returncode == 1
 
     again = begin_up()
     found = again.get("/deployments/name/consistency/tiny")
     assert found["id"] == deployed["id"]
-    assert [schedule["active"] for schedule in found["schedules"]] == [True], "what a user has switched on stays so"
-    worker = next(child for child in again.children if "worker" in child.cmdline())
+    assert [one["schedule"]["cron"] for one in found["schedules"]] == ["0 2 * * *"], "what a user has made stays"
+    assert found["tags"] == ["digits", "cd", "gpu", "mine"]
+    worker = next(child for child in again.children if "worker" in command_line(child))
     worker.send_signal(signal.SIGKILL)
-    assert again.process.wait(timeout=60) == 1
-    said = again.process.stderr.read()
+    assert again.process.wait(WAIT) == 1
+    said = again.errors()
     assert said.startswith("cm: worker-gpu ended with code -9; the end of ") and "worker-gpu.log:" in said
-    time.sleep(0.2)
-    assert not [child for child in again.children if still_runs(child)]
+    wait_until(lambda: not [child for child in again.children if still_runs(child)])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_noted_whatever_it_interrupts(monkeypatch, number):
     """Here it comes while the flag waits, where a threading.Event would hold a lock."""
-    monkeypatch.setattr(services.time, "sleep", lambda _: os.kill(os.getpid(), number))
+    monkeypatch.setattr(stop_flag.time, "sleep", lambda _: os.kill(os.getpid(), number))
     before = signal.getsignal(number)
-    with services._stop_signal() as stop:
+    with stop_flag.stop_signal() as stop:
         assert not stop.is_set()
         assert stop.wait(60) and stop.is_set()
     assert signal.getsignal(number) is before

@@ -9,19 +9,22 @@ import yaml
 
 from cm_core.params import Params
 from flows.errors import UserError
-from flows.recipes.overrides import flatten, merge, parse_override
+from flows.recipes.naming import active_name
 from flows.recipes.recipe import (
     EDITED,
     Recipe,
-    active_name,
     dump_recipe,
     explain,
+    flatten,
     load_active,
     load_recipe,
+    merge,
+    parse_override,
     recipe_names,
     vary,
     write_active,
 )
+from schemas import unions
 
 ROOT = Path(__file__).parents[3]
 TINY = "data: {source: digits}\nnetwork: {kind: song_unet, channels: 8, channel_mult: [1]}\n"
@@ -75,6 +78,16 @@ def test_the_form_keeps_the_order_of_the_fields():
         assert positions == list(range(len(positions)))
 
 
+def test_the_choices_of_a_union_differ_in_their_keys():
+    """Prefect's pages tell by the keys of a value which tab it belongs to, and submit what that tab says."""
+    schema = Recipe.model_json_schema()
+    found = list(unions(schema))
+    assert len(found) > 8
+    for choices in found:
+        keys = [frozenset(schema["$defs"][choice]["properties"]) for choice in choices]
+        assert len(set(keys)) == len(keys), choices
+
+
 def test_unions_are_tabs_with_titles():
     methods = Recipe.model_json_schema()["$defs"]["Student"]["properties"]["method"]["anyOf"]
     titles = [Recipe.model_json_schema()["$defs"][method["$ref"].rsplit("/", 1)[1]]["title"] for method in methods]
@@ -83,23 +96,84 @@ def test_unions_are_tabs_with_titles():
 
 REFUSED = [
     ("student.method.solverr=euler", "--set student.method.solverr", "did you mean solver?"),
+    ("student.methd.s0=3", "--set student.methd", "did you mean method?"),
+    ("student.train.optimizer=adam", "--set student.train.optimizer.learning_rate", "Field required"),
     ("student.method.num_scales=1", "--set student.method.num_scales=1", "greater than or equal to 2"),
     ("student.method.num_scales=many", "--set student.method.num_scales=many", "valid integer"),
     ("student.method.kind=foo", "--set student.method.kind=foo", "cd, ct"),
     ("student.method.solver=rk4", "--set student.method.solver=rk4", "'euler' or 'heun'"),
-    ("noise.sigma_min=90", "noise", "sigma_min=90.0 must lie below sigma_max=80.0"),
-    ("teacher=null", "recipe", "student.method.kind=cd distils a teacher, and teacher is null"),
-    ("student.method.distance=lpips", "recipe", "lpips needs RGB images of at least 16x16, got 1x8x8"),
-    ("network.channel_mult=[1,1,1,1,1]", "recipe", "halve the image 4 times"),
-    ("student.train.save_every=30", "student.train", "save_every=30 must be a multiple of log_every=100"),
-    ("sample.mid_sigmas=[[90]]", "recipe", "must decrease and stay above sigma_min"),
-    ("sample.teacher_sampler.guidance=2", "recipe", "guidance=2 needs labels, and conditional is false"),
-    ("edit.factor=3", "recipe", "edit.factor=3 does not divide images of 8x8 pixels"),
+    ("noise.sigma_min=90", "--set noise", "sigma_min=90.0 must lie below sigma_max=80.0"),
+    ("teacher=null", "--set teacher=null", "student.method.kind=cd distils a teacher, and teacher is null"),
+    (
+        "student.method.distance=lpips",
+        "--set student.method.distance=lpips",
+        "lpips needs RGB images of at least 16x16, got 1x8x8",
+    ),
+    ("network.channel_mult=[1,1,1,1,1]", "--set network.channel_mult=[1,1,1,1,1]", "halve the image 4 times"),
+    ("student.train.save_every=30", "--set student.train", "save_every=30 must be a multiple of log_every=100"),
+    ("sample.mid_sigmas=[[90]]", "--set sample.mid_sigmas=[[90]]", "must decrease and stay above sigma_min"),
+    (
+        "sample.teacher_sampler.guidance=2",
+        "--set sample.teacher_sampler.guidance=2",
+        "guidance=2 needs labels, and conditional is false",
+    ),
+    (
+        "sample={weak_teacher: {weights: a.pkl}}",
+        "--set sample",
+        "weak_teacher has no effect with teacher_sampler.guidance=1",
+    ),
+    ("sample.weak_teacher.weights=https://example.org/a.pkl", "--set sample.weak_teacher", "needs its sha256"),
+    ("edit.factor=3", "--set edit.factor=3", "edit.factor=3 does not divide images of 8x8 pixels"),
     ("edit.tasks=[paint]", "--set edit.tasks", "'inpaint', 'colorize'"),
-    ("student=3", "--set student=3", "must be a section with keys method"),
+    ("student=3", "--set student=3", "must be a section with keys weights"),
     ("teacher.train.emas=[]", "--set teacher.train.emas", "at least 1"),
     ("features=resnet", "--set features", "inception-v3-compat"),
-    ("data.source=imagenet", "--set data.source", "digits, cifar10, images, array"),
+    ("data.source=imagenet", "--set data.source", "digits, cifar10, array, images"),
+    (
+        "features={kind: dinov2, reference: a.npz}",
+        "--set features={kind: dinov2, reference: a.npz}",
+        "set evaluate.beside_fid to [is] or []",
+    ),
+    ("sample.emas=[0,1]", "--set sample.emas=[0,1]", "sample.emas=[0, 1]: student.train.emas has 1, counted from 0"),
+    ("sample.emas=[]", "--set sample.emas", "at least 1"),
+    ("student.train={schedule: inverse_sqrt}", "--set student.train", "needs schedule_start"),
+    (
+        "student.train={schedule: cosine, schedule_start: 9000000}",
+        "--set student.train",
+        "must lie below num_steps=400000",
+    ),
+    ("evaluate.repeats=3", "--set evaluate.repeats=3", "3 sets of 50000 images are sample.num_images=150000"),
+    ("student={evaluate_every: 30}", "--set student", "evaluate_every=30 must be a multiple of train.log_every=100"),
+    (
+        "student.evaluate_mid_sigmas=[[90]]",
+        "--set student.evaluate_mid_sigmas=[[90]]",
+        "must decrease and stay above sigma_min",
+    ),
+    (
+        "student={method: meanflow, init_from: teacher}",
+        "--set student",
+        "init_from=teacher: kind=meanflow trains a network of two times from scratch",
+    ),
+    (
+        "student={method: dmd, train: {compile: true}}",
+        "--set student",
+        "trains two networks in turn, which is not tried",
+    ),
+    (
+        "student.method={kind: dmd, generator_sigma: 0.001}",
+        "--set student.method",
+        "must decrease and stay above sigma_min",
+    ),
+    (
+        "student.method={kind: dmd, u_min: 0.5, u_max: 0.4}",
+        "--set student.method",
+        "u_min=0.5 must lie below u_max=0.4",
+    ),
+    (
+        "student.train.optimizer={kind: radam, learning_rate: 1, weight_decay: 0.1}",
+        "--set student.train.optimizer",
+        "weight_decay=0.1 needs kind: adam",
+    ),
     ("colour=red", "--set colour", "unknown key"),
     ("seed", "--set seed", "expected key=value"),
     ("seed=[1", "--set seed=[1", "not a YAML value"),
@@ -119,7 +193,51 @@ def test_bad_values_are_refused_in_one_line(root, override, place, reason):
     with pytest.raises(UserError) as refused:
         load_recipe("tiny", [override], root=root)
     line = str(refused.value)
-    assert place in line and reason in line and "\n" not in line
+    assert line.startswith(place) and reason in line and "\n" not in line
+
+
+def test_an_adversarial_loss_needs_a_unet(root):
+    overrides = ["network=mlp", "student.method={kind: dmd, student_every: 2}"]
+    with pytest.raises(UserError, match=r"gan_weight=0\.001 needs the features of a U-Net, and the network is an MLP"):
+        load_recipe("tiny", overrides, root=root)
+    assert load_recipe("tiny", [*overrides, "student.method.gan_weight=0"], root=root)
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names(ROOT) if "dmd" in name])
+def test_distribution_matching_is_measured_by_precision_and_recall_too(name):
+    assert "precision_recall" in load_recipe(name, root=ROOT).evaluate.beside_fid
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names(ROOT) if name.startswith(("imagenet", "lsun"))])
+def test_paper_recipes_train_on_and_compare_with_all_images(name):
+    """The digits and CIFAR-10 have a split of their own or are demonstrations."""
+    assert load_recipe(name, root=ROOT).data.heldout_fraction == 0
+
+
+PAPERS = [name for name in recipe_names(ROOT) if "-quick" not in name and not name.startswith(("digits", "folder"))]
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_paper_recipe_compares_itself_with_the_paper(name):
+    """The column of what is done here is what the recipe does, so that it cannot grow old."""
+    lines = (ROOT / "params" / "recipes" / f"{name}.yaml").read_text().splitlines()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("# |")]
+    assert table[0] == ["student", "paper", "here"]
+    here = {row: cell for row, _, cell in table[1:]}
+    recipe = load_recipe(name, root=ROOT)
+    student, train = recipe.student, recipe.student.train
+    if student.is_imported:
+        assert here["weights"] == student.weights.rpartition("/")[2]
+        assert here["precision"] == f"samples {recipe.sample.precision}"
+        return
+    assert here["batch"] == f"{train.batch_size:,}" and here["steps"] == f"{train.num_steps:,}"
+    kind, rate = here["learning rate"].replace(",", "").split()[:2]
+    assert kind.lower() == train.optimizer.kind and float(rate) == train.optimizer.learning_rate
+    assert ("inverse root" in here["learning rate"]) == (train.schedule == "inverse_sqrt")
+    dropout = recipe.network.dropout if student.dropout is None else student.dropout
+    assert float(here["dropout"].split()[0]) == dropout
+    assert (" at 16 pixels and below" in here["dropout"]) == (student.dropout_resolution == 16)
+    assert here["precision"] == f"training {train.precision}, samples {recipe.sample.precision}"
 
 
 def test_a_bad_page_is_named_with_its_key(root):
@@ -127,13 +245,15 @@ def test_a_bad_page_is_named_with_its_key(root):
     page.write_text("student:\n  method: {kind: ct, s1: -3}\n")
     with pytest.raises(UserError, match=r"bad\.yaml: student\.method\.s1=-3: must be greater than or equal to 2"):
         load_recipe("bad", root=root)
+    with pytest.raises(UserError, match=r"bad\.yaml: student\.method\.s1=-3: must be"):  # not the --set beside it
+        load_recipe("bad", ["seed=1"], root=root)
     page.write_text("student: [")
     with pytest.raises(UserError, match=r"bad\.yaml: not valid YAML"):
         load_recipe("bad", root=root)
 
 
 def test_unknown_recipe_lists_what_there_is(root):
-    with pytest.raises(UserError, match=r"no recipe 'tny'; there are tiny"):
+    with pytest.raises(UserError, match=r"no recipe 'tny' \(did you mean tiny\?\); there are tiny"):
         load_recipe("tny", root=root)
 
 
@@ -174,11 +294,13 @@ def test_active_recipe_round_trips(root):
     assert path.stat().st_mtime_ns == before
 
 
-def test_the_active_recipe_knows_its_name_until_it_is_edited(root):
+def test_the_active_recipe_is_called_as_it_was_written_and_by_what_was_edited_since(root):
     path = write_active(load_recipe("tiny", ["seed=4"], root=root), root, "tiny seed=4 (a \n try)")
     assert active_name(root) == "tiny seed=4 (a try)"
     text = path.read_text()
     path.write_text(text.replace("seed: 4", "seed: 5"))
+    assert active_name(root) == "tiny seed=5", "as of dvc exp run -S"
+    path.write_text(text.replace("seed: 4", "seed: 5").replace("# tiny", "# gone"))
     assert active_name(root) == EDITED
     path.write_text(text.partition("\n")[2])
     assert active_name(root) == EDITED

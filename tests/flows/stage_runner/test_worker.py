@@ -11,23 +11,33 @@ import socket
 import sqlite3
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import psutil
 import pytest
 import torch
 
-from cm_core.tensor_files import load_tensors
-from cm_core.training.checkpoint import list_states
+from cm_core.checkpoint import list_states, load_tensors
 from flows.recipes.recipe import write_active
 from miniature import REPOSITORY, python_path
-from processes import runs, wait_for
+from processes import WAIT, runs, wait_until
 from servers import free_port
 from small_stages import files, run_small, small_recipe
 
 pytestmark = pytest.mark.slow
 ROUNDING = 1e-4 if torch.cuda.is_available() else 1e-5  # GPUs add in any order: two runs of one process differ too
 STEPS = {"num_steps": 30, "batch_size": 8, "log_every": 1, "save_every": 2, "grid_every": 10}
+# The first state holds the training up while this file exists, so that it is not over before a test looks at it.
+HELD = "held"
+HOLDING = f"""
+import time
+_save_state = save_state
+
+def save_state(*args, **options):
+    _save_state(*args, **options)
+    while Path("{HELD}").exists():
+        time.sleep(0.05)
+"""
 RESUME = "started again, a training resumes from its last saved state"
 
 
@@ -42,6 +52,8 @@ class Node:
         self.root = root
         for name in ("cm_core", "flows"):
             shutil.copytree(REPOSITORY / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        with (root / "cm_core" / "checkpoint.py").open("a") as file:
+            file.write(HOLDING)
         for name in ("params", "out"):
             shutil.copytree(made / name, root / name)
         (root / ".dvc").mkdir()
@@ -75,20 +87,28 @@ def torchrun(nodes, stage="student"):
 
 
 def end(process):
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate()
     return process.returncode, output
 
 
-def once_training(node, *processes):
-    """Wait until the training has saved a state; return the process of each rank."""
-    before = len(node.states())
-    wait_for(lambda: len(node.states()) > before or any(process.poll() is not None for process in processes), 120)
+@contextmanager
+def in_mid_training(node, start):
+    """Start a training, wait until it has saved a state, and yield its launchers, and the process of each rank.
+
+    The training goes on when the block ends.
+    """
+    (node.root / HELD).touch()
+    processes = start()
+    wait_until(lambda: node.states() or any(process.poll() is not None for process in processes))
     children = [child for process in processes for child in psutil.Process(process.pid).children()]
-    return {int(child.environ()["RANK"]): child for child in children}
+    try:
+        yield processes, {int(child.environ()["RANK"]): child for child in children}
+    finally:
+        (node.root / HELD).unlink()
 
 
 def assert_none_left(ranks):
-    wait_for(lambda: not any(runs(child.pid) for child in ranks.values()), 40)
+    wait_until(lambda: not any(runs(child.pid) for child in ranks.values()))
 
 
 def assert_same_training(node, alone):
@@ -144,9 +164,8 @@ def test_two_processes_make_what_one_makes(node, alone, shards):
 
 @pytest.mark.parametrize("shards", ["0", "1"])
 def test_a_lost_process_is_named_and_one_goes_on_from_the_state(node, alone, shards):
-    process = node.stage("student", 2, CM_SHARD=shards)
-    ranks = once_training(node, process)
-    ranks[1].kill()
+    with in_mid_training(node, lambda: [node.stage("student", 2, CM_SHARD=shards)]) as ((process,), ranks):
+        ranks[1].kill()
     code, output = end(process)
     assert code == 1 and f"cm: student: rank 1 was killed by signal 9; {RESUME}" in output.splitlines()
     assert "Traceback" not in output
@@ -157,9 +176,8 @@ def test_a_lost_process_is_named_and_one_goes_on_from_the_state(node, alone, sha
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_all_after_the_same_step_and_four_on_two_nodes_go_on(nodes, alone, number):
     main, _ = nodes
-    process = main.stage("student", 2)
-    ranks = once_training(main, process)
-    process.send_signal(number)
+    with in_mid_training(main, lambda: [main.stage("student", 2)]) as ((process,), ranks):
+        process.send_signal(number)
     code, output = end(process)
     assert code == 128 + number and "stopping after this step" in output and "lost" not in output
     assert_none_left(ranks)
@@ -170,20 +188,18 @@ def test_a_signal_ends_all_after_the_same_step_and_four_on_two_nodes_go_on(nodes
 
 
 def test_a_stage_whose_flow_is_gone_saves_and_ends(node):
-    process = node.stage("student", 2, CM_LIFELINE="stdin")
-    ranks = once_training(node, process)
-    process.stdout.close()
-    process.stdin.close()
-    assert process.wait(timeout=40) == 128 + signal.SIGTERM
+    with in_mid_training(node, lambda: [node.stage("student", 2, CM_LIFELINE="stdin")]) as ((process,), ranks):
+        process.stdout.close()
+        process.stdin.close()
+    assert process.wait(WAIT) == 128 + signal.SIGTERM
     assert_none_left(ranks)
     assert int(node.states()[-1].name.removeprefix("step-")) < STEPS["num_steps"]
 
 
 def test_processes_stop_in_order_when_their_launcher_is_killed(node):
     write_active(recipe("student.train.num_steps=100000"), node.root)
-    process = node.stage("student", 2)
-    ranks = once_training(node, process)
-    process.kill()
+    with in_mid_training(node, lambda: [node.stage("student", 2)]) as ((process,), ranks):
+        process.kill()
     assert_none_left(ranks)
     with closing(sqlite3.connect(node.root / "mlflow.db")) as database:
         assert database.execute("SELECT status FROM runs").fetchall() == [("KILLED",)], "RUNNING where it just ended"
@@ -206,10 +222,9 @@ def test_two_processes_sample_the_same_bytes_as_four_on_two_nodes_and_one(nodes,
 
 
 def test_a_rank_lost_on_another_node_is_named_on_both_and_one_goes_on(nodes, alone):
-    torchruns = torchrun(nodes)
-    ranks = once_training(nodes[0], *torchruns)
-    assert len(ranks) == 4
-    ranks[3].kill()
+    with in_mid_training(nodes[0], lambda: torchrun(nodes)) as (torchruns, ranks):
+        assert len(ranks) == 4
+        ranks[3].kill()
     for code, output in [end(process) for process in torchruns]:
         assert code == 1
         line = f"cm: student: lost rank 3 ({socket.gethostname()}); {RESUME}"
@@ -219,9 +234,8 @@ def test_a_rank_lost_on_another_node_is_named_on_both_and_one_goes_on(nodes, alo
 
 
 def test_a_signal_to_one_node_ends_all_after_the_same_step_and_one_goes_on(nodes, alone):
-    torchruns = torchrun(nodes)
-    ranks = once_training(nodes[0], *torchruns)
-    torchruns[1].terminate()
+    with in_mid_training(nodes[0], lambda: torchrun(nodes)) as (torchruns, ranks):
+        torchruns[1].terminate()
     for code, output in [end(process) for process in torchruns]:
         assert code and "lost" not in output
     assert_none_left(ranks)

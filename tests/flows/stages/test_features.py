@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cm_core.metrics.dinov2 import PRETRAINED_GRID, DinoV2, Size
 from cm_core.metrics.features import (
@@ -20,6 +21,7 @@ from cm_core.metrics.features import (
     extract_features,
     load_classifier,
     register_extractors,
+    resize_like_pillow,
     save_classifier,
     train_classifier,
 )
@@ -28,7 +30,7 @@ from flows.data.feature_files import load_feature_files
 from flows.errors import UserError
 from flows.monitor import Monitor
 from flows.stages import features as stage
-from flows.stages.features import DinoFeatures, InceptionFeatures, features
+from flows.stages.features import DinoFeatures, ImageNetFeatures, features
 from flows.stages.prepare import Data, prepare
 
 CPU = torch.device("cpu")
@@ -175,22 +177,22 @@ def sha256(path):
 
 
 def test_inception_from_a_local_file_looks_at_the_training_images(prepared, inception_weights, tmp_path):
-    params = InceptionFeatures(weights=str(inception_weights), sha256=sha256(inception_weights))
+    params = ImageNetFeatures(weights=str(inception_weights), sha256=sha256(inception_weights))
     features(0, params, prepared, tmp_path, Monitor())
     files = load_feature_files(tmp_path)
     assert (files.extractor, files.short_name) == ("inception-v3-compat", "inception")
     assert files.sha256 == sha256(inception_weights) == sha256(files.weights)
-    assert files.reference.shape == (6, 2048)
+    assert files.reference.features.shape == (6, 2048)
 
     grey = np.load(prepared / "train_images.npy")[:2]
     extractor = build_extractor("inception-v3-compat", files.weights, CPU)
     colour = extract_features(grey.repeat(3, axis=-1), extractor, batch_size=2, device=CPU)
-    np.testing.assert_allclose(files.reference[:2], colour.features, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(files.reference.features[:2], colour.features, rtol=1e-4, atol=1e-6)
     assert colour.logits.shape == (2, 1008)
 
 
 def test_a_wrong_checksum_is_refused(prepared, inception_weights, tmp_path):
-    params = InceptionFeatures(weights=str(inception_weights), sha256="0" * 64)
+    params = ImageNetFeatures(weights=str(inception_weights), sha256="0" * 64)
     with pytest.raises(UserError, match=f"sha256 is {sha256(inception_weights)}, expected 0000"):
         features(0, params, prepared, tmp_path, Monitor())
 
@@ -202,7 +204,7 @@ def test_missing_weights_name_the_file_the_folder_and_the_alternative(prepared, 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(stage, "fetch", unreachable)
     with pytest.raises(UserError) as error:
-        features(0, InceptionFeatures(), prepared, tmp_path / "out", Monitor())
+        features(0, ImageNetFeatures(), prepared, tmp_path / "out", Monitor())
     (line,) = str(error.value).splitlines()
     for part in (
         "weights-inception-2015-12-05-6726825d.pth",
@@ -220,7 +222,7 @@ def test_a_damaged_file_in_the_cache_of_torch_is_refused(prepared, tmp_path, mon
     (folder / stage.PUBLISHED["inception-v3-compat"].name).write_bytes(b"half a download")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     with pytest.raises(UserError, match="does not begin with 6726825d"):
-        features(0, InceptionFeatures(), prepared, tmp_path / "out", Monitor())
+        features(0, ImageNetFeatures(), prepared, tmp_path / "out", Monitor())
 
 
 def test_published_addresses_are_those_of_torch_fidelity():
@@ -270,6 +272,58 @@ def test_the_artifact_is_the_same_bytes_each_time(prepared, tmp_path):
     assert 0 <= facts["accuracy"] <= 1
 
 
+@pytest.fixture(scope="module")
+def dino_weights(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("dino") / "random.pth"
+    torch.save(DinoV2(Size(384, 12, 6)).state_dict(), path)
+    return str(path)
+
+
+def test_published_statistics_take_the_place_of_the_training_images(prepared, dino_weights, tmp_path):
+    mu, sigma, path = np.arange(384.0), np.eye(384) + 0.1, tmp_path / "published.npz"
+    np.savez(path, mu=mu, sigma=sigma, mu_s=np.zeros(3))
+    params = DinoFeatures(size="s", weights=dino_weights, reference=str(path), reference_sha256=sha256(path))
+    features(0, params, prepared, tmp_path / "out", Monitor())
+    files = load_feature_files(tmp_path / "out")
+    np.testing.assert_array_equal(files.reference.statistics.mu, mu)
+    np.testing.assert_array_equal(files.reference.statistics.sigma, sigma)
+    assert files.reference.features is None
+    assert files.described == {"images": "published statistics, published.npz", "sha256": sha256(path)}
+    with pytest.raises(UserError, match="expected 0000"):
+        features(0, params.model_copy(update={"reference_sha256": "0" * 64}), prepared, tmp_path / "b", Monitor())
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"mu": np.zeros(3), "sigma": np.eye(3)}, "statistics of 3 features, dinov2_vits14 has 384"),
+        ({"mu": np.zeros(384), "sigma": np.eye(3)}, r"mu is \[384\] and sigma \[3, 3\]"),
+        ({"mu": np.full(384, np.nan), "sigma": np.eye(384)}, "values that are not finite"),
+        ({"mu": np.zeros(384)}, "no .npz file of the arrays mu and sigma"),
+        ({"mu": np.array([None]), "sigma": np.eye(1)}, "no .npz file of the arrays mu and sigma"),
+        (None, "no .npz file of the arrays mu and sigma"),
+    ],
+)
+def test_statistics_that_do_not_fit_are_refused_in_one_line(prepared, dino_weights, tmp_path, arrays, words):
+    path = tmp_path / "published.npz"
+    path.write_bytes(b"half a download") if arrays is None else np.savez(path, **arrays)
+    params = DinoFeatures(size="s", weights=dino_weights, reference=str(path))
+    with pytest.raises(UserError, match=words) as refused:
+        features(0, params, prepared, tmp_path / "out", Monitor())
+    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_statistics_that_unpack_to_much_are_refused_before_they_do(prepared, dino_weights, tmp_path, monkeypatch):
+    monkeypatch.setattr("flows.data.archives.MAX_FREE", 1000)
+    monkeypatch.setattr("flows.data.archives.MAX_RATIO", 0.5)
+    path = tmp_path / "published.npz"
+    np.savez(path, mu=np.zeros(384), sigma=np.eye(384))
+    params = DinoFeatures(size="s", weights=dino_weights, reference=str(path))
+    with pytest.raises(UserError, match="a decompression bomb"):
+        features(0, params, prepared, tmp_path / "out", Monitor())
+
+
 def test_dinov2_agrees_with_the_vision_transformer_of_torchvision():
     register_extractors()
     from torchvision.models import VisionTransformer
@@ -301,6 +355,27 @@ def test_dinov2_agrees_with_the_vision_transformer_of_torchvision():
         torch.testing.assert_close(net.eval()(x), other.eval()(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("side", [8, 32, 64, 256, 300])
+def test_dinov2_sees_the_images_that_pillow_makes(side):
+    """Of noise, the hardest case: many edges of full contrast."""
+    images = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), dtype=np.uint8)
+    expected = [np.asarray(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)) for image in images]
+    seen = resize_like_pillow(torch.from_numpy(images).permute(0, 3, 1, 2), 224).permute(0, 2, 3, 1).numpy()
+    error = np.abs(seen - np.stack(expected))
+    assert error.max() <= 2 and (error > 0).mean() < 0.02
+
+
+def test_dinov2_normalises_with_the_moments_of_imagenet(dino_weights):
+    extractor = build_extractor("dinov2_vits14", Path(dino_weights), CPU)
+    images = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        expected = extractor.read.net((x - mean) / std)
+    found = extract_features(images, extractor, batch_size=2, device=CPU).features
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_dinov2_samples_its_position_embedding_where_the_published_code_does():
     """A ramp comes back as the coordinates that are sampled: (i + 1/2) * 37 / 16.1 - 1/2 away from the border."""
     net = DinoV2(Size(2, 1, 1))
@@ -315,10 +390,8 @@ def test_dinov2_samples_its_position_embedding_where_the_published_code_does():
     torch.testing.assert_close(net.position_at(37, 37), net.pos_embed)
 
 
-def test_dinov2_from_a_local_file_through_the_stage(prepared, tmp_path):
-    torch.manual_seed(0)
-    torch.save(DinoV2(Size(384, 12, 6)).state_dict(), tmp_path / "random.pth")
-    features(0, DinoFeatures(size="s", weights=str(tmp_path / "random.pth")), prepared, tmp_path / "out", Monitor())
+def test_dinov2_from_a_local_file_through_the_stage(prepared, dino_weights, tmp_path):
+    features(0, DinoFeatures(size="s", weights=dino_weights), prepared, tmp_path / "out", Monitor())
     files = load_feature_files(tmp_path / "out")
     assert (files.extractor, files.short_name) == ("dinov2_vits14", "dinov2")
-    assert files.reference.shape == (6, 384)
+    assert files.reference.features.shape == (6, 384)

@@ -98,7 +98,7 @@ def test_digits_are_held_out_class_by_class(digits_dir):
 
 def test_two_runs_give_the_same_bytes(tmp_path, digits_dir):
     prepare(Data(), tmp_path, Monitor())
-    names = ["dataset.json", "preview.png"]
+    names = ["dataset.json", "preview.png", "report.json", "report.html", "extremes.png"]
     names += [f"{split}_{part}.npy" for split in ("train", "heldout") for part in ("images", "labels")]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
     for name in names:

@@ -78,6 +78,21 @@ def test_archive_bombs(tmp_path):
         refused(tmp_path, {"kind": "images", "path": str(path)}, path.name, "decompression bomb", "83886080")
 
 
+def test_array_bombs(tmp_path):
+    path = tmp_path / "bomb.npz"
+    np.savez_compressed(path, images=np.zeros((80 << 10, 32, 32, 1), np.uint8))
+    refused(tmp_path, {"kind": "array", "path": str(path)}, path.name, "decompression bomb", "83886")
+
+
+def test_names_with_line_breaks_and_escape_codes_stay_on_their_line(tmp_path):
+    name = "cat/\x1b]0;owned\x07\x1b[2J\ncm: all is well\r\u202e.png"
+    path = write_zip(tmp_path / "x.zip", {name: b"no image"})
+    with pytest.raises(UserError) as caught:
+        prepare(Data.model_validate({"source": {"kind": "images", "path": str(path)}}), tmp_path / "out", Monitor())
+    said = str(caught.value)
+    assert said.isprintable() and r"cat/\x1b]0;owned\x07\x1b[2J\ncm: all is well\r\u202e.png" in said
+
+
 @pytest.mark.parametrize("name", ["../out.png", "/etc/out.png", "a/../../out.png"])
 def test_members_that_point_outside(tmp_path, name):
     for path in (write_zip(tmp_path / "x.zip", {name: b""}), write_tar(tmp_path / "x.tar", {name: b""})):

@@ -8,16 +8,22 @@ import pytest
 import torch
 from PIL import Image
 
+from cm_core.formats.single import write_single
+from cm_core.methods.cd import CD
 from cm_core.methods.pd import PD
 from cm_core.model import ModelSpec, load_model
 from cm_core.networks.mlp import MLPParams
 from cm_core.noise import Noise
+from cm_core.training import loss_scale
 from cm_core.training.config import Train
 from flows.errors import UserError
 from flows.monitor import Monitor
+from flows.stages.models import fixed_labels
 from flows.stages.student import Student, draw_samples
 from flows.stages.training import StageStopped, TrainingLog
 from small_stages import files, run_small, small_recipe
+
+TWO_EMAS = "[{kind: constant, decay: 0}, {kind: constant, decay: 0.9}]"
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +67,69 @@ def test_a_stopped_training_resumes_and_writes_the_same_bytes(made, tmp_path):
     assert files(tmp_path / "student") == files(made / "student")
 
 
+def test_a_loss_that_is_not_finite_names_the_way_out_which_goes_on_from_the_saved_state(made, tmp_path, monkeypatch):
+    places = {name: made / name.removesuffix("_dir") for name in ("prepare_dir", "teacher_dir")}
+    loss = CD.loss
+
+    def spoiled(self, models, batch, context):
+        found = loss(self, models, batch, context)
+        return found._replace(per_sample=found.per_sample / (context.step != 2))
+
+    monkeypatch.setattr(CD, "loss", spoiled)
+    with pytest.raises(UserError, match=r"^student: the loss became inf at step 2.*student\.train\.on_nonfinite=skip"):
+        run_small("student", small_recipe("digits-cd"), tmp_path, **places)
+    remarks = Listen()
+    run_small("student", small_recipe("digits-cd", "student.train.on_nonfinite=skip"), tmp_path, remarks, **places)
+    assert "resuming from step 2" in remarks.remarks and remarks.numbers["nonfinite_steps"] == 1
+    with pytest.raises(UserError, match="left out 1 steps whose loss was not finite"):
+        run_small("student", small_recipe("digits-cd"), tmp_path, **places)
+
+
+def test_gradients_that_fp16_does_not_hold_name_another_precision(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(loss_scale, "INITIAL", 1.0)
+    places = {name: made / name.removesuffix("_dir") for name in ("prepare_dir", "teacher_dir")}
+    with pytest.raises(UserError, match=r"^student: 0 steps overflowed.*set student\.train\.precision=bf16"):
+        run_small("student", small_recipe("digits-cd", "student.train.precision=fp16"), tmp_path, **places)
+
+
+def test_sets_of_images_are_drawn_during_the_training_of_each_ema_also_across_a_resume(made, tmp_path):
+    class StopAtTwo(Monitor):
+        seen = 0
+
+        def metrics(self, values, step):
+            self.seen = step
+
+        def stop_requested(self):
+            return self.seen == 2
+
+    places = {name: made / name.removesuffix("_dir") for name in ("prepare_dir", "teacher_dir")}
+    asked = (f"student.train.emas={TWO_EMAS}", "student.evaluate_every=2", "student.evaluate_images=5")
+    recipe = small_recipe("digits-cd", *asked)
+    run_small("student", recipe, tmp_path / "whole", **places)
+    with pytest.raises(StageStopped):
+        run_small("student", recipe, tmp_path / "stopped", StopAtTwo(), **places)
+    run_small("student", recipe, tmp_path / "stopped", **places)
+    assert files(tmp_path / "whole" / "student") == files(tmp_path / "stopped" / "student")
+    rows = ("nfe_1", "nfe_2", "nfe_1_ema1", "nfe_2_ema1")
+    sets = {path.name: np.load(path) for path in (tmp_path / "whole" / "student" / "sets").iterdir()}
+    assert sets.keys() == {f"step_00000{step}-{row}.npy" for step in (2, 4) for row in rows}
+    assert {images.shape for images in sets.values()} == {(5, 8, 8, 1)}
+    assert (sets["step_000004-nfe_1.npy"] != sets["step_000004-nfe_1_ema1.npy"]).any()
+    plain = run_small("student", small_recipe("digits-cd", asked[0]), tmp_path / "plain", **places)
+    for name in ("ema.safetensors", "metrics.jsonl"):
+        assert (plain / name).read_bytes() == (tmp_path / "whole" / "student" / name).read_bytes(), (
+            "nothing else changes"
+        )
+
+
 METHODS = {
     "ict": {"nfe_1", "nfe_2"},
     "ect": {"nfe_1", "nfe_2"},
     "scm": {"nfe_1", "nfe_2"},
     "{kind: pd, start_steps: 4, end_steps: 2}": {"nfe_2"},
     "cm_inf": {"nfe_1", "nfe_2"},
+    "meanflow": {"nfe_1", "nfe_2"},
+    "{kind: dmd, student_every: 2}": {"nfe_1"},
 }
 
 
@@ -105,6 +168,33 @@ def test_every_method_trains_resumes_to_the_same_bytes_and_samples(made, tmp_pat
     run_small("sample", recipe, tmp_path / "whole", **places)
     index = json.loads((tmp_path / "whole" / "sample" / "samples.json").read_text())
     assert {row["name"] for row in index["rows"]} == METHODS[method] | {"untrained"}
+    samplers = {"meanflow": "flow_map", "{kind: pd, start_steps: 4, end_steps: 2}": "euler"}
+    assert {row["sampler"]["kind"] for row in index["rows"]} == {samplers.get(method, "multistep")}
+
+
+def test_a_weaker_teacher_guides_the_teachers_row(made, tmp_path):
+    """By itself it changes nothing; by its untrained copy it does, and no labels are asked for."""
+    places = {name: made / name.removesuffix("_dir") for name in ("prepare_dir", "teacher_dir", "student_dir")}
+    spec, teacher = load_model(made / "teacher")
+    weak = {name: 0.5 * weights for name, weights in teacher.state_dict().items()}
+    write_single(tmp_path / "same.safetensors", spec, teacher.state_dict())
+    write_single(tmp_path / "weak.safetensors", spec, weak)
+    write_single(tmp_path / "other.safetensors", spec.model_copy(update={"form": "skip"}), weak)
+    drawn = {}
+    for name in ("same", "weak"):
+        asked = ["sample.teacher_sampler.guidance=2", f"sample.weak_teacher.weights={tmp_path / name}.safetensors"]
+        run_small("sample", small_recipe("digits-cd", *asked), tmp_path / name, **places)
+        rows = json.loads((tmp_path / name / "sample" / "samples.json").read_text())["rows"]
+        (row,) = (row for row in rows if row["model"] == "teacher")
+        assert row["nfe"] == 6 and row["sampler"]["guidance"] == 2 and "weak_teacher" in row["sampler"]
+        drawn[name] = np.load(tmp_path / name / "sample" / row["file"]).astype(int)
+    plain = np.load(made / "sample" / "teacher_nfe_3.npy").astype(int)
+    assert np.abs(drawn["same"] - plain).max() <= 1 and np.abs(drawn["weak"] - plain).max() > 1
+    asked = ["sample.teacher_sampler.guidance=2", f"sample.weak_teacher.weights={tmp_path / 'other'}.safetensors"]
+    with pytest.raises(
+        UserError, match=r"sample\.weak_teacher\.weights: form is 'skip', and the teacher's is 'denoiser'"
+    ):
+        run_small("sample", small_recipe("digits-cd", *asked), tmp_path / "other", **places)
 
 
 def test_a_grid_of_progressive_distillation_takes_the_steps_of_its_halving():
@@ -129,6 +219,7 @@ def test_samples_have_their_rows_and_do_not_depend_on_the_batch(made, tmp_path):
         "untrained": 1,
         "teacher_nfe_3": 3,
     }
+    assert rows["nfe_2"]["sampler"] == {"kind": "multistep"} and rows["teacher_nfe_3"]["sampler"]["solver"] == "heun"
     for row in rows.values():
         assert np.load(made / "sample" / row["file"]).shape == (6, 8, 8, 1)
     places = {name: made / name.removesuffix("_dir") for name in ("prepare_dir", "teacher_dir", "student_dir")}
@@ -136,6 +227,32 @@ def test_samples_have_their_rows_and_do_not_depend_on_the_batch(made, tmp_path):
     for row in rows.values():
         a, b = (np.load(folder / "sample" / row["file"]).astype(int) for folder in (made, tmp_path))
         assert np.abs(a - b).max() <= 1  # convolutions of another batch size may round differently
+
+
+def test_every_ema_gets_rows_of_its_own_weights_or_those_named_do(made, tmp_path):
+    emas = [f"student.train.emas={TWO_EMAS}", f"teacher.train.emas={TWO_EMAS}"]
+    recipe = small_recipe("digits-cd", *emas)
+    for stage in ("teacher", "student", "sample"):
+        run_small(stage, recipe, tmp_path, prepare_dir=made / "prepare")
+    rows = {row["name"]: row for row in json.loads((tmp_path / "sample" / "samples.json").read_text())["rows"]}
+    students = {"nfe_1": 0, "nfe_2": 0, "nfe_1_ema1": 1, "nfe_2_ema1": 1}
+    others = {"untrained": 0, "teacher_nfe_3": 0, "teacher_nfe_3_ema1": 1}
+    assert {name: row["ema"] for name, row in rows.items()} == students | others
+    for first, other in (("nfe_1", "nfe_1_ema1"), ("teacher_nfe_3", "teacher_nfe_3_ema1")):
+        a, b = (np.load(tmp_path / "sample" / rows[name]["file"]) for name in (first, other))
+        assert (a != b).any()
+
+    recipe = small_recipe("digits-cd", *emas, "sample.emas=[1]", "sample.teacher_images=0")
+    run_small("sample", recipe, tmp_path, prepare_dir=made / "prepare")
+    rows = json.loads((tmp_path / "sample" / "samples.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["nfe_1_ema1", "nfe_2_ema1", "untrained"]
+
+
+def test_a_teacher_row_of_another_number_of_images_says_so_in_its_name(made, tmp_path):
+    places = {name: made / name.removesuffix("_dir") for name in ("prepare_dir", "teacher_dir", "student_dir")}
+    run_small("sample", small_recipe("digits-cd", "sample.teacher_images=4"), tmp_path, **places)
+    rows = json.loads((tmp_path / "sample" / "samples.json").read_text())["rows"]
+    assert rows[-1]["name"] == "teacher_nfe_3_of_4" and rows[-1]["num_images"] == 4
 
 
 def test_the_untrained_row_is_the_teacher_where_the_student_starts_from_it(made):
@@ -155,14 +272,28 @@ def test_without_a_teacher_a_marker_stands_and_the_student_starts_at_random(made
     assert names == ["nfe_1", "nfe_2", "untrained"]
 
 
-def test_students_of_labels_sample_every_class(made, tmp_path):
-    recipe = small_recipe("digits-ct", "conditional=true")
-    places = {"prepare_dir": made / "prepare"}
-    run_small("teacher", recipe, tmp_path, **places)
-    run_small("student", recipe, tmp_path, **places)
+def test_students_of_labels_sample_classes_as_often_as_the_data(made, tmp_path, monkeypatch):
+    recipe = small_recipe("digits-ct", "conditional=true", "data.max_images=200", "sample.num_images=200")
+    with pytest.raises(UserError, match=r"2 of 10 classes have no training image \(1, 8\); raise data.max_images"):
+        run_small("student", recipe, tmp_path, prepare_dir=made / "prepare", teacher_dir=made / "teacher")
+    for stage in ("prepare", "teacher", "student"):
+        run_small(stage, recipe, tmp_path)
     assert load_model(tmp_path / "student")[0].num_classes == 10
-    run_small("sample", recipe, tmp_path, **places)
-    assert json.loads((tmp_path / "sample" / "samples.json").read_text())["labels"] == "every class equally often"
+    drawn = []
+    monkeypatch.setattr(
+        "flows.stages.sample.fixed_labels", lambda *given: drawn.append(fixed_labels(*given)) or drawn[-1]
+    )
+    run_small("sample", recipe, tmp_path)
+    rows = json.loads((tmp_path / "sample" / "samples.json").read_text())
+    assert rows["labels"].startswith("every class as often as among the training images")
+    labels = np.load(tmp_path / "prepare" / "train_labels.npy")
+    first = torch.cat(drawn)[:200].bincount(minlength=10)
+    assert np.abs(first.numpy() - np.bincount(labels)).max() <= 2
+    drawn.clear()
+    uniform = recipe.model_copy(update={"sample": recipe.sample.model_copy(update={"labels": "uniform"})})
+    run_small("sample", uniform, tmp_path)
+    assert torch.cat(drawn)[:200].bincount(minlength=10).tolist() == [20] * 10
+    assert json.loads((tmp_path / "sample" / "samples.json").read_text())["labels"].startswith("every class equally")
 
 
 def test_fewer_images_than_a_batch_are_refused_before_training(made, tmp_path):
@@ -241,7 +372,8 @@ def test_in_the_gallery_more_results_change_none(made, tmp_path):
 
 
 def test_students_of_colours_and_labels_colourise(made, tmp_path):
-    recipe = small_recipe("digits-ct", "conditional=true", "data.channels=rgb", "edit.tasks=[colorize, interpolate]")
+    colours = ("data.channels=rgb", "data.max_images=120")
+    recipe = small_recipe("digits-ct", "conditional=true", *colours, "edit.tasks=[colorize, interpolate]")
     for stage in ("prepare", "teacher", "student"):
         run_small(stage, recipe, tmp_path)
     for mask in ("right", "pixels"):

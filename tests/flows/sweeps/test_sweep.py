@@ -11,9 +11,10 @@ import pytest
 
 from command import run
 from flows.errors import UserError
+from flows.recipes.files import SWEEPS_DIR, names_in
 from flows.recipes.recipe import load_recipe
 from flows.reports.metrics_table import by_row
-from flows.sweeps.page import Point, Sweep, load_sweep, sweep_names
+from flows.sweeps.page import Point, Sweep, load_sweep
 from flows.sweeps.report import Outcome, table, write_report
 from flows.tracking.tracker import Tracker
 from miniature import REPOSITORY, commit, git
@@ -46,7 +47,7 @@ def write(root, text):
 
 
 def test_every_sweep_that_ships_is_ready_to_run():
-    names = sweep_names(REPOSITORY)
+    names = names_in(REPOSITORY / SWEEPS_DIR)
     assert {"digits-methods", "digits-cd-distance-solver-n", "digits-ct-curriculum"} <= set(names)
     for name in names:
         sweep = load_sweep(name, root=REPOSITORY)
@@ -202,7 +203,7 @@ def test_a_sweep_computes_what_is_new_and_tells_what_failed(workspace):
     tracker = Tracker(workspace)
     sweep = tracker.client.get_run(results["mlflow"]["run_id"])
     assert sweep.info.status == "FAILED" and "too large" in sweep.data.tags["error"]
-    assert sweep.data.metrics["fid_classifier/cd/nfe_1"] == results["rows"]["cd, nfe_1"]["fid"]
+    assert sweep.data.metrics["cd/nfe_1/fid"] == results["rows"]["cd, nfe_1"]["fid"]
     assert {file.path for file in tracker.client.list_artifacts(sweep.info.run_id)} == {"table.csv", "fid.png"}
     query = f"tags.`mlflow.parentRunId` = '{sweep.info.run_id}'"
     points = tracker.client.search_runs([tracker.experiment_id], query)
@@ -221,10 +222,10 @@ def test_a_sweep_computes_what_is_new_and_tells_what_failed(workspace):
 
     names = json.loads(cm(workspace, "models", "--json")[1])
     assert [(row["name"], row["version"]) for row in names] == [("cm-digits", 2), ("cm-digits", 1)]
-    best = min(names, key=lambda row: (row["metrics"]["fid_classifier/nfe_1"], row["version"]))
+    best = min(names, key=lambda row: (row["metrics"]["nfe_1/fid"], row["version"]))
     assert best["aliases"][-1] == "champion"
 
 
 def by_row_of(tracker, run_id):
     metrics = tracker.client.get_run(run_id).data.metrics
-    return by_row({"fid_classifier": {"nfe_1": metrics["fid_classifier/nfe_1"]}})[1]["nfe_1"]["fid"]
+    return by_row({"fid_classifier": {"nfe_1": metrics["nfe_1/fid"]}})[1]["nfe_1"]["fid"]

@@ -10,13 +10,14 @@ from command import run
 from flows.errors import UserError
 from flows.tracking.registry import Registered, Registry, Rule, Version, model_name, protocol_digest
 from flows.tracking.tracker import Tracker
+from miniature import make_bare_workspace
 from servers import mlflow_server
 
 FID = Rule("fid", "nfe_1")
 
 
 def version(number, fid, *, data="d", protocol="p", row="nfe_1"):
-    return Version(number, data, protocol, {} if fid is None else {f"fid_classifier/{row}": fid})
+    return Version(number, data, protocol, {} if fid is None else {f"{row}/fid": fid})
 
 
 def rightful(*versions, promoted=None, among=0, rule=FID):
@@ -45,12 +46,12 @@ def test_a_promoted_version_reigns_until_a_later_one_is_better():
 
 def test_the_rule_can_be_another_metric(monkeypatch):
     assert Rule.in_force() == FID
-    monkeypatch.setenv("CM_CHAMPION_METRIC", "recall/nfe_2")
-    recalls = [Version(n, "", "", {"recall_classifier/nfe_2": value}) for n, value in ((1, 0.5), (2, 0.75))]
+    monkeypatch.setenv("CM_CHAMPION_METRIC", "nfe_2/recall")
+    recalls = [Version(n, "", "", {"nfe_2/recall": value}) for n, value in ((1, 0.5), (2, 0.75))]
     assert rightful(*recalls, rule=Rule.in_force()) == 2
-    for text in ("loss/nfe_1", "fid", "fid/real"):
+    for text in ("nfe_1/loss", "fid", "real/fid", "fid/nfe_1"):
         monkeypatch.setenv("CM_CHAMPION_METRIC", text)
-        with pytest.raises(UserError, match=f"CM_CHAMPION_METRIC={text}: expected fid|kid"):
+        with pytest.raises(UserError, match=f"CM_CHAMPION_METRIC={text}: expected nfe_N/fid"):
             Rule.in_force()
 
 
@@ -78,10 +79,7 @@ def test_names_and_protocols():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("workspace")
-    (root / "params").mkdir()
-    (root / "dvc.yaml").write_text("stages: {}\n")
-    return root
+    return make_bare_workspace(tmp_path_factory.mktemp("workspace"))
 
 
 @pytest.fixture
@@ -99,7 +97,7 @@ def log_model(tracker):
 
 def register(tracker, name, fid, *, data="d", protocol="p", model_id=None, run_id="r"):
     tags = {"data": data, "protocol": protocol, "run_id": run_id, "recipe": "digits", "method": "cd"}
-    numbers = {"fid_classifier/nfe_1": fid}
+    numbers = {"nfe_1/fid": fid}
     return Registry(tracker).register(name, model_id or log_model(tracker), numbers, tags).number
 
 
@@ -117,7 +115,7 @@ def test_aliases_follow_what_is_registered_and_what_is_promoted(tracker, capsys)
     assert aliases(tracker, name) == {"candidate": 4, "champion": 3}
 
     code, _, err = run(capsys, "models", "promote", name, "2")
-    assert code == 2 and "version 2 is worse than the champion, version 3: fid nfe_1 4 against 2" in err
+    assert code == 2 and "version 2 is worse than the champion, version 3: nfe_1/fid 4 against 2" in err
     code, _, err = run(capsys, "models", "promote", name, "4")
     assert code == 2 and "by another protocol" in err and err.count("\n") == 1
     assert aliases(tracker, name)["champion"] == 3
@@ -151,7 +149,7 @@ def test_a_run_that_is_overtaken_before_it_moves_an_alias_corrects_itself(tracke
 def test_models_are_listed_with_numbers_and_aliases(tracker, capsys):
     register(tracker, "cm-listed", 2.5, run_id="0123456789abcdef")
     found = [row for row in json.loads(run(capsys, "models", "--json")[1]) if row["name"] == "cm-listed"]
-    assert found[0]["aliases"] == ["candidate", "champion"] and found[0]["metrics"] == {"fid_classifier/nfe_1": 2.5}
+    assert found[0]["aliases"] == ["candidate", "champion"] and found[0]["metrics"] == {"nfe_1/fid": 2.5}
     line = next(line for line in run(capsys, "models")[1].splitlines() if "cm-listed" in line)
     expected = ["cm-listed", "1", "candidate,", "champion", "digits", "cd", "01234567", "d", "p", "2.500"]
     assert line.split() == expected
@@ -217,5 +215,5 @@ def test_runs_that_end_at_once_leave_the_best_as_champion(tmp_path, monkeypatch)
                 thread.join()
             assert not errors
             registered = Registry(trackers[0]).read(name)
-            assert registered.champion.numbers == {"fid_classifier/nfe_1": 1.0}
+            assert registered.champion.numbers == {"nfe_1/fid": 1.0}
             assert len(registered.versions) == 8 and registered.aliases["candidate"] == max(registered.versions)

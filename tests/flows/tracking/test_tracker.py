@@ -1,6 +1,7 @@
 """`cm stage`: parameters filled by name, MLflow runs that say what was made from what, states that outlive a stop."""
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -15,16 +16,17 @@ from cm_core.model import ModelSpec, build_seeded, load_model, save_model
 from cm_core.networks.mlp import MLPParams
 from cm_core.noise import Noise
 from flows.checkpoints import store
+from flows.distributed.launch import hardware
 from flows.errors import UserError
 from flows.recipes.recipe import Recipe, write_active
 from flows.reports.figures import save_grid
+from flows.reports.metrics_table import of_student, short_keys
 from flows.stage_runner import run as running
 from flows.stage_runner.progress import Bar, StageMonitor
 from flows.stages.training import StageStopped
 from flows.tracking.pipeline_run import PipelineRun
-from flows.tracking.run_context import RunContext
 from flows.tracking.stage_run import StageRun
-from flows.tracking.tracker import Tracker, fetch_student, files_below, flat_numbers
+from flows.tracking.tracker import LINEAGE, MODEL_FILES, Tracker, fetch_student
 from flows.workspace.dvc_files import dvc_md5
 from miniature import REPOSITORY, git, make_workspace
 
@@ -108,6 +110,7 @@ def newest(tracker, stage):
 def test_everything_a_stage_did_is_in_mlflow(root, tracker, monkeypatch, tmp_path):
     """Also from another working directory: one place at the workspace root."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("flows.tracking.stage_run.EVERY", 3600.0)
     running.run_stage("prepare", root)
     assert tracker.client.get_experiment(tracker.experiment_id).artifact_location == (root / "mlruns").as_uri()
     prepared = dvc_md5(root / "out/prepare")
@@ -117,25 +120,27 @@ def test_everything_a_stage_did_is_in_mlflow(root, tracker, monkeypatch, tmp_pat
 
     parent = tracker.client.create_run(tracker.experiment_id).info.run_id
     given = {"recipe": "given", "git.revision": "1" * 40, "prefect.flow_run": "brave-owl"}
-    for name, value in RunContext(parent, given).variables().items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CM_PARENT_RUN_ID", parent)
+    monkeypatch.setenv("CM_RUN_TAGS", json.dumps(given))
     (root / "out/teacher").mkdir()
     (root / "out/teacher/old.txt").write_text("of an earlier run")
     running.run_stage("teacher", root)
     run = newest(tracker, "teacher")
     made = dvc_md5(root / "out/teacher")
     assert not (root / "out/teacher/old.txt").exists()
-    assert run.info.status == "FINISHED" and run.info.run_name == "teacher"
+    assert run.info.status == "FINISHED" and run.info.run_name == "given · teacher"
     assert run.data.params["noise.sigma_max"] == "80.0" and "student.init_from" not in run.data.params
-    assert run.data.tags["mlflow.parentRunId"] == parent
-    assert run.data.tags["dvc.out"] == made and run.data.tags["dvc.dep.prepare"] == prepared
+    assert run.data.tags["mlflow.parentRunId"] == parent and run.data.tags["hardware"] == hardware()
+    assert run.data.tags["dvc.out"] == made and run.data.tags["dvc.deps"] == prepared
+    lineage = json.loads(Path(tracker.client.download_artifacts(run.info.run_id, LINEAGE)).read_text())
+    assert lineage == {"inputs": {"out/prepare": prepared}, "outputs": {"out/teacher": made}}
     assert run.data.tags.items() >= given.items()
-    assert f"`out/teacher`: `{made}`" in run.data.tags["mlflow.note.content"]
+    assert "- recipe: `given`" in run.data.tags["mlflow.note.content"]
     assert run.inputs.dataset_inputs[0].dataset.digest == prepared
     losses = tracker.client.get_metric_history(run.info.run_id, "loss")
     assert [(m.step, m.value) for m in losses] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
     machine = tracker.client.get_metric_history(run.info.run_id, "system/cpu_utilization_percentage")
-    assert [m.step for m in machine] == [1], "at the training's steps, once a second"
+    assert [m.step for m in machine] == [1], "at the training's steps, not at every one"
     assert 0 < run.data.metrics["system/system_memory_usage_percentage"] <= 100
     assert not [name for name in newest(tracker, "prepare").data.metrics if name.startswith("system/")]
     files = {file.path for file in tracker.client.list_artifacts(run.info.run_id, "teacher")}
@@ -153,7 +158,10 @@ def test_the_measured_student_is_a_model_that_loads_and_is_logged_once(root, tra
     run = newest(tracker, "student")
     (logged_by_the_stage,) = run.outputs.model_outputs
     assert run.data.tags["recipe"] == "mine"
-    files, outs = files_below(root / "out/student", "student"), {"out/student": run.data.tags["dvc.out"]}
+    files, outs = (
+        {f"student/{name}": root / "out/student" / name for name in MODEL_FILES},
+        {"out/student": run.data.tags["dvc.out"]},
+    )
     metrics = {"fid_classifier": {"nfe_1": 2.5, "real": 0.5}}
     parents = [PipelineRun(tracker, "name", {"recipe": "mine"}, {}) for _ in range(3)]
     with parents[0] as first, parents[1] as second, parents[2] as without_its_training:
@@ -167,8 +175,31 @@ def test_the_measured_student_is_a_model_that_loads_and_is_logged_once(root, tra
     x, sigma = torch.randn(2, 1, 4, 4), torch.full((2,), 80.0)
     torch.testing.assert_close(model(x, sigma), build_seeded(SPEC, 1).eval()(x, sigma))
     logged = tracker.client.get_logged_model(model_id)
-    assert spec == SPEC and {metric.key for metric in logged.metrics} == {"fid_classifier/nfe_1"}
+    assert spec == SPEC and {metric.key for metric in logged.metrics} == {"nfe_1/fid"}
+    assert logged.name == "mine · student", "a name that says what it is of"
     assert logged.source_run_id == run.info.run_id and logged.params["method.kind"] == "cd"
+
+
+def test_an_imported_student_is_named_with_its_origin(root, tracker, monkeypatch):
+    origin = {"sha256": "1" * 64, "format": "OpenAI", "licence": "MIT"}
+
+    def imported(seed, student, teacher_dir, out_dir, state_dir, monitor):
+        save_model(out_dir, SPEC, build_seeded(SPEC, 2).state_dict())
+        (out_dir / "origin.json").write_text(json.dumps(origin))
+
+    monkeypatch.setitem(sys.modules, "flows.stages.student", types.SimpleNamespace(student=imported))
+    for stage in ("prepare", "teacher"):
+        running.run_stage(stage, root)
+    write_active(Recipe.model_validate({"student": {"weights": "https://me:secret@host/cd.pt?token=1"}}), root, "mine")
+    try:
+        running.run_stage("student", root)
+    finally:
+        write_active(Recipe(), root, "mine")
+    tags = {f"import.{key}": value for key, value in origin.items()} | {"import.weights": "https://host/cd.pt"}
+    assert newest(tracker, "student").data.tags.items() >= tags.items()
+    query = f"tags.`dvc.out` = '{dvc_md5(root / 'out/student')}'"
+    (model,) = tracker.client.search_logged_models([tracker.experiment_id], query)
+    assert model.tags.items() >= tags.items()
 
 
 def test_a_stopped_training_goes_on_and_its_state_goes_when_dvc_has_the_result(root, tracker, monkeypatch, tmp_path):
@@ -286,8 +317,10 @@ def test_a_terminal_gets_a_bar_and_a_resumed_training_begins_where_it_stopped(mo
 
 
 def test_numbers_get_keys_that_mlflow_groups():
-    tree = {"fid_classifier": {"nfe_1": 2, "real": 0.5}, "note": "text", "exact": True}
-    assert dict(flat_numbers(tree)) == {"fid_classifier/nfe_1": 2.0, "fid_classifier/real": 0.5}
+    fids = {"nfe_1": 2, "real": 0.5, "untrained": 9, "teacher_nfe_35": 1}
+    metrics = {"fid_classifier": fids, "is_classifier": {"nfe_1": 3}}
+    assert short_keys(metrics) == {"nfe_1/fid": 2, "nfe_1/is": 3, "teacher_nfe_35/fid": 1}
+    assert of_student(metrics) == {"nfe_1/fid": 2, "nfe_1/is": 3}
 
 
 def test_a_tracking_server_out_of_reach_is_told_in_one_line(monkeypatch, tmp_path):

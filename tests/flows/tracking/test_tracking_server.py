@@ -13,12 +13,15 @@ from cm_core.networks import MLPParams
 from cm_core.noise import Noise
 from flows.recipes.recipe import Recipe
 from flows.reports.figures import save_grid
+from flows.reports.model_card import Card
+from flows.tracking.model_card import LONGEST, log_card, read_card
 from flows.tracking.pipeline_run import PipelineRun
 from flows.tracking.registry import Registry, register_student
 from flows.tracking.stage_run import StageRun
 from flows.tracking.tracker import MODEL_FILES, Tracker, fetch_student
 from servers import mlflow_server, needs_postgres, postgres, s3_server
 
+SAMPLES = {"rows": [{"name": "nfe_1", "model": "student"}], "grids": {"nfe_1": "grid.png"}}
 SPEC = ModelSpec(form="skip", network=MLPParams(), noise=Noise(), image_shape=(1, 4, 4))
 METRICS = {"fid_classifier": {"real": 0.5, "nfe_1": 2.5}}
 PROTOCOL = {
@@ -50,19 +53,22 @@ def log_pipeline(root):
     save_model(root, SPEC, build_seeded(SPEC, 1).state_dict())
     files = {f"student/{name}": root / name for name in MODEL_FILES}
     with PipelineRun(Tracker(root), "made up", {"recipe": "mine"}, {"student.method.kind": "cd"}) as parent:
-        context = parent.context()
-        with StageRun(root, "student", parent.run_id, lambda: context.tags, watch_machine=True) as run:
+        with StageRun(root, "student", parent.run_id, lambda: {"recipe": "mine"}, watch_machine=True) as run:
             for step in range(1, 51):
                 run.metrics({"loss": 1 / step}, step)
             run.image("samples", root / "grid.png", 50)
             run.submit(lambda tracker, run_id: tracker.set_tags(run_id, {"dvc.out": "s" * 32}))
         run_ids = parent.log_stages({"student": {"out/student": "s" * 32}})
-        parent.log_dataset(root / "dataset.json", {"out/prepare": "p" * 32})
-        parent.log_results(METRICS, {"evaluate/grid.png": root / "grid.png"})
+        parent.tracker.log_dataset(parent.run_id, root / "dataset.json", "p" * 32, "training")
+        parent.log_evaluation(METRICS, PROTOCOL, {}, {"evaluate/grid.png": root / "grid.png"})
         outs = {"out/student": "s" * 32}
         model_id = parent.log_student(Recipe(), files, outs, METRICS, run_ids["student"])
         named = {"dataset": "made up", "data_version": "p" * 32, "protocol": PROTOCOL, "metrics": METRICS}
-        register_student(parent.tracker, model_id, **named, tags={"run_id": parent.run_id})
+        (root / "samples.json").write_text(json.dumps(SAMPLES))
+        files |= {"sample/samples.json": root / "samples.json", "sample/grid.png": root / "grid.png"}
+        text = log_card(parent.tracker, model_id, Card(name="cm-made-up", spec=SPEC), Recipe(), files)
+        described = text.ljust(LONGEST, ".")  # the database takes no more
+        register_student(parent.tracker, model_id, **named, tags={"run_id": parent.run_id}, description=described)
     return parent.run_id
 
 
@@ -74,12 +80,15 @@ def test_what_a_pipeline_logs_comes_back_through_the_server(server, tmp_path):
 
     tracker = Tracker(tmp_path / "elsewhere")  # another worker, with nothing but the address
     parent = tracker.client.get_run(parent_id)
-    assert parent.info.status == "FINISHED" and parent.data.metrics["fid_classifier/nfe_1"] == 2.5
+    assert parent.info.status == "FINISHED" and parent.data.metrics["nfe_1/fid"] == 2.5
     assert parent.inputs.dataset_inputs[0].dataset.digest == "p" * 32
-    stage = tracker.client.get_run(parent.data.tags["run_id.student"])
+    lineage = json.loads(artifact(uri, parent_id, "lineage.json"))
+    stage = tracker.client.get_run(lineage["runs"]["student"])
     assert stage.data.tags["mlflow.parentRunId"] == parent_id
     losses = tracker.client.get_metric_history(stage.info.run_id, "loss")
     assert [(m.step, m.value) for m in losses] == [(step, 1 / step) for step in range(1, 51)]
+    on_parent = tracker.client.get_metric_history(parent_id, "curves/student_loss")
+    assert [(m.step, m.value) for m in on_parent] == [(m.step, m.value) for m in losses]
     assert stage.data.metrics["system/system_memory_usage_percentage"] > 0
     (picture,) = [
         file.path for file in tracker.client.list_artifacts(stage.info.run_id, "images") if file.path.endswith(".png")
@@ -92,6 +101,11 @@ def test_what_a_pipeline_logs_comes_back_through_the_server(server, tmp_path):
     x, sigma = torch.randn(2, 1, 4, 4), torch.full((2,), 80.0)
     torch.testing.assert_close(model(x, sigma), build_seeded(SPEC, 1).eval()(x, sigma))
     assert spec == SPEC
+    description = tracker.client.get_model_version("cm-made-up", "1").description
+    assert description.startswith("# cm-made-up\n") and len(description) == LONGEST
+    card, folder = read_card(fetch_student("models:/cm-made-up@champion", tmp_path))
+    assert card == Card(name="cm-made-up", spec=SPEC)
+    assert (folder / "samples.png").read_bytes() == (tmp_path / "grid.png").read_bytes()
     stored = {entry["Key"] for entry in s3.list_objects_v2(Bucket="mlflow")["Contents"]}
     assert any(key.startswith("artifacts/") and key.endswith("student/ema.safetensors") for key in stored)
     (experiment,) = [one for one in experiments(uri) if one["name"] == "consistency-models"]

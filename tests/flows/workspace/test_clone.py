@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -13,8 +14,8 @@ import pytest
 from flows.errors import RunEnding, StageFailed, UserError
 from flows.workspace import clone, dvc_files, locations, process
 from flows.workspace.git import describe_code
-from miniature import REPOSITORY, commit, git, make_workspace
-from processes import runs, wait_for
+from miniature import REPOSITORY, commit, git, make_workspace, traced
+from processes import WAIT, runs, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +130,8 @@ def test_what_one_door_computed_the_other_finds(root, caplog):
             result = first.reproduce(stage)
             entries[stage] = result.entry
             assert not result.cached
-            assert result.outs == {path: dvc_files.dvc_md5(first.root / path) for path in result.outs}
+            outs = dvc_files.locked_outs(result.entry)
+            assert outs == {path: dvc_files.dvc_md5(first.root / path) for path in outs}
         assert "hello from teacher" in caplog.messages and not any("git add" in line for line in caplog.messages)
         clone.take_over(root, entries)
     repro = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=root, capture_output=True, text=True, check=True)
@@ -153,7 +155,7 @@ def test_key_follows_code_params_and_inputs_alone(fresh):
 
     first = key()
     active = (fresh / "params/active.yaml").read_text()
-    (fresh / "params/active.yaml").write_text(active.replace("unrelated: 1", "unrelated: 2"))
+    (fresh / "params/active.yaml").write_text(active.replace("conditional: false", "conditional: true"))
     assert key() == first
     assert key(**{"out/prepare": "1" * 32}) != first
     (fresh / "params/active.yaml").write_text(active.replace("1.0e-05", "2.0e-05"))
@@ -161,6 +163,17 @@ def test_key_follows_code_params_and_inputs_alone(fresh):
     (fresh / "params/active.yaml").write_text(active)
     (fresh / "stage.py").write_text("other code")
     assert key() != first
+
+
+def test_states_of_a_training_outlive_a_change_of_the_policy_for_losses_that_are_not_finite(fresh):
+    """Up to such a loss both policies compute the same bits; results, unlike states, are kept apart."""
+    stage, known = dvc_files.read_stages(fresh)["teacher"], {"out/prepare": "0" * 32}
+    keys = {}
+    for train in ("num_steps: 4", "num_steps: 5", "num_steps: 4, on_nonfinite: skip, max_nonfinite: 3"):
+        (fresh / "params/active.yaml").write_text(f"seed: 1\nteacher: {{train: {{{train}}}}}\nfeatures: 1\n")
+        keys[train] = [make(fresh, stage, known) for make in (dvc_files.training_key, dvc_files.stage_key)]
+    (states, results), (longer, _), (skipping, skipped) = keys.values()
+    assert states == skipping and states != longer and results != skipped
 
 
 def test_stages_come_after_what_they_read(tmp_path):
@@ -183,7 +196,7 @@ def test_rewriting_the_lock_keeps_small_numbers_numbers(tmp_path):
 
 def test_cache_holds_an_output_only_with_all_its_files(fresh):
     with clone.clone(fresh, "run") as copy:
-        outs = copy.reproduce("prepare").outs
+        outs = dvc_files.locked_outs(copy.reproduce("prepare").entry)
     cache = locations.cache_of(fresh)
     assert cache.folder == fresh / ".dvc" / "cache" and cache.holds(outs)
     files = cache.files(outs["out/prepare"])
@@ -198,15 +211,13 @@ def test_independent_stages_run_side_by_side(fresh, monkeypatch, tmp_path):
     monkeypatch.setenv("MINI_TRACE", str(trace))
     with clone.clone(fresh, "run") as copy:
         copy.reproduce("prepare")
-        monkeypatch.setenv("MINI_SECONDS", "3")
+        monkeypatch.setenv("MINI_AWAITS", "features teacher")
         threads = [threading.Thread(target=copy.reproduce, args=[stage]) for stage in ("features", "teacher")]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert {"features", "teacher"} <= set(dvc_files.read_lock(copy.root))
-    begun = {name: float(at) for name, at, _ in map(str.split, trace.read_text().splitlines())}
-    assert abs(begun["features"] - begun["teacher"]) < 3, "one waited for the other"
+        assert {"features", "teacher"} <= set(dvc_files.read_lock(copy.root)), "neither waited for the other"
 
 
 def test_errors_of_the_user_and_crashes_are_told_apart(fresh, monkeypatch):
@@ -224,7 +235,7 @@ def test_errors_of_the_user_and_crashes_are_told_apart(fresh, monkeypatch):
 def test_leaving_the_workspace_ends_what_runs_in_it(fresh, monkeypatch, tmp_path):
     trace = tmp_path / "trace"
     monkeypatch.setenv("MINI_TRACE", str(trace))
-    monkeypatch.setenv("MINI_SECONDS", "60")
+    monkeypatch.setenv("MINI_SECONDS", "600")
     failures = []
 
     def reproduce():
@@ -235,10 +246,9 @@ def test_leaving_the_workspace_ends_what_runs_in_it(fresh, monkeypatch, tmp_path
     with clone.clone(fresh, "run") as copy:
         thread = threading.Thread(target=reproduce)
         thread.start()
-        wait_for(trace.exists)
-    thread.join(5)
-    assert failures and not thread.is_alive()
-    assert not runs(int(trace.read_text().split()[2]))
+        pid = int(wait_until(lambda: traced(trace))[0][2])
+    thread.join()
+    assert failures and not runs(pid)
     with pytest.raises(RunEnding):
         copy.reproduce("prepare")
 
@@ -247,8 +257,28 @@ STUBBORN = """
 import os, signal, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print(os.getpid(), flush=True)
-time.sleep(60)
+time.sleep(600)
 """
+
+
+def test_a_process_that_saves_its_state_is_asked_to_stop_once(monkeypatch, tmp_path):
+    """As `Workspace.stop` does with several; a training that gets a second SIGTERM ends without its state."""
+    monkeypatch.setenv("CM_GRACE", "300")
+    code = (
+        "import os, signal, time\n"
+        "def say(text): os.write(1, text.encode() + b'\\n')\n"
+        "def stop(*_):\n"
+        "    signal.signal(signal.SIGTERM, lambda *_: say('asked again'))\n"
+        "    say('saving'); time.sleep(1); say('saved'); raise SystemExit(143)\n"
+        "signal.signal(signal.SIGTERM, stop); say('ready'); time.sleep(600)"
+    )
+    running = process.Process([sys.executable, "-c", code], cwd=tmp_path, env={})
+    said = running.lines()
+    assert next(said) == "ready"
+    running.terminate()
+    assert next(said) == "saving"
+    assert running.end() == 143
+    assert list(said) == ["saved"]
 
 
 def test_a_process_deaf_to_sigterm_is_killed_after_the_grace(monkeypatch, tmp_path):
@@ -257,7 +287,7 @@ def test_a_process_deaf_to_sigterm_is_killed_after_the_grace(monkeypatch, tmp_pa
     pid = int(next(running.lines()))
     started = time.monotonic()
     assert running.end() == -9
-    assert 0.3 <= time.monotonic() - started < 5 and not runs(pid)
+    assert time.monotonic() - started >= 0.3 and not runs(pid)
 
 
 def test_a_process_left_behind_by_its_parent_is_ended(monkeypatch, tmp_path):
@@ -266,15 +296,39 @@ def test_a_process_left_behind_by_its_parent_is_ended(monkeypatch, tmp_path):
     running = process.Process([sys.executable, "-c", left], cwd=tmp_path, env={})
     pid = int(next(iter(running.lines())))
     assert running.end() == 0
-    wait_for(lambda: not runs(pid))
+    wait_until(lambda: not runs(pid))
+
+
+def test_a_process_whose_starter_is_killed_ends_after_the_grace(tmp_path):
+    """As a flow is that does not end in time when it is cancelled, in the middle of a transfer of DVC."""
+    code = (
+        "import sys; from pathlib import Path; from flows.workspace import process\n"
+        "process.LEAVE = 0.0\n"
+        "running = process.Process([sys.executable, '-c', sys.argv[1]], cwd=Path.cwd(), env={})\n"
+        "for line in running.lines(): print(line, flush=True)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CM_GRACE": "1"}
+    starter = subprocess.Popen(
+        [sys.executable, "-c", code, STUBBORN], cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True
+    )
+    with starter:
+        pid = int(starter.stdout.readline())
+        assert runs(pid)
+        starter.kill()
+    wait_until(lambda: not runs(pid))
 
 
 def test_ticks_come_while_the_command_is_silent(monkeypatch, tmp_path):
     monkeypatch.setattr(process, "TICK", 0.05)
     ticks = []
-    running = process.Process(["sleep", "0.5"], cwd=tmp_path, env={"PATH": "/usr/bin:/bin"})
-    assert list(running.lines(on_tick=lambda: ticks.append(1))) == [] and running.end() == 0
-    assert len(ticks) > 3
+
+    def tick():
+        ticks.append(1)
+        if len(ticks) == 4:
+            running.terminate()
+
+    running = process.Process(["sleep", "600"], cwd=tmp_path, env={"PATH": "/usr/bin:/bin"})
+    assert list(running.lines(on_tick=tick)) == [] and running.end() == -signal.SIGTERM
 
 
 def test_progress_is_passed_on_when_it_changes(tmp_path):
@@ -298,23 +352,38 @@ from pathlib import Path
 from flows.stage_runner.signals import StageSignals, end_with_caller
 
 with StageSignals(deferred=True) as signals:
-    end_with_caller()
+    end_with_caller(signals.received)
     print("begun", flush=True)
     while not signals.received():
         time.sleep(0.02)
-    print("nobody reads this", flush=True)
+    print("nobody may read this", flush=True)
+    time.sleep(float(sys.argv[2]))
     Path(sys.argv[1]).write_text("saved")
 """
 
 
 def test_a_stage_whose_flow_is_gone_saves_and_ends(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-c", LISTENER, str(tmp_path / "state")]
+    command = [sys.executable, "-c", LISTENER, str(tmp_path / "state"), "0"]
     stage = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert stage.stdout.readline() == b"begun\n"
     stage.stdout.close()
     stage.stdin.close()
-    assert stage.wait(timeout=20) == 0 and (tmp_path / "state").read_text() == "saved"
+    assert stage.wait(WAIT) == 0 and (tmp_path / "state").read_text() == "saved"
+
+
+@pytest.mark.parametrize(("saving", "grace", "code"), [(1, 300, 0), (600, 1, 128 + signal.SIGTERM)])
+def test_a_flow_that_ends_while_its_stage_saves_waits_its_grace_for_it(tmp_path, saving, grace, code):
+    """The flow's end is no second request to stop, which would end the stage at once."""
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CM_GRACE": str(grace)}
+    command = [sys.executable, "-c", LISTENER, str(tmp_path / "state"), str(saving)]
+    stage = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert stage.stdout.readline() == b"begun\n"
+    stage.terminate()
+    assert stage.stdout.readline() == b"nobody may read this\n"
+    stage.stdin.close()
+    assert stage.wait(WAIT) == code and (tmp_path / "state").exists() == (code == 0)
+    stage.stdout.close()
 
 
 COLLIDER = """
@@ -348,7 +417,7 @@ with StageSignals(deferred=True) as signals:
 def test_a_signal_in_the_middle_of_a_print_stops_the_stage_with_its_state_saved(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-c", COLLIDER, str(tmp_path / "state")]
-    stage = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    stage = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert stage.returncode == 0, stage.stderr
     assert (tmp_path / "state").read_text() == "saved"
     progress, announcement = stage.stdout.splitlines()

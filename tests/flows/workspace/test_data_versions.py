@@ -12,6 +12,10 @@ import pytest
 from PIL import Image
 
 from command import run
+from flows.commands.data import describe
+from flows.data.check import check_source
+from flows.data.sources.digits import Digits
+from flows.data.sources.image_files import Images
 from flows.errors import UserError
 from flows.recipes.recipe import load_recipe
 from flows.workspace import clone
@@ -56,6 +60,33 @@ def test_what_cannot_be_added_is_refused_before_anything_is_written(root, tmp_pa
         assert code == 2 and says in err
     assert not (root / "data").exists()
     assert "No versioned data yet" in run(capsys, "data")[1]
+
+
+def test_images_are_decoded_before_they_are_versioned(root, pictures, capsys):
+    for name in ("cats/0.png", "dogs/1.png"):
+        (pictures / name).write_bytes((pictures / name).read_bytes()[:60])
+    code, _, err = run(capsys, "data", "add", str(pictures))
+    assert code == 2 and err.count("\n") == 1 and not (root / "data").exists()
+    assert "2 of 6 images cannot be used" in err and "cats/0.png: damaged" in err and "dogs/1.png: damaged" in err
+    kind, facts = describe(pictures, "keep")
+    assert (kind, facts["images"], facts["unusable"]) == ("images", 6, 2)
+
+
+def test_a_run_and_the_doctor_tell_what_is_wrong_with_the_images_at_once(root, pictures, capsys):
+    (pictures / "test").mkdir()
+    (pictures / "cats" / "0.png").rename(pictures / "test" / "0.png")
+    for path, part in (
+        (pictures, "named like splits of the data: test, beside cats, dogs"),
+        (root / "none", "no such"),
+    ):
+        code, _, err = run(capsys, "run", "tiny", "--set", f"data.source={{kind: images, path: {path}}}")
+        assert code == 2 and part in err and err.count("\n") == 1
+        with pytest.raises(UserError, match=part):
+            check_source(Images(path=str(path)), root)
+    assert not list(root.glob(".cm/runs/*"))
+    listed = check_source(Images(path=str(pictures), splits="none"), root)
+    assert listed == f"{pictures}: 6 images, 3 classes, 1 other files"
+    assert check_source(Digits(), root) == "digits"
 
 
 @pytest.mark.slow

@@ -3,14 +3,20 @@
 import json
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 
+from command import run as cm
 from fault_proxy import error, fault_proxy
 from flows.commands import doctor
+from flows.operations import garbage
+from flows.operations.garbage import QUARANTINE, object_key
+from flows.storage.folder import open_store
 from flows.tracking.tracker import Tracker
 from flows.workspace import clone, locations
-from flows.workspace.dvc_files import dvc_md5, load_yaml
+from flows.workspace.dvc_files import dvc_md5, load_yaml, locked_outs, update_lock
+from flows.workspace.remote_users import USERS
 from miniature import REPOSITORY, commit, git, make_workspace, two_machines
 from servers import point_aws_at, shared_s3
 
@@ -41,7 +47,8 @@ def reproduce(root, name, *stages):
     with clone.clone(root, name) as run:
         results = {stage: run.reproduce(stage) for stage in stages}
         for result in results.values():
-            assert result.outs == {path: dvc_md5(run.root / path) for path in result.outs}
+            outs = locked_outs(result.entry)
+            assert outs == {path: dvc_md5(run.root / path) for path in outs}
     return results
 
 
@@ -53,7 +60,48 @@ def test_a_worker_that_has_nothing_takes_everything_from_the_remote(machines, s3
     assert not any(result.cached for result in made.values()) and "not pushed" not in caplog.text
     found = reproduce(second, "second", "prepare", "teacher")
     assert all(result.cached for result in found.values())
-    assert {stage: result.outs for stage, result in found.items()} == {s: result.outs for s, result in made.items()}
+    outs = [{stage: locked_outs(result.entry) for stage, result in results.items()} for results in (found, made)]
+    assert outs[0] == outs[1]
+
+
+@pytest.mark.parametrize("kind", ["folder", "bucket"])
+def test_a_remote_loses_nothing_that_others_need_and_nothing_at_once(machines, s3, kind, tmp_path, monkeypatch, capsys):
+    """Two workspaces push to one remote, each with an MLflow of its own."""
+    for name in ("CM_HOME", "CM_STATE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    first, second = machines
+    url = {"bucket": f"s3://team/{tmp_path.name}", "folder": str(tmp_path / "remote")}[kind]
+    remote = open_store(url)
+    for root in machines:
+        share(root, url)
+        made = reproduce(root, "run", "prepare", "teacher")
+    monkeypatch.chdir(first)
+    collect = ["gc", "--remote", "--older-than", "0", "--apply"]
+    objects = {entry.key for entry in remote.entries("files/")}
+
+    def stored(folder=""):
+        return {entry.key.removeprefix(folder) for entry in remote.entries(f"{folder}files/")}
+
+    code, _, said = cm(capsys, *collect)
+    assert code == 2 and f"{second}/mlflow.db with {first}, last on " in said and "nothing is removed" in said
+    assert objects and stored() == objects
+
+    (theirs,) = (one.key for one in remote.entries(USERS) if f"{second}/" in remote.contents(one.key).decode())
+    remote.remove([theirs])
+    code, said, _ = cm(capsys, *collect)
+    assert code == 0 and "`cm gc --undo` brings them back" in said
+    assert not stored() and stored(QUARANTINE) == objects
+    assert " objects brought back" in cm(capsys, "gc", "--undo")[1] and stored() == objects
+
+    cm(capsys, *collect)
+    update_lock(first, {"prepare": made["prepare"].entry})  # needed again
+    cm(capsys, *collect)
+    assert stored() < objects and stored() | stored(QUARANTINE) == objects
+    assert {object_key(md5) for md5 in locked_outs(made["prepare"].entry).values()} <= stored()
+    kept = stored()
+    monkeypatch.setattr(garbage, "QUARANTINED", timedelta(0))
+    cm(capsys, *collect)
+    assert stored() == kept and not stored(QUARANTINE), "its time is over"
 
 
 def test_the_workspaces_own_remote_is_nobody_elses(machines):
@@ -173,9 +221,9 @@ def test_doctor_proves_every_store_in_one_bucket(machines, s3, monkeypatch, tmp_
     ):
         point_aws_at(monkeypatch, proxy.url)
         checks = [doctor._examine(name, doctor.WORKSPACE[name]) for name in names]
-        assert all(check.ok and "written, read and removed" in check.says for check in checks), checks
+        assert all(check["ok"] and "written, read and removed" in check["says"] for check in checks), checks
         assert s3.list_objects_v2(Bucket="team", Prefix=tmp_path.name)["KeyCount"] == 0, "nothing is left behind"
         proxy.strike(error(403, "AccessDenied"), method="PUT")
         checks = [doctor._examine(name, doctor.WORKSPACE[name]) for name in names]
-    assert not any(check.ok for check in checks), checks
-    assert all("denied" in check.says.lower() or "as told" in check.says for check in checks), checks
+    assert not any(check["ok"] for check in checks), checks
+    assert all("denied" in check["says"].lower() or "as told" in check["says"] for check in checks), checks

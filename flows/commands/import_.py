@@ -1,0 +1,73 @@
+"""`cm import`: read a public checkpoint into a folder that every command takes as a model."""
+
+import json
+import tempfile
+from argparse import Namespace
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+from flows.commands.drawing import LOGGED, locate
+from flows.commands.output import add_json_option, positive, print_json
+from flows.errors import UserError
+from flows.stage_runner.progress import Bar
+from flows.storage.s3 import public_uri
+
+FORMS = ("denoiser", "skip", "unshifted")  # of public checkpoints
+
+
+def add_parsers(commands: Any) -> None:
+    """Declare the subcommand."""
+    parser = commands.add_parser("import", help="read a public checkpoint: EDM, ECT, OpenAI, diffusers, or one of ours")
+    parser.add_argument(
+        "source", metavar="FILE|URI", help="a file or folder, file://, https://, s3://, or models:/... of MLflow"
+    )
+    parser.add_argument("--out", metavar="FOLDER", type=Path, help="the folder to write; default out/imported/NAME")
+    parser.add_argument("--sha256", metavar="SUM", help="the checksum that the file must have")
+    parser.add_argument(
+        "--form",
+        choices=FORMS,
+        help="what the network is, where the file does not say: a denoiser, or a consistency "
+        "function with its boundary at sigma_min (skip) or at 0 (unshifted)",
+    )
+    parser.add_argument("--resolution", metavar="N", type=positive, help="height of the images, where it is not said")
+    parser.add_argument(
+        "--channels-per-head", metavar="N", type=positive, help="width of an attention head, where it is not said; 64"
+    )
+    add_json_option(parser)
+    parser.set_defaults(command=import_)
+
+
+def import_(args: Namespace) -> None:
+    """Write model.json, ema.safetensors and origin.json; say what the file is."""
+    from cm_core.formats.base import Hints, UnreadableCheckpoint
+    from cm_core.formats.read import read_checkpoint
+    from cm_core.model import count_parameters, save_model
+    from flows.reports.model_card import describe
+    from flows.stages import weights
+    from flows.stages.models import ORIGIN_FILE
+
+    name = PurePosixPath(urlsplit(args.source).path).stem
+    out = args.out or Path("out/imported") / name
+    source = str(locate(args.source)) if args.source.startswith(LOGGED) else args.source
+    with tempfile.TemporaryDirectory(prefix="cm-import-") as scratch, Bar(f"reading {name}") as bar:
+        path, sha256 = weights.locate(source, Path(scratch), args.sha256, bar)
+        try:
+            found = read_checkpoint(path, Hints(args.form, args.resolution, args.channels_per_head))
+        except UnreadableCheckpoint as error:
+            raise UserError(f"{public_uri(args.source)}: {str(error).partition(': ')[2]}") from error
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            save_model(out, found.spec, found.weights)
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
+    facts = {"weights": public_uri(args.source), **weights.origin(sha256, found)}
+    (out / ORIGIN_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+    parameters = count_parameters(found.spec)
+    if args.json:
+        print_json({"folder": str(out), "parameters": parameters, **facts, "spec": found.spec.model_dump(mode="json")})
+        return
+    print(f"{out}: {found.format}, {describe(found.spec)}, {parameters / 1e6:,.1f} M parameters")
+    print(f"  licence: {found.licence}; SHA-256 {sha256}")
+    role = "teacher" if found.spec.form == "denoiser" else "student"
+    print(f"  cm sample --model {out} draws; in a recipe: {role}: {{weights: {facts['weights']}, sha256: {sha256}}}")

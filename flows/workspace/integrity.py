@@ -1,0 +1,66 @@
+"""Whether files still hold the bytes that DVC stored: a record of hashes, and damaged objects set aside.
+
+DVC trusts an object by its read-only mode, and a file that it checked out by the hash that the file ought to have. The
+record here knows only hashes of bytes that were read; where inode, size or time of modification differ, they are read
+again.
+"""
+
+import logging
+import sqlite3
+from collections.abc import Mapping
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+from flows.workspace.dvc_files import FileHash, Stage, dvc_md5, file_md5, locked_outs, read_lock
+from flows.workspace.locations import cache_of
+
+logger = logging.getLogger(__name__)
+RECORD = Path(".cm/hashes.db")
+TABLE = "hashes (device, inode, size, modified, md5, PRIMARY KEY (device, inode))"
+KNOWN = "SELECT md5 FROM hashes WHERE device = ? AND inode = ? AND size = ? AND modified = ?"
+
+
+def recorded_md5(shared: Path) -> FileHash:
+    """Return a function that gives a file's MD5, from the record in the shared root if the file is unchanged."""
+    record = shared / RECORD
+    record.parent.mkdir(exist_ok=True)
+    return partial(_recorded_md5, record)
+
+
+def _recorded_md5(record: Path, path: Path) -> str:
+    status = path.stat()
+    facts = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    with closing(sqlite3.connect(record, timeout=60)) as database:
+        database.execute(f"CREATE TABLE IF NOT EXISTS {TABLE}")
+        if known := database.execute(KNOWN, facts).fetchone():
+            return known[0]
+        md5 = file_md5(path)
+        with database:
+            database.execute("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?)", (*facts, md5))
+    return md5
+
+
+def set_damaged_aside(root: Path, outs: Mapping[str, str], md5: FileHash) -> bool:
+    """Move damaged objects of outputs {path: hash} out of the cache of `root`, named in the log; return if any were.
+
+    DVC then fetches them from the remote or computes them again.
+    """
+    cache = cache_of(root)
+    damaged = cache.damaged(outs, md5)
+    for file, name in damaged.items():
+        logger.warning("%s: damaged in DVC's cache, moved to %s; getting it again", name, cache.set_aside(file))
+    return bool(damaged)
+
+
+def read_inputs(root: Path, stage: Stage, md5: FileHash) -> dict[str, str]:
+    """Return {path: DVC hash} of a stage's input artifacts, from their bytes. Raises UserError if one is missing."""
+    return {path: dvc_md5(root / path, md5) for path in stage.deps if path.startswith("out/")}
+
+
+def damaged_inputs(root: Path, inputs: Mapping[str, str], md5: FileHash) -> list[str]:
+    """Return those of {path: hash found} that DVC's lock file gives another hash; set their damaged objects aside."""
+    locked = {path: one for entry in read_lock(root).values() for path, one in locked_outs(entry).items()}
+    damaged = {path: locked[path] for path, found in inputs.items() if locked.get(path, found) != found}
+    set_damaged_aside(root, damaged, md5)
+    return list(damaged)

@@ -1,0 +1,35 @@
+"""Prefect inside a process, whatever Prefect's profile and the proxies of the user say."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from servers import free_port
+
+HEALTH = """
+import sys
+from pathlib import Path
+from flows.environment import adopt
+adopt()
+from flows.orchestration.embedded import embedded_prefect
+from prefect.client.orchestration import get_client
+from prefect.server.api.server import SubprocessASGIServer
+SubprocessASGIServer.find_available_port = None  # it probes a port and lets it go again
+with embedded_prefect(Path(sys.argv[1])), get_client(sync_client=True) as client:
+    print(client.api_healthcheck(), client.api_url)
+"""
+
+
+@pytest.mark.slow
+def test_a_profile_without_a_server_and_a_dead_proxy_do_not_matter(tmp_path):
+    (tmp_path / ".prefect").mkdir()
+    (tmp_path / ".prefect" / "profiles.toml").write_text('active = "default"\n\n[profiles.default]\n')  # by Prefect 2
+    dead = f"http://127.0.0.1:{free_port()}"
+    theirs = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    env = {**theirs, "HOME": str(tmp_path), "HTTP_PROXY": dead, "http_proxy": dead}
+    env |= {"PREFECT_SERVER_API_BASE_PATH": "/elsewhere", "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false"}
+    command = [sys.executable, "-c", HEALTH, str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("None http://127.0.0.1:"), done.stderr
