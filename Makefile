@@ -1,10 +1,13 @@
-# Everything happens in .venv, which is made on first use from the exact versions in requirements.lock.
+# Everything happens in .venv, which is made on first use from the versions and hashes in requirements.lock and, for
+# tests and lints, requirements-dev.lock.
 
 PYTHON ?= python3
 # PyTorch comes from pip's own index: for Linux on x86 that is the CUDA build. TORCH_INDEX names another index for it
 # alone, such as one of CPU builds: make install TORCH_INDEX=https://...
+# CUDA=1 takes it and what it needs from requirements-cuda.lock, by hashes; Linux on x86 alone.
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+CUDA ?=
 TRITON ?= triton==3.9.0
 
 # What the commands import: Python writes their byte code once, here, instead of in the first run of each.
@@ -16,24 +19,30 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PIP_INSTALL := $(PIP) install --quiet --no-compile # Python compiles a module when it is first used
+BY_HASH := $(PIP_INSTALL) --no-deps --require-hashes
+# Of make lock, audit and sbom; they stand outside .venv, whose packages they list.
+UV := uv==0.13.8
+AUDIT_TOOLS := pip-audit==2.10.1 cyclonedx-bom==7.5.0 pip-licenses==5.5.5
+LOCKS := requirements.lock requirements-cuda.lock # of the image
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo repro ui doctor triton test test-all soak lint format docs lock
+.PHONY: help install demo repro ui doctor triton test test-all soak lint format docs lock images audit sbom
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## Make .venv; the other targets do it by themselves (3 minutes, 2 GB)
 
-$(INSTALLED): requirements.lock pyproject.toml
+$(INSTALLED): requirements.lock requirements-dev.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
-	@echo "Making .venv (1 of 4): $$(grep -c == requirements.lock) packages of requirements.lock"
+	@echo "Making .venv (1 of 4): $$(cat requirements.lock requirements-dev.lock | grep -c ==) packages"
 	@$(PYTHON) -m venv .venv
-	@$(PIP_INSTALL) --constraint requirements.lock --upgrade pip # older ones take twice as long for the rest
-	@$(PIP_INSTALL) --no-deps -r requirements.lock
-	@echo "Making .venv (2 of 4): $(TORCH)"
-	@$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@sed -n '/^pip==/,/[^\\]$$/p' requirements.lock > .venv/pip.lock
+	@$(BY_HASH) -r .venv/pip.lock # older ones take twice as long for the rest
+	@$(BY_HASH) -r requirements.lock -r requirements-dev.lock
+	@echo "Making .venv (2 of 4): $(if $(CUDA),requirements-cuda.lock,$(TORCH))"
+	@$(if $(CUDA),$(BY_HASH) -r requirements-cuda.lock,$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH))
 	@echo "Making .venv (3 of 4): this project"
 	@$(PIP_INSTALL) --quiet --no-deps --no-build-isolation --editable . # twice quiet: setuptools warns of what is meant
 	@echo "Making .venv (4 of 4): byte code of the modules in use"
@@ -80,11 +89,45 @@ docs: .venv/docs ## Build the documentation into site/; its tools are installed 
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build # --quiet would hide warnings from `strict`, too
 
 .venv/docs: $(INSTALLED) requirements-docs.lock
-	@$(PIP_INSTALL) --no-deps -r requirements-docs.lock
+	@$(BY_HASH) -r requirements-docs.lock
 	@touch $@
 
-lock: $(INSTALLED) ## Write requirements.lock from what .venv holds, after trying other versions in it
+lock: $(INSTALLED) .venv/uv ## Write all lock files from what .venv holds, after trying other versions in it
 	@$(PIP) check
-	@$(PIP) freeze --all --exclude-editable --exclude torch | grep -vxFf requirements-docs.lock > .venv/freeze
+	@sed -n 's/^\([^# ][^ ]*==[^ ]*\).*/\1/p' requirements-docs.lock > .venv/requirements-docs
+	@$(PIP) freeze --all --exclude-editable --exclude torch | grep -vxFf .venv/requirements-docs > .venv/freeze
 	@! grep -E ' @ |\+|^triton=' .venv/freeze || { echo "requirements.lock: CPU PyTorch, released versions only" >&2; exit 1; }
-	@{ sed '/^[^#]/,$$d' requirements.lock; cat .venv/freeze; } > .venv/lock && mv .venv/lock requirements.lock
+	@$(BIN)/python infra/lock.py .venv/freeze .venv/requirements .venv/requirements-dev
+	@echo "$(TORCH)" > .venv/requirements-cuda
+	@$(call HASHED,requirements,--no-deps --universal)
+	@$(call HASHED,requirements-dev,--no-deps)
+	@$(call HASHED,requirements-docs,--no-deps)
+	@$(call HASHED,requirements-cuda,--constraint .venv/requirements --python-platform x86_64-manylinux_2_28 \
+		$$(sed 's/==.*//; s/^/--no-emit-package /' .venv/requirements))
+
+# Write NAME.lock, its comment kept, from the list .venv/NAME: all files of each version, for other machines too.
+HASHED = .venv/uv/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate .venv/$(1) $(2) -o .venv/hashed && \
+	{ sed '/^[^\#]/,$$d' $(1).lock; cat .venv/hashed; } > .venv/lock && mv .venv/lock $(1).lock
+
+.venv/uv: $(INSTALLED)
+	@$(PIP_INSTALL) --target $@ $(UV)
+
+images: ## Pin the images of infra/ by digest; IMAGE=REGISTRY/consistency-pipeline:TAG names yours there, too
+	@$(PYTHON) infra/pin.py $(if $(IMAGE),--image $(IMAGE))
+
+audit: .venv/audit ## Compare what the image holds with the known vulnerabilities; without an answer it fails
+	@PYTHONPATH=.venv/audit $(BIN)/python -m pip_audit --strict --require-hashes --disable-pip \
+		$(foreach lock,$(LOCKS),-r $(lock)) || \
+		{ echo "make audit: a package is vulnerable, or nobody answered for one: see above" >&2; exit 1; }
+
+sbom: .venv/audit ## Write build/sbom.cdx.json (CycloneDX) and build/NOTICES.txt (licences) of what the image holds
+	@mkdir -p build
+	@cat $(LOCKS) | PYTHONPATH=.venv/audit $(BIN)/python -W ignore -m cyclonedx_py requirements - \
+		--pyproject pyproject.toml --output-reproducible -o build/sbom.cdx.json
+	@PYTHONPATH=.venv/audit $(BIN)/python -m piplicenses --python $(BIN)/python --with-urls --with-license-file \
+		--no-license-path --format plain-vertical --output-file build/NOTICES.txt \
+		--packages $$(sed -n 's/^\([^# ]*\)==.*/\1/p' requirements.lock) > /dev/null
+	@echo "build/sbom.cdx.json, build/NOTICES.txt"
+
+.venv/audit: $(INSTALLED)
+	@$(PIP_INSTALL) --target $@ $(AUDIT_TOOLS)

@@ -3,8 +3,10 @@
 import json
 import re
 import shlex
+import shutil
 import stat
 import subprocess
+from fnmatch import fnmatch
 from importlib.resources import files
 from pathlib import Path
 
@@ -19,15 +21,17 @@ from flows.operations.deploy import POOLS_DIR, automations, from_repository, in_
 ROOT = Path(__file__).parents[1]
 INFRA = ROOT / "infra"
 KUBERNETES = "1.30"
-PINNED = re.compile(r".+:[\w.-]*\d[\w.-]*$")  # a tag with a number in it
-SECRETIVE = re.compile(r"password|secret|token|database_(connection_)?url|backend_store_uri", re.I)
+PINNED = re.compile(r".+:[\w.-]*\d[\w.-]*(@sha256:[0-9a-f]{64})?$")  # a tag with a number in it
+SECRETIVE = re.compile(r"password|secret|token|auth_string|database_(connection_)?url|backend_store_uri", re.I)
+NAMES_A_SECRET = re.compile(r"_SECRET_(NAME|KEY)$")
 POOL_TYPES = sorted(path.stem for path in (ROOT / POOLS_DIR).glob("*.json"))
 DATABASE_URL = re.compile(r"://\w+:[^@\s]+@")
 
 
 @pytest.fixture(scope="module")
 def compose():
-    return yaml.safe_load((INFRA / "compose.yaml").read_text())
+    """The file without GPUs' override, variables at their defaults."""
+    return yaml.safe_load(re.sub(r"\$\{\w+:-(.*?)\}", r"\1", (INFRA / "compose.yaml").read_text()))
 
 
 def test_compose_follows_the_specification(compose):
@@ -68,6 +72,105 @@ def test_secrets_are_read_from_files_that_git_does_not_take(compose):
             assert not DATABASE_URL.search(path.read_text()), path
 
 
+def test_secrets_are_made_once_in_a_folder_of_the_owner_alone(compose, tmp_path):
+    shutil.copy(INFRA / "make-secrets.sh", tmp_path)
+    (tmp_path / "secrets").mkdir(mode=0o755)  # as git checks it out
+    subprocess.run([tmp_path / "make-secrets.sh"], check=True)
+    made = {path.name: path.read_text() for path in (tmp_path / "secrets").iterdir()}
+    assert stat.S_IMODE((tmp_path / "secrets").stat().st_mode) == 0o700
+    named = {Path(secret["file"]).name for secret in compose["secrets"].values()}
+    others = {"s3_root_password", "s3_worker_password", "s3_mlflow_password"}  # parts of s3_identities
+    assert named | others == made.keys() and not named & others
+    assert made["s3_worker_password"] in made["aws_credentials_worker"] and "=worker" in made["aws_credentials_worker"]
+    assert f":{made['postgres_password']}@" in made["mlflow_database_url"]
+    assert len(set(made.values())) == len(made) and all(len(text) >= 48 for text in made.values())
+    assert all((made[name] in made["s3_identities"]) for name in others)
+    subprocess.run([tmp_path / "make-secrets.sh"], check=True)
+    assert {path.name: path.read_text() for path in (tmp_path / "secrets").iterdir()} == made
+
+
+def test_both_servers_ask_for_a_password_and_their_clients_have_it(compose):
+    prefect, mlflow = compose["services"]["prefect"]["environment"], compose["services"]["mlflow"]
+    assert prefect["FROM_FILE_PREFECT_SERVER_API_AUTH_STRING"] == "/run/secrets/prefect_login"
+    assert "*" not in prefect["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"]
+    assert prefect["PREFECT_SERVER_CSRF_PROTECTION_ENABLED"] == "true"
+    assert "--app-name=basic-auth" in mlflow["command"]
+    for name in ("deploy", "worker", "metrics"):
+        environment = compose["services"][name]["environment"]
+        assert environment["FROM_FILE_PREFECT_API_AUTH_STRING"] == "/run/secrets/prefect_login"
+        assert name == "deploy" or environment["FROM_FILE_MLFLOW_TRACKING_PASSWORD"]
+    pods = {one["metadata"]["name"]: pod_of(one)["containers"] for one in MANIFESTS if pod_of(one).get("containers")}
+    given = {name: {variable["name"] for variable in pods[name][0]["env"]} for name in pods}
+    assert {"PREFECT_SERVER_API_AUTH_STRING", "PREFECT_SERVER_CSRF_PROTECTION_ENABLED"} <= given["prefect"]
+    assert "PREFECT_API_AUTH_STRING" in given["worker"] & given["deploy"] & given["metrics"]
+    assert "MLFLOW_AUTH_ADMIN_PASSWORD" in given["mlflow"] and "--app-name=basic-auth" in pods["mlflow"][0]["args"]
+
+
+@pytest.mark.parametrize("user, buckets", [("worker", {"dvc", "states"}), ("mlflow", {"mlflow"})])
+def test_users_of_the_store_reach_their_own_buckets_alone(compose, tmp_path, user, buckets):
+    def holders(secret):
+        return {name for name, one in compose["services"].items() if secret in one.get("secrets", ())}
+
+    assert holders("aws_credentials_root") == {"buckets"} and holders("s3_identities") == {"s3"}, "no worker has them"
+    shutil.copy(INFRA / "make-secrets.sh", tmp_path)
+    (tmp_path / "secrets").mkdir()
+    subprocess.run([tmp_path / "make-secrets.sh"], check=True)
+    identities = json.loads((tmp_path / "secrets" / "s3_identities").read_text())["identities"]
+    (own,) = [one for one in identities if one["name"] == user]
+    assert set(own["actions"]) == {f"{action}:{name}" for action in ("Read", "Write", "List") for name in buckets}
+    (key,) = own["credentials"]
+    credentials = (tmp_path / "secrets" / f"aws_credentials_{user}").read_text()
+    assert f"={key['accessKey']}\n" in credentials and f"={key['secretKey']}\n" in credentials
+    policy = json.loads((INFRA / "s3-policies" / f"{user}.json").read_text())  # the same for other stores
+    for statement in policy["Statement"]:
+        assert {
+            resource.removeprefix("arn:aws:s3:::").removesuffix("/*") for resource in statement["Resource"]
+        } == buckets
+        assert all(
+            action != "s3:*" and "Bucket" not in action.replace("ListBucket", "") for action in statement["Action"]
+        )
+
+
+def test_every_bucket_that_is_made_is_used_and_shared(compose):
+    made = set(re.findall(r"'(\w+)'", compose["services"]["buckets"]["command"][2].partition("for name in")[2]))
+    worker, mlflow = (compose["services"][name] for name in ("worker", "mlflow"))
+    used = {worker["environment"]["DVC_REMOTE_URL"], worker["environment"]["CM_STATE"]}
+    used |= {word.partition("=")[2] for word in mlflow["command"] if word.startswith("--artifacts-destination=")}
+    assert used == {f"s3://{name}" for name in made} and len(made) == 3
+    environment = filled("docker")["env"]
+    assert {environment["DVC_REMOTE_URL"], environment["CM_STATE"]} <= used
+    for path in (INFRA / "kubernetes").rglob("*.yaml"):
+        assert "s3://" not in path.read_text(), "names of buckets are the store's, not ours to choose"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["infra/secrets/s3_root_password", ".env", "deploy/.env.local", ".venv/bin/python", "mlflow.db", "mlflow.db-wal"]
+    + [".git/config", ".cm/prefect-login", ".dvc/config.local", ".dvc/cache/files/md5/0", "flows/__pycache__/a.pyc"],
+)
+def test_what_is_secret_or_left_by_runs_stays_out_of_the_image(path):
+    assert is_ignored(path)
+
+
+def test_what_git_tracks_is_in_the_image():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    left_out = [path for path in [*tracked.splitlines(), ".git/HEAD", ".git/objects/00"] if is_ignored(path)]
+    assert not left_out, "a run would record it as deleted"
+
+
+def is_ignored(path):
+    """Whether .dockerignore leaves a path out: a pattern matches it or a folder above it."""
+    patterns = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
+    if f"!{path}" in patterns:
+        return False
+    for place in [path, *map(str, Path(path).parents)][:-1]:
+        name = Path(place).name
+        for pattern in patterns:
+            if fnmatch(name if pattern.startswith("**/") else place, pattern.removeprefix("**/")):
+                return True
+    return False
+
+
 def test_the_entry_point_turns_secret_files_into_variables(tmp_path):
     (tmp_path / "secret").write_text("postgresql://there\n")
     script = INFRA / "entrypoint.sh"
@@ -77,6 +180,20 @@ def test_the_entry_point_turns_secret_files_into_variables(tmp_path):
     assert said.stdout == "postgresql://there\n"
     env["FROM_FILE_ADDRESS"] = str(tmp_path / "gone")
     assert subprocess.run([script, "true"], env=env, capture_output=True, check=False).returncode
+
+
+def test_the_entry_point_gives_dvc_the_remote_that_workers_share(tmp_path):
+    from flows.workspace.locations import remote_address, shared_remote
+
+    for name in ("infra", ".dvc"):
+        (tmp_path / name).mkdir()
+    shutil.copy(INFRA / "entrypoint.sh", tmp_path / "infra")
+    shutil.copy(ROOT / ".dvc" / "config", tmp_path / ".dvc")
+    for variables, remote in (({}, None), ({"DVC_REMOTE_URL": "s3://dvc"}, "s3://dvc")):
+        env = {"PATH": "/usr/bin:/bin", **variables}
+        subprocess.run([tmp_path / "infra" / "entrypoint.sh", "true"], env=env, check=True)
+        assert shared_remote(tmp_path) == remote
+    assert remote_address(tmp_path) == "s3://dvc"
 
 
 JOBSET = yaml.safe_load((INFRA / "kubernetes" / "jobset" / "student.yaml").read_text())
@@ -96,9 +213,77 @@ def test_kubernetes_takes_the_manifest(manifest):
     for container in pod_of(manifest).get("containers", ()):
         assert PINNED.match(container["image"])
         assert container["resources"]["requests"] and container["resources"]["limits"]
-        assert manifest["kind"] == "Job" or {"readinessProbe", "livenessProbe"} <= container.keys()
+        assert manifest["kind"] == "Job" or {"startupProbe", "readinessProbe", "livenessProbe"} <= container.keys()
         for variable in container.get("env", ()):
-            assert "valueFrom" in variable or not SECRETIVE.search(variable["name"]), variable["name"]
+            secretive = SECRETIVE.search(variable["name"]) and not NAMES_A_SECRET.search(variable["name"])
+            assert "valueFrom" in variable or not secretive, variable["name"]
+
+
+def test_pods_keep_to_what_the_namespace_enforces():
+    """What the level `restricted` of Kubernetes' pod security asks for, and no service account but the worker's."""
+    namespace = MANIFESTS[[one["kind"] for one in MANIFESTS].index("Namespace")]
+    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    pods = {one["metadata"]["name"]: pod_of(one) for one in MANIFESTS if pod_of(one).get("containers")}
+    pods["run"] = filled("kubernetes")["job_manifest"]["spec"]["template"]["spec"]
+    assert pods.keys() == {"prefect", "mlflow", "worker", "deploy", "metrics", "node", "run"}
+    for name, pod in pods.items():
+        security = pod["securityContext"]
+        assert security["runAsNonRoot"] and security["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        assert (security["runAsUser"], security["runAsGroup"], security["fsGroup"]) == (1000, 1000, 1000), name
+        assert pod["enableServiceLinks"] is False, "MLflow would take the service's MLFLOW_PORT=tcp://... for its port"
+        assert (pod.get("automountServiceAccountToken") is False) == (name != "worker"), name
+        for container in pod["containers"]:
+            own = container["securityContext"]
+            assert own == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}, name
+
+
+def test_kubernetes_worker_watches_its_namespace_and_hides_the_password():
+    (container,) = next(pod_of(one) for one in MANIFESTS if one["metadata"]["name"] == "worker" and pod_of(one))[
+        "containers"
+    ]
+    given = {
+        variable["name"].removeprefix("PREFECT_INTEGRATIONS_KUBERNETES_"): variable for variable in container["env"]
+    }
+    assert given["OBSERVER_NAMESPACES"]["value"] == "consistency"
+    login = given["PREFECT_API_AUTH_STRING"]["valueFrom"]["secretKeyRef"]
+    assert given["WORKER_API_AUTH_STRING_SECRET_NAME"]["value"] == login["name"]
+    assert given["WORKER_API_AUTH_STRING_SECRET_KEY"]["value"] == login["key"]
+
+
+def test_network_policies_close_the_namespace_and_name_labels_that_pods_have():
+    policies = {one["metadata"]["name"]: one["spec"] for one in MANIFESTS if one["kind"] == "NetworkPolicy"}
+    assert policies["nobody"] == {"podSelector": {}, "policyTypes": ["Ingress"]}
+    labels = {one["spec"]["template"]["metadata"]["labels"]["app"] for one in MANIFESTS if one["kind"] == "Deployment"}
+    labels |= {filled("kubernetes")["job_manifest"]["spec"]["template"]["metadata"]["labels"]["app"]}
+    labels |= {JOBSET["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["metadata"]["labels"]["app"]}
+    named = set(re.findall(r"app: (\w+)", (INFRA / "kubernetes" / "network.yaml").read_text()))
+    named |= {
+        label
+        for spec in policies.values()
+        for one in spec["podSelector"].get("matchExpressions", ())
+        for label in one["values"]
+    }
+    assert named <= labels and labels - named == {"worker"}
+    open_to = {name: policies[name]["ingress"][0] for name in ("servers", "metrics")}
+    ports = {port["port"] for one in open_to.values() for port in one["ports"]}
+    assert ports == {port["port"] for one in MANIFESTS if one["kind"] == "Service" for port in one["spec"]["ports"]}
+    (out,) = policies["runs"]["egress"][0]["to"]
+    assert out["ipBlock"]["except"] == ["169.254.169.254/32"]
+
+
+def test_prometheus_finds_the_metrics_and_its_password_opens_nothing_else(compose):
+    """The server's password lets a worker run any command; what asks for metrics has another."""
+    (job,) = yaml.safe_load((INFRA / "monitoring" / "prometheus.yml").read_text())["scrape_configs"]
+    service = compose["services"]["metrics"]
+    (target,) = job["static_configs"][0]["targets"]
+    assert service["ports"] == [f"{target}:{target.rpartition(':')[2]}"] and job["basic_auth"]["username"] == "cm"
+    secret = Path(service["environment"]["FROM_FILE_CM_METRICS_PASSWORD"]).name
+    assert Path(job["basic_auth"]["password_file"]).name == secret.replace("_", "-")
+    assert {name for name, one in compose["services"].items() if secret in one.get("secrets", ())} == {"metrics"}
+    (pod,) = (pod_of(one) for one in MANIFESTS if one["metadata"]["name"] == "metrics" and pod_of(one))
+    (container,) = pod["containers"]
+    (password,) = (one["valueFrom"] for one in container["env"] if one["name"] == "CM_METRICS_PASSWORD")
+    assert password["secretKeyRef"]["name"] == "metrics" and container["args"] == service["command"]
 
 
 def pod_of(manifest):
@@ -200,17 +385,36 @@ def test_kubernetes_takes_the_jobs_of_flow_runs():
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 2
     assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
     assert pod["volumes"][0]["emptyDir"] == {"medium": "Memory", "sizeLimit": "8Gi"}
-    assert container["envFrom"] == [{"secretRef": {"name": "s3"}}]
-    assert pod["terminationGracePeriodSeconds"] >= 60, "a training saves its state"
+    assert container["envFrom"] == [{"secretRef": {"name": "s3"}}, {"secretRef": {"name": "mlflow-client"}}]
+    seconds = int(filled("kubernetes")["env"]["CM_GRACE"])
+    assert pod["terminationGracePeriodSeconds"] > 3 * seconds, "a training saves its state"
 
 
-def test_containers_of_flow_runs_have_gpus_shared_memory_and_secrets_as_files():
+@pytest.mark.parametrize("pool_type", ["docker", "kubernetes"])
+def test_a_container_of_a_flow_run_is_stopped_as_one_of_a_worker(pool_type):
+    assert filled(pool_type)["env"] and read_template(ROOT, pool_type)["variables"]["properties"]["command"][
+        "default"
+    ].startswith("python -m flows.operations.worker prefect flow-run execute")
+
+
+def test_containers_of_a_host_share_the_locks_of_its_gpus(compose):
+    """Docker gives whoever asks for one GPU the first; all of them, and a lock, give each stage another."""
     configuration = filled("docker")
     made = configuration["container_create_kwargs"]
-    assert made["device_requests"] == [{"driver": "nvidia", "count": 1, "capabilities": [["gpu"]]}]
-    assert made["shm_size"] == "8g"
+    assert made["device_requests"] == [{"driver": "nvidia", "count": -1, "capabilities": [["gpu"]]}]
+    worker = compose["services"]["worker"]
+    (devices,) = worker["deploy"]["resources"]["reservations"]["devices"]
+    assert devices["count"] == "all"
+    folder = "/opt/consistency/.cm/devices"  # of gpu_slots, in the image's workspace
+    assert f"devices:{folder}" in worker["volumes"] and f"consistency_devices:{folder}" in configuration["volumes"]
+    assert f" {folder}" in (INFRA / "Dockerfile").read_text(), "a volume takes its owner from the folder it covers"
+
+
+def test_containers_of_flow_runs_have_shared_memory_and_secrets_as_files():
+    configuration = filled("docker")
+    assert configuration["container_create_kwargs"]["shm_size"] == "8g"
     assert "/etc/consistency/secrets:/run/secrets:ro" in configuration["volumes"]
-    assert configuration["env"]["AWS_SHARED_CREDENTIALS_FILE"] == "/run/secrets/aws_credentials"
+    assert configuration["env"]["AWS_SHARED_CREDENTIALS_FILE"] == "/run/secrets/aws_credentials_worker"
 
 
 def test_workers_find_the_workspace_or_clone_it():
@@ -236,7 +440,9 @@ def test_the_image_holds_the_locked_versions_and_no_root(compose):
     text = (INFRA / "Dockerfile").read_text()
     assert re.search(r"^FROM python:3\.\d+\.\d+-\S+$", text, re.M) and "requirements.lock" in text
     makefile = re.search(r"^TORCH \?= (\S+)$", (ROOT / "Makefile").read_text(), re.M)[1]
-    assert f"ARG TORCH={makefile}\n" in text
+    assert f"\n{makefile} " in (ROOT / "requirements-cuda.lock").read_text()
+    locks = set(re.findall(r"--require-hashes --requirement (\S+?);? ", text))
+    assert locks == {"requirements.lock", "requirements-cuda.lock"}, "none of the tools for tests"
     assert text.rindex("USER cm") < text.index("ENTRYPOINT")
     version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1]
     ours = [one["image"] for one in compose["services"].values() if "build" in one]

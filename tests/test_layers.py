@@ -26,6 +26,8 @@ HEAVY = {
         "flows.orchestration.embedded",
         "flows.orchestration.gpu_slots",
         "flows.orchestration.recovery",
+        "flows.orchestration.results",
+        "flows.orchestration.starter",
         "flows.sweep",
     ),
     "mlflow": ("flows.inference.server",),  # MLflow itself runs it

@@ -111,21 +111,21 @@ def test_advice_names_the_mildest_change_under_which_a_training_fits():
     assert COST.flops_per_train_image(train.model_copy(update={"accumulate": 2, "checkpoint_activations": True})) == 12
 
 
-def test_several_devices_divide_the_batch_and_the_weights_if_asked():
+def test_several_devices_split_the_batch_and_shard_the_weights_if_asked():
     train, alone = Train(batch_size=12), COST.peak_bytes(Train(batch_size=12))
-    whole = COST.peak_bytes_among(4, train, divided=False)
-    assert whole == alone - 9 * 10 and COST.peak_bytes_among(4, train, divided=True) == whole - 60
+    whole = COST.peak_bytes_among(4, train, sharded=False)
+    assert whole == alone - 9 * 10 and COST.peak_bytes_among(4, train, sharded=True) == whole - 60
     said = advice(COST, ECT(), train, whole - 60, "student", 4)
     assert said.endswith("it would with the environment variable CM_SHARD=1")
-    assert advice(COST, ECT(), train, whole - 60, "student", 4, divided=True) is None
+    assert advice(COST, ECT(), train, whole - 60, "student", 4, sharded=True) is None
     assert "not even one image" in advice(COST, SCM(), train, whole - 60, "student", 4), (
-        "whose weights are never divided"
+        "whose weights are never sharded"
     )
     assert "not even one image" in advice(COST, ECT(), train, whole - 87, "student", 4)
-    of_two = COST.peak_bytes_among(2, train, divided=False)
+    of_two = COST.peak_bytes_among(2, train, sharded=False)
     said = advice(COST, ECT(), train, of_two - 45, "student", 2)
-    assert said.endswith("it would with student.train.accumulate=6"), "divided weights alone would not do"
-    assert advice(COST, ECT(), train, whole - 80, "student", 4, divided=True).endswith("student.train.accumulate=3")
+    assert said.endswith("it would with student.train.accumulate=6"), "sharded weights alone would not do"
+    assert advice(COST, ECT(), train, whole - 80, "student", 4, sharded=True).endswith("student.train.accumulate=3")
 
 
 def test_parts_have_to_divide_the_batch():
@@ -154,8 +154,8 @@ def test_plan_reckons_with_the_devices_that_divide_a_training(monkeypatch, capsy
 
     (one, alone), (four, shared) = planned(), planned(CM_DEVICES="4")
     assert (one, four) == (1, 4) and shared["images_per_s"] == 4 * alone["images_per_s"]
-    (_, divided) = planned(CM_SHARD="1")
-    assert divided["memory_bytes"] < shared["memory_bytes"] < alone["memory_bytes"]
+    (_, sharded) = planned(CM_SHARD="1")
+    assert sharded["memory_bytes"] < shared["memory_bytes"] < alone["memory_bytes"]
     monkeypatch.setenv("CM_DEVICES", "7")
     assert main(["plan", "digits-cd"]) == 2
     assert "CM_DEVICES=7: must divide teacher.train.batch_size=" in capsys.readouterr().err

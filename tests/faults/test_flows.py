@@ -7,7 +7,8 @@ from itertools import chain
 import pytest
 
 from flows.operations.process_trees import still_runs
-from live import Servers, cm, make_live_workspace, trainings, wait_until, worker
+from live import Servers, cm, make_live_workspace, trainings, worker
+from processes import wait_until
 from servers import needs_postgres, postgres
 
 pytestmark = [pytest.mark.soak, needs_postgres]
@@ -39,7 +40,7 @@ def servers(database, tmp_path_factory):
 
 def in_mid_training(servers, run_id):
     """Wait until a run's student trains and has saved a state."""
-    wait_until(lambda: servers.artifacts(run_id).get("progress-student", {}).get("data", 0) > 10, 600, every=0.5)
+    wait_until(lambda: servers.artifacts(run_id).get("progress-student", {}).get("data", 0) > 10)
 
 
 def every(count, by=10):
@@ -49,7 +50,7 @@ def every(count, by=10):
 def test_of_two_identical_flows_one_trains_and_the_other_waits(servers):
     pair = [servers.submit(), servers.submit()]
     for run_id in pair:
-        servers.wait_for(run_id, "Completed", 900)
+        servers.wait_for(run_id, "Completed")
     assert servers.trained_steps(*pair) == [every(600)]
     assert [len(servers.stage_runs(stage, *pair)) for stage in ("features", "teacher", "evaluate")] == [1, 1, 1]
     ends = set.union(*map(servers.task_ends, pair))
@@ -61,7 +62,7 @@ def test_where_gpus_suffice_for_both_the_other_waits_all_the_same(servers):
     servers.api.patch("/v2/concurrency_limits/gpu", json={"limit": 2}).raise_for_status()
     pair = [servers.submit("student.train.num_steps=610"), servers.submit("student.train.num_steps=610")]
     for run_id in pair:
-        servers.wait_for(run_id, "Completed", 900)
+        servers.wait_for(run_id, "Completed")
     servers.api.patch("/v2/concurrency_limits/gpu", json={"limit": 1}).raise_for_status()
     said = list(chain(*map(servers.said, pair)))
     assert sum("another process trains exactly this; waiting for it" in line for line in said) == 1
@@ -77,7 +78,7 @@ def test_a_prefect_server_that_comes_back_ends_no_run(servers, number):
     servers.end("prefect", number)
     time.sleep(AWAY)
     servers.start("prefect")
-    servers.wait_for(run_id, "Completed", 900)
+    servers.wait_for(run_id, "Completed")
     assert servers.trained_steps(run_id) == [every(LONG + 10 * number)]
     assert servers.flow_run(run_id)["run_count"] == 1
 
@@ -89,19 +90,19 @@ def test_a_database_that_crashes_and_comes_back_ends_no_run(servers, database):
     database.crash()
     time.sleep(AWAY)
     database.start()
-    servers.wait_for(run_id, "Completed", 900)
+    servers.wait_for(run_id, "Completed")
     assert servers.trained_steps(run_id) == [every(LONG)]
     assert servers.flow_run(run_id)["run_count"] == 1
 
 
 def test_a_run_waits_for_a_server_that_is_away_for_long(servers):
     """Longer than Prefect's client tries: the training ends, and the next stage waits for its slot."""
-    run_id = servers.submit("student.train.num_steps=620")
+    run_id = servers.submit(f"student.train.num_steps={LONG + 20}")
+    (training,) = wait_until(lambda: trainings(servers.root))
     in_mid_training(servers, run_id)
-    (training,) = trainings(servers.root)
     servers.end("prefect")
-    wait_until(lambda: not still_runs(training), 600, every=1)
+    wait_until(lambda: not still_runs(training), every=1)
     time.sleep(LONG_AWAY)
     servers.start("prefect")
-    servers.wait_for(run_id, "Completed", 900)
-    assert servers.trained_steps(run_id) == [every(620)]
+    servers.wait_for(run_id, "Completed")
+    assert servers.trained_steps(run_id) == [every(LONG + 20)]

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from cm_core.checkpoint import list_states, load_state
 from flows.checkpoints import s3_store, store
 from flows.storage.bucket import Bucket
 from miniature import REPOSITORY
-from s3_states import KEY, NAME, URI, take_over
+from processes import wait_until
+from s3_states import KEY, NAME, URI, head, take_over
 from servers import s3_server
 
 pytestmark = pytest.mark.slow
@@ -24,7 +26,7 @@ WRITER = """
 import sys
 from pathlib import Path
 import torch
-from cm_core.training.checkpoint import list_states, save_state
+from cm_core.checkpoint import list_states, save_state
 from flows.checkpoints import s3_store
 from flows.checkpoints.store import hold_checkpoint
 
@@ -47,9 +49,10 @@ def start(origin: Path) -> subprocess.Popen:
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def kill_somewhere(writer: subprocess.Popen, rng: random.Random) -> int:
-    """Let it save, kill it at any moment; return the step from which it had gone on."""
+def kill_somewhere(writer: subprocess.Popen, rng: random.Random, ready=lambda: True) -> int:
+    """Let it save, kill it at any moment once `ready` holds; return the step from which it had gone on."""
     line = next(line for line in writer.stdout if line.startswith("from"))
+    wait_until(ready)
     time.sleep(rng.uniform(0, 0.4))
     os.killpg(writer.pid, signal.SIGKILL)
     writer.wait()
@@ -58,8 +61,6 @@ def kill_somewhere(writer: subprocess.Popen, rng: random.Random) -> int:
 
 def whole_states(folder: Path) -> list[int]:
     """Return the steps of the states in a folder, after reading every byte of them."""
-    from cm_core.training.checkpoint import list_states, load_state
-
     found = []
     for path in list_states(folder):
         tensors, values = load_state(path)
@@ -72,11 +73,11 @@ def whole_states(folder: Path) -> list[int]:
 
 def test_a_folder_never_shows_a_torn_state(tmp_path, monkeypatch):
     monkeypatch.delenv("CM_STATE", raising=False)
-    rng, newest = random.Random(0), 0
-    for _ in range(LOCAL_KILLS):
-        began = kill_somewhere(start(tmp_path), rng)
+    rng, newest, folder = random.Random(0), 0, store.states_folder(tmp_path) / NAME
+    for kill in range(LOCAL_KILLS):
+        began = kill_somewhere(start(tmp_path), rng, lambda kill=kill: kill or list_states(folder))
         assert began == newest, "it went on from the newest state"
-        newest = max(whole_states(store.states_folder(tmp_path) / NAME), default=0)
+        newest = max(whole_states(folder), default=0)
         assert newest >= began
     assert newest > 0
 
@@ -87,7 +88,8 @@ def test_a_bucket_never_shows_a_torn_state(tmp_path, monkeypatch):
     rng, newest = random.Random(1), 0
     with s3_server(monkeypatch, "states") as client:
         for kill in range(S3_KILLS):
-            began = kill_somewhere(start(tmp_path / f"machine{kill}"), rng)  # a new machine each time
+            writer = start(tmp_path / f"machine{kill}")  # a new machine each time
+            began = kill_somewhere(writer, rng, lambda kill=kill: kill or head(client).states)
             assert began >= newest, "it went on from the newest published state"  # a request under way may arrive late
             newest = _newest_published(tmp_path / f"reader{kill}")
             assert newest >= began

@@ -14,8 +14,9 @@ from PIL import Image
 
 from flows.recipes.recipe import load_recipe, write_active
 from flows.workspace.dvc_files import dvc_md5, read_stages
-from live import cm, environment, make_live_workspace, wait_until
+from live import cm, environment, make_live_workspace
 from miniature import commit, git, two_machines
+from processes import wait_until
 from servers import aws_variables, shared_s3
 from small_stages import files
 
@@ -97,14 +98,14 @@ def test_a_killed_training_is_ended_elsewhere_with_the_same_bytes(machines, s3, 
 
     shared = {**aws, "CM_STATE": "s3://team/states"}
     killed = train(first, **shared)
-    wait_until(lambda: published_step(s3) >= 20, 60, every=0.1)
+    wait_until(lambda: published_step(s3) >= 20)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     reached = published_step(s3)
     heir = train(second, **shared)
     assert heard(heir, f":{killed.pid} gave no sign for")
-    assert int(heard(heir, "resuming from step").rpartition(" ")[2]) == reached and 20 <= reached < STEPS
-    assert heard(heir, f"{STEPS:,} of {STEPS:,} steps") and heir.wait(60) == 0
+    assert 20 <= reached <= int(heard(heir, "resuming from step").rpartition(" ")[2]) < STEPS
+    assert heard(heir, f"{STEPS:,} of {STEPS:,} steps") and heir.wait() == 0
     assert files(second / "out" / "teacher") == files(third / "out" / "teacher")
     assert not (first / "out" / "teacher" / "weights.safetensors").exists()
 

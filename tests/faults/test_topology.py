@@ -8,8 +8,9 @@ import json
 
 import pytest
 
-from live import Servers, cm, end_tree, make_live_workspace, wait_until, worker
+from live import Servers, cm, end_tree, make_live_workspace, worker
 from miniature import commit, git
+from processes import wait_until
 from servers import aws_variables, needs_postgres, postgres, shared_s3
 
 pytestmark = [pytest.mark.soak, needs_postgres]
@@ -61,12 +62,12 @@ def moved(servers, s3, tmp_path_factory):
     folder = tmp_path_factory.mktemp("machines")
     with machine(servers, folder, "first") as first:
         run_id = servers.submit()
-        wait_until(lambda: servers.artifacts(run_id).get("progress-student", {}).get("data", 0) > 30, 900, every=0.5)
-        wait_until(lambda: keys(s3, "states", "student"), 60)
+        wait_until(lambda: servers.artifacts(run_id).get("progress-student", {}).get("data", 0) > 30)
+        wait_until(lambda: keys(s3, "states", "student"))
         end_tree(first)
         (folder / "first").rename(folder / "lost")
         with machine(servers, folder, "second"):
-            servers.wait_for(run_id, "Completed", 900)
+            servers.wait_for(run_id, "Completed")
             yield run_id
 
 
@@ -95,6 +96,6 @@ def test_the_store_holds_results_states_and_what_mlflow_shows(servers, s3, moved
 
 def test_the_same_run_again_is_all_cached_on_a_machine_that_did_half_of_it(servers, moved):
     again = servers.submit()
-    servers.wait_for(again, "Completed", 600)
+    servers.wait_for(again, "Completed")
     assert {state for _, state in servers.task_ends(again)} == {"Cached"}
     assert servers.trained_steps(again) == []
