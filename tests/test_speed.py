@@ -16,6 +16,7 @@ from cm_core.methods.cd import CD
 from cm_core.methods.ct import CT
 from cm_core.methods.ect import ECT
 from cm_core.methods.edm import EDM
+from cm_core.methods.meanflow import MeanFlow
 from cm_core.methods.scm import SCM
 from cm_core.model import ModelSpec
 from cm_core.networks import SongUNetParams, modes
@@ -71,7 +72,11 @@ def test_normals_are_normal_and_a_function_of_their_place():
     assert all(abs((z * other).mean()) < 0.012 for other in others)  # uncorrelated
 
 
-@pytest.mark.parametrize(("method", "passes"), [(EDM(), 3), (CT(), 4), (CD(solver="heun"), 6), (CD(solver="euler"), 5)])
+# A forward-mode derivative takes two passes, for its value and for the tangent.
+PASSES = [(EDM(), 3), (CT(), 4), (CD(solver="heun"), 6), (CD(solver="euler"), 5), (SCM(), 5), (MeanFlow(), 5)]
+
+
+@pytest.mark.parametrize(("method", "passes"), PASSES)
 def test_a_step_costs_as_many_forward_passes_as_the_method_makes(method, passes):
     spec = ModelSpec(form=method.form, network=NETWORKS["ddpmpp"], noise=Noise(), image_shape=(1, 8, 8))
     cost = step_cost(method, spec, num_emas=1, bytes_per_value=2)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cm_core.guidance import guided
-from cm_core.networks.modes import forward_mode_attention
+from cm_core.networks.modes import forward_mode
 from cm_core.noise import Noise
 from cm_core.params import Params
 from cm_core.precond import Precond
@@ -187,6 +187,6 @@ def consistency_distance(
 
 def derivative(function: Callable[..., Tensor], primals: Any, tangents: Any) -> tuple[Tensor, Tensor]:
     """Return a function's value and its derivative along `tangents`, by forward-mode differentiation."""
-    with forward_mode_attention():
+    with forward_mode():
         found = torch.func.jvp(function, primals, tangents)
     return found[0], found[1]

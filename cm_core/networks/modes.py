@@ -1,12 +1,15 @@
 """Modes of the layers: PyTorch's own or this package's kernels, in float32 or in autocast's precision."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 # Parts of a U-Net that stay in float32 beside a half-precision body: "embedding", "input", "output".
 FLOAT32_PARTS = frozenset({"embedding", "input", "output"})
@@ -25,14 +28,50 @@ def plain_layers() -> Iterator[None]:
 
 
 @contextmanager
-def forward_mode_attention() -> Iterator[None]:
+def forward_mode() -> Iterator[None]:
     """Use PyTorch's layers, with attention by matmul and softmax: fused kernels have no forward-mode derivative.
 
-    >>> with forward_mode_attention():
+    >>> with forward_mode(), torch.no_grad():
     ...     out, tangent = torch.func.jvp(net, primals, tangents)
     """
-    with plain_layers(), sdpa_kernel(SDPBackend.MATH):
+    with plain_layers(), sdpa_kernel(SDPBackend.MATH), _WeightsWithoutTangents():
         yield
+
+
+class _WeightsWithoutTangents(TorchFunctionMode):
+    """Within this context, and where no gradients are wanted, only the input of a convolution has a tangent.
+
+    PyTorch's own rule computes each a third time, with the zeros of the weights' tangent.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in LINEAR_IN_INPUT and not kwargs and not torch.is_grad_enabled():
+            return _LinearInInput.apply(func, *args)
+        return func(*args, **(kwargs or {}))
+
+
+LINEAR_IN_INPUT = frozenset({F.conv2d, F.linear})
+
+
+class _LinearInInput(torch.autograd.Function):
+    """op(x, weight, bias, ...), whose tangent is op(tangent of x, weight, None, ...)."""
+
+    @staticmethod
+    def forward(op: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any) -> Tensor:
+        return op(x, weight, bias, *rest)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.op, _, weight, *options = inputs
+        ctx.rest = options[1:]
+        ctx.save_for_forward(weight)
+
+    @staticmethod
+    def jvp(ctx: Any, _op: None, tangent: Tensor, *_tangents: Any) -> Tensor:
+        (weight,) = ctx.saved_tensors
+        return ctx.op(tangent, weight, None, *ctx.rest)
 
 
 def keep_parts_float32(**parts: nn.Module) -> None:

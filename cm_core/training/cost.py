@@ -93,12 +93,12 @@ def advice(
 def step_cost(method: Method, spec: ModelSpec, *, num_emas: int, bytes_per_value: int) -> StepCost:
     """Count the cost of one step of `method` on networks of `spec`; `bytes_per_value` is 2 for bf16, 4 for fp32."""
     with _nothing_computed():
+        parameters = sum(p.numel() for p in spec.build().parameters())
         models = _models(method, spec)
         flops, forward_flops = _count_flops(method, spec, models)
         passes = _count_kept_passes(method, spec, models)
         kept, checkpointed = (passes * values for values in _count_kept_values(models.student, spec))
         heads = 0 if models.discriminator is None else sum(p.numel() for p in models.discriminator.parameters())
-    parameters = sum(p.numel() for p in models.student.parameters())
     trained = 2 if method.cycle > 1 else 1  # each with weights, gradients and 2 moments; 1 for grids
     copies = 4 * trained + num_emas + 1 + method.keeps_target + method.needs_teacher
     return StepCost(
@@ -126,6 +126,10 @@ def _nothing_computed() -> Iterator[None]:
 
 def _models(method: Method, spec: ModelSpec) -> Models:
     student, frozen, distance = spec.build(), spec.build().requires_grad_(False), getattr(method, "distance", None)
+    for norm in (module for model in (student, frozen) for module in model.modules()):
+        if isinstance(norm, nn.GroupNorm):  # which count nothing; PyTorch puts their shapes' tangents on a wrong device
+            norm.register_parameter("weight", None)
+            norm.register_parameter("bias", None)
     # LPIPS is left out: its weights may need a download, and it is a small part of a U-Net's operations.
     build = distance.build if distance is not None and distance.kind != "lpips" else lambda _: _mean_square
     models = Models(student, student, frozen, build(spec.image_shape), method.build_weighting())

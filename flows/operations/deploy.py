@@ -17,6 +17,8 @@ from flows.workspace.dvc_files import CPU, GPU
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.actions import DeploymentScheduleCreate
+    from prefect.client.schemas.responses import DeploymentResponse
     from prefect.events.schemas.automations import AutomationCore
 
 logger = logging.getLogger(__name__)
@@ -205,40 +207,47 @@ def _automation_digest(automation: "AutomationCore") -> str:
 
 
 def _write_deployments(client: "SyncPrefectClient", root: Path, pull_steps: Steps) -> list[str]:
+    """Create the deployments, or update those that differ; return their names.
+
+    Client and server take a second to check the form of each, so those that are as they should be are left alone.
+    """
     from flows.operations.form import form_of
     from flows.pipeline import consistency
 
     flow_id = client.create_flow(consistency)
-    form = form_of(consistency)
+    common = {
+        "entrypoint": "flows/pipeline.py:consistency",
+        "parameter_openapi_schema": form_of(consistency),
+        "enforce_parameter_schema": True,
+        "pull_steps": pull_steps,
+        "work_pool_name": GPU,
+    }
     names = []
     for entry in deployment_entries(root):
         names.append(f"{consistency.name}/{entry['name']}")
-        known = _known(client, names[-1])
-        client.create_deployment(
-            flow_id,
-            **entry | {"tags": [*entry["tags"], *(tag for tag in known["tags"] if tag not in entry["tags"])]},
-            entrypoint="flows/pipeline.py:consistency",
-            parameter_openapi_schema=form,
-            enforce_parameter_schema=True,
-            pull_steps=pull_steps,
-            work_pool_name=GPU,
-            schedules=known["schedules"],
-        )
+        known, deployment = _known(client, names[-1]), entry | common
+        tags = known.tags if known else []
+        deployment["tags"] = [*entry["tags"], *(tag for tag in tags if tag not in entry["tags"])]
+        if known is None or any(getattr(known, key) != value for key, value in deployment.items()):
+            client.create_deployment(flow_id, **deployment, schedules=_schedules(known))
     return names
 
 
-def _known(client: "SyncPrefectClient", deployment: str) -> dict[str, list[Any]]:
-    """Return a deployment's schedules and tags, which an update would drop."""
-    from prefect.client.schemas.actions import DeploymentScheduleCreate
+def _known(client: "SyncPrefectClient", deployment: str) -> "DeploymentResponse | None":
     from prefect.exceptions import ObjectNotFound
 
     try:
-        known = client.read_deployment_by_name(deployment)
+        return client.read_deployment_by_name(deployment)
     except ObjectNotFound:
-        return {"schedules": [], "tags": []}
+        return None
+
+
+def _schedules(known: "DeploymentResponse | None") -> "list[DeploymentScheduleCreate]":
+    """Return a deployment's schedules, which an update would drop."""
+    from prefect.client.schemas.actions import DeploymentScheduleCreate
+
     kept = set(DeploymentScheduleCreate.model_fields) - {"replaces"}
-    schedules = [DeploymentScheduleCreate(**one.model_dump(include=kept)) for one in known.schedules]
-    return {"schedules": schedules, "tags": known.tags}
+    return [DeploymentScheduleCreate(**one.model_dump(include=kept)) for one in (known.schedules if known else [])]
 
 
 def deployment_entries(root: Path) -> list[dict[str, Any]]:

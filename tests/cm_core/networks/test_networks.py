@@ -11,7 +11,7 @@ from cm_core.networks.blocks import ResidualBlock
 from cm_core.networks.dropout import seed_dropout
 from cm_core.networks.fir import FirDown, FirUp
 from cm_core.networks.layers import Attention, BoxDown, BoxUp, group_norm, pyramid_input
-from cm_core.networks.modes import forward_mode_attention
+from cm_core.networks.modes import forward_mode
 
 NCSNPP = {"fourier_scale": 16, "encoder": "residual", "resample_filter": "fir"}
 DIGITS = {"channels": 16, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,)}
@@ -275,13 +275,14 @@ def test_attention_equals_its_formula(name, net, heads, scale):
     torch.testing.assert_close(attention(x), (x + attention.proj(out)) * scale, rtol=1e-4, atol=1e-5)
 
 
-def test_forward_mode_attention_computes_the_same(net, inputs):
+def test_forward_mode_computes_the_same(net, inputs):
     out = net(*inputs)
-    with forward_mode_attention():
+    with forward_mode():
         torch.testing.assert_close(net(*inputs), out, rtol=1e-4, atol=1e-5)
 
 
-def test_forward_mode_derivative_equals_central_differences(net, inputs):
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_forward_mode_derivative_equals_central_differences(net, inputs, with_gradients):
     net.double()
     x, noise_labels, class_labels, _ = inputs
     primals = x.double(), noise_labels.double()
@@ -290,7 +291,7 @@ def test_forward_mode_derivative_equals_central_differences(net, inputs):
     def f(x, noise_labels):
         return net(x, noise_labels, class_labels)
 
-    with forward_mode_attention():
+    with forward_mode(), torch.set_grad_enabled(with_gradients):
         out, tangent = torch.func.jvp(f, primals, tangents)
     h = 1e-7  # small: NCSN++ has frequencies of some hundreds
     ahead = f(*(p + h * t for p, t in zip(primals, tangents, strict=True)))

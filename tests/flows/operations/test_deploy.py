@@ -2,7 +2,7 @@
 
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate, WorkPoolUpdate
+from prefect.client.schemas.actions import DeploymentUpdate, GlobalConcurrencyLimitUpdate, WorkPoolUpdate
 from prefect.testing.utilities import prefect_test_harness
 
 from flows.errors import UserError
@@ -21,8 +21,9 @@ def client():
 
 
 @pytest.fixture
-def begin(client):
-    """A function that deploys as `cm up` does, on a server that knows nothing of it before."""
+def begin(client, monkeypatch):
+    """A function that deploys two recipes as `cm up` does, on a server that knows nothing of it before."""
+    monkeypatch.setattr("flows.recipes.recipe.recipe_names", lambda root: ["digits-cd", "digits-ct"])
     if client.read_variable_by_name(module.WRITTEN):
         client.delete_variable_by_name(module.WRITTEN)
         client.delete_work_pool("gpu")
@@ -65,7 +66,6 @@ def test_an_edited_automation_stays_and_an_untouched_one_follows_the_release(cli
     def found():
         return {one.name: one for name in names for one in client.read_automations_by_name(name)}
 
-    monkeypatch.setattr(module, "_write_deployments", lambda *_: [])  # they take seconds each time
     names = [one.name for one in module.automations()]
     begin()
     first = found()
@@ -90,3 +90,20 @@ def test_a_pool_of_another_type_is_refused(begin):
     begin()
     with pytest.raises(UserError, match=r"^work pool gpu: the server's is of the type process, not docker; delete it"):
         begin("docker")
+
+
+def test_deployments_that_differ_are_written_and_no_other(client, begin):
+    def found():
+        names = ("digits-cd", "digits-ct")
+        return {name: client.read_deployment_by_name(f"consistency/{name}") for name in names}
+
+    begin()
+    first = found()
+    begin()
+    assert found() == first
+    edited = first["digits-cd"]
+    client.update_deployment(edited.id, DeploymentUpdate(description="by hand", tags=[*edited.tags, "mine"]))
+    begin()
+    cd, ct = found().values()
+    assert ct == first["digits-ct"] and cd.id == edited.id
+    assert (cd.description, cd.tags) == (edited.description, [*edited.tags, "mine"])
