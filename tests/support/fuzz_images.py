@@ -12,11 +12,13 @@ import time
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
 
+from cm_core.model import ModelSpec
+from cm_core.networks.mlp import MLPParams
+from cm_core.noise import Noise
 from flows.commands.drawing import Context
 from flows.commands.edit import stroke
 from flows.commands.editor import Editor
@@ -90,7 +92,7 @@ def main(folder: Path, count: int, seed: int) -> None:
         prepare(Data(source=source), out, Monitor())  # reads headers
     except UserError as error:
         outcomes["one line of headers"] = "\n" not in str(error)
-    spec = SimpleNamespace(image_shape=(3, 16, 16), num_classes=0, form="skip")
+    spec = ModelSpec(form="skip", network=MLPParams(), noise=Noise(), image_shape=(3, 16, 16))
     args = Namespace(task=stroke, model="a model", label=None, resize="pad")
     editor = Editor(args, Context(load=lambda name: (spec, None)))
     longest = 0.0
