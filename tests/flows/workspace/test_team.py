@@ -172,8 +172,7 @@ if name == "evaluate":
 
 def test_differences_of_an_experiment_are_readable(machines, tmp_path):
     first, _ = machines
-    text = (first / "stage.py").read_text().replace("import os,", "import json, os,")
-    (first / "stage.py").write_text(text)
+    (first / "stage.py").write_text("import json\n" + (first / "stage.py").read_text())
     with_plots(first)
     dvc(first, "repro")
     git(first, "add", "--all")
