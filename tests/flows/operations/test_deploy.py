@@ -94,16 +94,19 @@ def test_a_pool_of_another_type_is_refused(begin):
 
 def test_deployments_that_differ_are_written_and_no_other(client, begin):
     def found():
-        names = ("digits-cd", "digits-ct")
-        return {name: client.read_deployment_by_name(f"consistency/{name}") for name in names}
+        return [client.read_deployment_by_name(f"consistency/{name}") for name in ("digits-cd", "digits-ct")]
+
+    def written(before):
+        return [one.updated > other.updated for one, other in zip(found(), before, strict=True)]
 
     begin()
     first = found()
     begin()
-    assert found() == first
-    edited = first["digits-cd"]
-    client.update_deployment(edited.id, DeploymentUpdate(description="by hand", tags=[*edited.tags, "mine"]))
+    assert written(first) == [False, False]
+    cd = first[0]
+    client.update_deployment(cd.id, DeploymentUpdate(description="by hand", tags=[*cd.tags, "mine"]))
+    edited = found()
     begin()
-    cd, ct = found().values()
-    assert ct == first["digits-ct"] and cd.id == edited.id
-    assert (cd.description, cd.tags) == (edited.description, [*edited.tags, "mine"])
+    assert written(edited) == [True, False]
+    again = found()[0]
+    assert (again.id, again.description, again.tags) == (cd.id, cd.description, [*cd.tags, "mine"])
