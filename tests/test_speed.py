@@ -27,6 +27,7 @@ from cm_core.training.cost import StepCost, advice, step_cost
 from cm_core.training.profiling import RECORDED, SKIPPED
 from flows.cli import main
 from flows.monitor import PROFILE_VARIABLE
+from method_oracles import every_method
 from small_networks import build_shaken, pass_through, small_networks
 from small_stages import run_small, small_recipe
 
@@ -84,6 +85,22 @@ def test_a_step_costs_as_many_forward_passes_as_the_method_makes(method, passes)
     assert cost.flops_per_image == pytest.approx(passes * forward, rel=0.01)  # the first layer needs no input gradient
     assert cost.checkpointed_image_bytes < cost.image_bytes
     assert type(grid_on(Noise(), 18, CPU)) is torch.Tensor  # counting left no shape without values behind
+
+
+@pytest.mark.slow
+@every_method
+def test_a_step_of_every_method_can_be_counted(method):
+    network = NETWORKS["ddpmpp"].model_copy(update={"dropout": 0.2})
+    spec = ModelSpec(form=method.form, network=network, noise=Noise(), image_shape=(1, 8, 8), num_classes=4)
+    cost = step_cost(method, spec, num_emas=1, bytes_per_value=4)
+    assert cost.flops_per_image > 3 * cost.forward_flops > 0
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_step_of_every_network_can_be_counted(name):
+    spec = ModelSpec(form="unshifted", network=NETWORKS[name], noise=Noise(), image_shape=(1, 8, 8), num_classes=4)
+    cost = step_cost(SCM(), spec, num_emas=1, bytes_per_value=4)
+    assert cost.flops_per_image > 4 * cost.forward_flops > 0 and cost.image_bytes > cost.checkpointed_image_bytes > 0
 
 
 def test_published_network_costs_what_the_paper_counts():

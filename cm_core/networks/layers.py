@@ -94,7 +94,8 @@ def one_hot(class_labels: Tensor | None, num_classes: int, like: Tensor) -> Tens
     """Return [B, num_classes] in the dtype of `like` [B]; no label, or label -1, gives zeros."""
     if class_labels is None or num_classes == 0:
         return like.new_zeros(len(like), num_classes)
-    return F.one_hot(class_labels + 1, num_classes + 1)[:, 1:].to(like.dtype)  # raises if a label is too large
+    rows = like.new_zeros(len(like), num_classes + 1)  # not F.one_hot, which looks at values, where there may be none
+    return rows.scatter_(1, class_labels[:, None] + 1, 1.0)[:, 1:]  # raises if a label is too large
 
 
 def add_augment(emb: Tensor, layer: nn.Linear | None, augment_labels: Tensor | None) -> Tensor:

@@ -156,7 +156,7 @@ def test_unconditional_networks_ignore_class_labels(name, inputs):
 
 def test_a_label_beyond_the_classes_is_refused(net, inputs):
     x, noise_labels, *_ = inputs
-    with pytest.raises(RuntimeError, match="num_classes"):
+    with pytest.raises(RuntimeError, match="out of bounds"):
         net(x, noise_labels, torch.full((4,), 10))
 
 
