@@ -12,9 +12,12 @@ import pytest
 from miniature import REPOSITORY, SUPPORT, python_path
 
 TRITON = Path(sys.prefix, "triton")  # beside the other packages, which it would slow down and make talk
-pytestmark = pytest.mark.skipif(
-    not (TRITON.is_dir() or find_spec("triton")), reason="CPU builds of PyTorch bring no Triton: make triton"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (TRITON.is_dir() or find_spec("triton")), reason="CPU builds of PyTorch bring no Triton: make triton"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

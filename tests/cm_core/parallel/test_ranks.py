@@ -10,6 +10,7 @@ from cm_core.training.passes import compose_passes
 from several import run_in_several
 from tiny_training import METHODS, SpoiledAt, Training
 
+pytestmark = pytest.mark.slow
 ROUNDING = 1e-4 if torch.cuda.is_available() else 1e-5  # GPUs add in any order: two runs of one process differ too
 STEPS = {"num_steps": 12, "batch_size": 8, "log_every": 1, "save_every": 2, "grid_every": 4}
 SHARED = ("cd-ema", "pd", "scm", "dmd")  # between them they have a target, a teacher, a weighting and a critic

@@ -18,7 +18,7 @@ from command import run
 from miniature import save_adm
 
 SIGMAS = [80.0, 0.821]
-STEPS = pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 2])
+STEPS = pytest.mark.parametrize("steps", [1, 2])
 
 
 class GivenNoise:
@@ -96,6 +96,7 @@ def exported(capsys, student, to, path, steps):
     return told
 
 
+@pytest.mark.slow
 @STEPS
 def test_a_program_of_torch_export_draws_the_same_images_without_this_package(
     student, drawn, expected, tmp_path, capsys, steps
@@ -111,6 +112,7 @@ def test_a_program_of_torch_export_draws_the_same_images_without_this_package(
     assert images.dtype == np.uint8 and np.array_equal(images, expected[steps].numpy())
 
 
+@pytest.mark.slow
 @STEPS
 def test_onnx_draws_the_same_images(student, drawn, expected, tmp_path, capsys, steps):
     pytest.importorskip("onnxscript")
