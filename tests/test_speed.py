@@ -96,6 +96,7 @@ def test_a_step_of_every_method_can_be_counted(method):
     assert cost.flops_per_image > 3 * cost.forward_flops > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_step_of_every_network_can_be_counted(name):
     spec = ModelSpec(form="unshifted", network=NETWORKS[name], noise=Noise(), image_shape=(1, 8, 8), num_classes=4)
