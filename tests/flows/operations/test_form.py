@@ -15,8 +15,9 @@ from jsonschema import Draft202012Validator
 from browsers import chromium
 from flows.operations.form import HIDDEN, LATE, ORDER, TABS, TITLES, form_of
 from flows.recipes.recipe import Recipe, load_recipe, recipe_names
-from live import Up, log_in, make_live_workspace
+from live import Up, log_in, make_live_workspace, worker
 from miniature import REPOSITORY
+from processes import wait_until
 from schemas import unions
 
 PAGES = {"v1": "", "v2": "/v2"}  # Prefect's two user interfaces
@@ -179,3 +180,16 @@ def test_what_is_chosen_is_what_is_submitted(up, browser, form, screenshots, ver
         browser.screenshot(path=screenshots / f"form-{version}-turn-{turn}.png")
         assert len(chosen) > 12
         assert {path: reduce(lambda tree, key: tree[key], path, posted) for path in chosen} == chosen
+
+
+@pytest.mark.slow
+def test_what_the_form_cannot_refuse_fails_at_once_with_its_reason(up):
+    """Two sections that do not fit together."""
+    deployment = up.get("/deployments/name/consistency/tiny")
+    asked = deployment["parameters"] | {"recipe": deployment["parameters"]["recipe"] | {"teacher": None}}
+    with worker(up, "a"):
+        run_id = up.post(f"/deployments/{deployment['id']}/create_flow_run", parameters=asked)["id"]
+        wait_until(lambda: up.flow_run(run_id)["state_name"] in ("Failed", "Completed"), every=1)
+    assert up.states(run_id)[-1] == "Failed" and up.task_ends(run_id) == set()
+    reason = "student.method.kind=cd distils a teacher, and teacher is null; train one or use ct"
+    assert up.flow_run(run_id)["state"]["message"].endswith(reason)
