@@ -21,7 +21,11 @@ from tiny_training import CPU, METHODS, NETWORK, SHAPE, SpoiledAt, Training
 
 
 @pytest.mark.parametrize(
-    "optimizer", [Optimizer(kind="adam", learning_rate=1e-3), Optimizer(learning_rate=4e-4)], ids=["adam", "radam"]
+    "optimizer",
+    [
+        pytest.param(Optimizer(kind="adam", learning_rate=1e-3), id="adam"),
+        pytest.param(Optimizer(learning_rate=4e-4), id="radam", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("name", METHODS)
 def test_resumed_training_equals_the_uninterrupted_one_to_the_bit(tmp_path, name, optimizer):
@@ -44,6 +48,7 @@ def test_resumed_training_equals_the_uninterrupted_one_to_the_bit(tmp_path, name
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_leaves_no_tensors_to_the_garbage_collector(name):
     """It comes seldom, and a GPU's memory would fill with what only it can free."""

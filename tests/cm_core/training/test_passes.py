@@ -18,7 +18,9 @@ SAVING = {
 }
 
 
-@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize(
+    "saving", [pytest.param(one, marks=pytest.mark.slow) for one in SAVING if one != "both"] + ["both"]
+)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_takes_the_plain_steps_whatever_saves_memory(name, saving):
     plain, other = (Training(METHODS[name], num_steps=3, **changes) for changes in ({}, SAVING[saving]))
