@@ -15,7 +15,7 @@ from jsonschema import Draft202012Validator
 from browsers import chromium
 from flows.operations.form import HIDDEN, LATE, ORDER, TABS, TITLES, form_of
 from flows.recipes.recipe import Recipe, load_recipe, recipe_names
-from live import Up, log_in, make_live_workspace, worker
+from live import log_in, worker
 from miniature import REPOSITORY
 from processes import wait_until
 from schemas import unions
@@ -144,14 +144,6 @@ class Page:
             scope.locator("textarea" if value == "x" else "input").first.fill(str(value))
         if not name:
             self.chosen[path] = TYPED.get(resolved["type"])
-
-
-@pytest.fixture(scope="module")
-def up(tmp_path_factory):
-    """`cm up`, the servers alone."""
-    services = Up(make_live_workspace(tmp_path_factory.mktemp("up") / "workspace"), "--no-workers")
-    yield services
-    services.stop()
 
 
 @pytest.fixture(scope="module")

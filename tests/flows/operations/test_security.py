@@ -13,7 +13,7 @@ import yaml
 from browsers import chromium
 from flows.errors import UserError
 from flows.operations import service_environment
-from live import Up, end_tree, environment, log_in, make_live_workspace, worker
+from live import Up, end_tree, environment, log_in, worker
 from miniature import REPOSITORY
 from processes import WAIT, wait_until
 from servers import client, free_port, http_server
@@ -37,14 +37,6 @@ def test_a_password_that_two_processes_make_at_once_is_one(tmp_path):
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     first, second = (process.communicate()[0] for process in both)
     assert first == second and first.startswith("cm:")
-
-
-@pytest.fixture(scope="module")
-def up(tmp_path_factory):
-    """`cm up`, the servers alone."""
-    services = Up(make_live_workspace(tmp_path_factory.mktemp("up") / "workspace"), "--no-workers")
-    yield services
-    services.stop()
 
 
 @pytest.fixture(scope="module")
