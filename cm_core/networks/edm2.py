@@ -89,7 +89,7 @@ class Embedding(nn.Module):
             labels = one_hot(class_labels, self.num_classes, noise_labels) * math.sqrt(self.num_classes)
             emb = mp_sum(emb, self.label(labels), LABEL_SHARE)
         if augment_labels is None:
-            augment_labels = noise_labels.new_zeros(len(noise_labels), self.augment_dim)
+            augment_labels = noise_labels.new_zeros(noise_labels.shape[0], self.augment_dim)
         if self.augment is not None:
             emb = mp_sum(emb, self.augment(augment_labels), LABEL_SHARE)
         elif augment_labels.shape[1]:

@@ -93,8 +93,9 @@ def positional_frequencies(num: int, *, endpoint: bool) -> Tensor:
 def one_hot(class_labels: Tensor | None, num_classes: int, like: Tensor) -> Tensor:
     """Return [B, num_classes] in the dtype of `like` [B]; no label, or label -1, gives zeros."""
     if class_labels is None or num_classes == 0:
-        return like.new_zeros(len(like), num_classes)
-    rows = like.new_zeros(len(like), num_classes + 1)  # not F.one_hot, which looks at values, where there may be none
+        return like.new_zeros(like.shape[0], num_classes)
+    # Not F.one_hot, which looks at values, where there may be none; not len(), which exports as a constant.
+    rows = like.new_zeros(like.shape[0], num_classes + 1)
     return rows.scatter_(1, class_labels[:, None] + 1, 1.0)[:, 1:]  # raises if a label is too large
 
 

@@ -75,7 +75,7 @@ class MLP(nn.Module):
 
     def features(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         if augment_labels is None:
-            augment_labels = noise_labels.new_zeros(len(noise_labels), self.augment_dim)
+            augment_labels = noise_labels.new_zeros(noise_labels.shape[0], self.augment_dim)
         labels = one_hot(class_labels, self.num_classes, noise_labels)
         return torch.cat([self._waves(noise_labels), labels, augment_labels], dim=1)
 
