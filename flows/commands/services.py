@@ -115,7 +115,7 @@ def _welcome(services: Services, root: Path) -> str:
 
     experiment = Tracker(root).experiment_id  # made here if it is new, so that the link leads somewhere
     shown = login(root) if sys.stdout.isatty() else f"the line in {login_file(root)}"  # logs are for others as well
-    return f"""Prefect  {services.prefect_pages}/deployments
+    return f"""Prefect  {services.prefect_pages}/v2/deployments
          asks each browser once for its password: {shown}
 MLflow   {services.mlflow_pages}/#/experiments/{experiment}/runs{CHARTS}
 metrics  {services.metrics}, for Prometheus, by the same password

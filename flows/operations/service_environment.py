@@ -93,6 +93,7 @@ def server_variables(root: Path, services: Services, database: str | None) -> di
     prefect_database, mlflow_database = database_urls(root, database)
     return {
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_SERVER_API_HOST": HOST,
         "PREFECT_SERVER_API_PORT": port,  # --port alone would leave the UI on 4200
         "PREFECT_SERVER_UI_API_URL": f"{services.prefect_pages}/api",

@@ -155,10 +155,10 @@ class Up(Api):
 
 def log_in(page, up: Api) -> None:
     """Give a browser the password of `up`, as a person does who opens its pages for the first time."""
-    page.goto(f"{up.note['prefect']}/deployments")
+    page.goto(f"{up.note['prefect']}/v2/deployments")
     page.locator("form input").fill(up.login)
     page.locator("form").get_by_role("button").click()
-    page.wait_for_url("**/deployments")
+    page.wait_for_url("**/deployments?*")  # which the page completes
 
 
 class Servers(Api):

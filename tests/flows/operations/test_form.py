@@ -175,6 +175,22 @@ def test_what_is_chosen_is_what_is_submitted(up, browser, form, screenshots, ver
 
 
 @pytest.mark.slow
+def test_the_linked_page_refuses_a_value_at_its_field(up, browser, form):
+    assert f"{up.note['prefect']}{PAGES['v2']}/deployments" in up.welcome.splitlines()[2]
+    page, posted = Page(browser, up, form, "v2"), []
+    browser.on("request", lambda request: posted.append(request.url.endswith("/create_flow_run")))
+    images = page.field(browser, "Number of images").locator("input").first
+    images.fill("0")
+    browser.get_by_role("button", name="Submit").click()
+    browser.wait_for_timeout(1000)
+    assert images.evaluate("field => field.validationMessage") == "Value must be greater than or equal to 1."
+    assert images.evaluate("field => field === document.activeElement"), "the page shows the field"
+    assert not any(posted)
+    images.fill("8")
+    assert page.submit()["sample"]["num_images"] == 8
+
+
+@pytest.mark.slow
 def test_what_the_form_cannot_refuse_fails_at_once_with_its_reason(up):
     """Two sections that do not fit together."""
     deployment = up.get("/deployments/name/consistency/tiny")

@@ -86,8 +86,8 @@ pytestmark = pytest.mark.slow
 
 def test_prefects_pages_and_their_parts_come_through_the_proxy(public):
     up, browser, address = public
-    assert f"Prefect  {address}/prefect/deployments\n" in up.welcome
-    page = browser.get(f"{address}/prefect/deployments")
+    assert f"Prefect  {address}/prefect/v2/deployments\n" in up.welcome
+    page = browser.get(f"{address}/prefect/v2/deployments")
     assert page.status_code == 200 and str(page.url).startswith(f"{address}/prefect/")
     assert scripts(page) and all(browser.get(one).status_code == 200 for one in scripts(page))
     settings = browser.get(f"{address}/prefect/ui-settings").json()
