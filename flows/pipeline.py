@@ -29,7 +29,7 @@ from flows.orchestration.recovery import end_earlier_starts, end_with_worker
 from flows.orchestration.results import read_json_alone
 from flows.orchestration.starter import starter
 from flows.recipes.naming import called, title
-from flows.recipes.recipe import EDITED, Recipe, flatten, write_active
+from flows.recipes.recipe import EDITED, Recipe, flatten, validate, write_active
 from flows.reports.lineage import Node, code_of, lineage, svg
 from flows.reports.metrics_table import fids_in_words
 from flows.storage.s3 import public_uri
@@ -74,11 +74,15 @@ def run(recipe: Recipe, root: Path, *, name: str = EDITED, keep: bool = True) ->
 def run_title() -> str:
     """Return the name of the flow run: the recipe and the method's main choices."""
     parameters = runtime.flow_run.parameters
-    recipe = Recipe.model_validate(parameters["recipe"])
+    try:
+        recipe = _valid(parameters["recipe"], parameters["name"])
+    except UserError:
+        return str(parameters["name"])  # the flow refuses it
     return title(recipe, called(recipe, parameters["name"], workspace_root(Path(parameters.get("root", "")))))
 
 
-@flow(flow_run_name=run_title)
+# Checked by the flow, whose refusal is one line as everywhere; Prefect's would be three.
+@flow(flow_run_name=run_title, validate_parameters=False)
 def consistency(recipe: Recipe, name: str = EDITED, root: Path = Path()) -> dict[str, Any]:
     """Prepare images, train teacher and student, sample, edit, evaluate: whatever of it is not known already.
 
@@ -88,10 +92,15 @@ def consistency(recipe: Recipe, name: str = EDITED, root: Path = Path()) -> dict
         root: The workspace, or a folder in it; by default the folder in which a worker runs the flow.
     """
     try:
-        results = carry_out(recipe, name, root)
+        results = carry_out(_valid(recipe, name), name, Path(root))
     except UserError as error:  # its line is all there is to say: no traceback in the log
         return Failed(message=str(error), data=error)  # type: ignore[return-value]  # Prefect raises the error from it
     return Completed(message=in_a_line(results), data=results)  # type: ignore[return-value]  # and returns the data
+
+
+def _valid(recipe: Recipe | Mapping[str, Any], name: str) -> Recipe:
+    """Return the recipe, which a server hands over as plain values. Raises UserError."""
+    return recipe if isinstance(recipe, Recipe) else validate(recipe, source=name)
 
 
 def carry_out(recipe: Recipe, name: str, root: Path) -> dict[str, Any]:

@@ -107,6 +107,13 @@ def test_a_run_that_is_refused_says_so_in_its_state(pipeline, tmp_path):
     assert ended.type.name == "FAILED" and ended.message.startswith(f"{tmp_path}: not inside a workspace")
 
 
+def test_sections_of_a_server_that_do_not_fit_together_are_refused_in_the_state(pipeline):
+    recipe = Recipe().model_dump(mode="json") | {"teacher": None}
+    ended = pipeline.consistency.fn(recipe, "mine")
+    said = "mine: recipe: student.method.kind=cd distils a teacher, and teacher is null; train one or use ct"
+    assert ended.type.name == "FAILED" and ended.message == said
+
+
 def test_a_finished_run_says_its_numbers_in_its_state(pipeline):
     fids = {"real": 0.1, "nfe_2": 2.4564, "nfe_1": 12.6595, "nfe_1_ema1": 3, "teacher_nfe_35": 2}
     stages = {"prepare": {"cached": True}, "student": {"cached": False}}

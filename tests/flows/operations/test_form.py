@@ -199,5 +199,6 @@ def test_what_the_form_cannot_refuse_fails_at_once_with_its_reason(up):
         run_id = up.post(f"/deployments/{deployment['id']}/create_flow_run", parameters=asked)["id"]
         wait_until(lambda: up.flow_run(run_id)["state_name"] in ("Failed", "Completed"), every=1)
     assert up.states(run_id)[-1] == "Failed" and up.task_ends(run_id) == set()
-    reason = "student.method.kind=cd distils a teacher, and teacher is null; train one or use ct"
-    assert up.flow_run(run_id)["state"]["message"].endswith(reason)
+    line = "tiny: recipe: student.method.kind=cd distils a teacher, and teacher is null; train one or use ct"
+    assert up.flow_run(run_id)["state"]["message"] == line
+    assert not [said for said in up.said(run_id) if "Traceback" in said]

@@ -21,6 +21,7 @@ from flows.recipes.recipe import (
     merge,
     parse_override,
     recipe_names,
+    validate,
     vary,
     write_active,
 )
@@ -55,6 +56,7 @@ ALL_SECTIONS = sorted(set(sections(Recipe)), key=lambda section: section.__name_
 def test_every_page_constructs_and_says_what_to_expect(name):
     recipe = load_recipe(name, root=ROOT)
     assert Recipe.model_validate(yaml.safe_load(dump_recipe(recipe))) == recipe
+    assert validate(recipe.model_dump(mode="json"), source=name) == recipe, "as a server hands it over"
     header = (ROOT / "params" / "recipes" / f"{name}.yaml").read_text().split("\n\n")[0]
     assert f"cm run {name}" in header and "Expected" in header or "expected" in header
 
