@@ -92,6 +92,7 @@ def consistency(recipe: Recipe, name: str = EDITED, root: Path = Path()) -> dict
         root: The workspace, or a folder in it; by default the folder in which a worker runs the flow.
     """
     try:
+        log_to_prefect()
         results = carry_out(_valid(recipe, name), name, Path(root))
     except UserError as error:  # its line is all there is to say: no traceback in the log
         return Failed(message=str(error), data=error)  # type: ignore[return-value]  # Prefect raises the error from it
@@ -110,7 +111,6 @@ def carry_out(recipe: Recipe, name: str, root: Path) -> dict[str, Any]:
     adopt()  # a worker of the user's own may have started this process
     check_environment()
     visible_devices()
-    log_to_prefect()
     read_json_alone()
     root = workspace_root(root)
     name = called(recipe, name, root)

@@ -74,7 +74,7 @@ def embedded_prefect(root: Path) -> Iterator[None]:
 
 def log_to_prefect() -> None:
     """Send our log lines to the flow run's page, without configuration by a worker."""
-    logging.getLogger("prefect.flow_runs").addFilter(_is_no_stale_state)
+    logging.getLogger("prefect.flow_runs").addFilter(_says_something)
     logger = logging.getLogger(flows.__name__)
     logger.setLevel(logging.INFO)
     if not any(isinstance(handler, APILogHandler) for handler in logger.handlers):
@@ -97,9 +97,11 @@ def _log_json() -> None:
         root.addHandler(plain)
 
 
-def _is_no_stale_state(record: logging.LogRecord) -> bool:
-    """Whether a line is not the engine's last word on a cancelled flow run, whose final state its runner sets."""
-    return record.getMessage() != "Finished in state Running()"
+def _says_something(record: logging.LogRecord) -> bool:
+    """Whether a line is neither the engine's last word on a cancelled flow run, whose final state its runner sets, nor
+    the traceback of a refusal, whose line is the state's message."""
+    refused = record.exc_info is not None and isinstance(record.exc_info[1], UserError)
+    return not refused and record.getMessage() != "Finished in state Running()"
 
 
 def _is_of_a_run(_: logging.LogRecord) -> bool:
