@@ -97,6 +97,14 @@ def test_a_class_is_drawn_alone(client):
     assert sum(one in (*first, *last) for one in every) == 2, "each class once"
 
 
+def test_a_weight_of_guidance_changes_what_is_drawn(client):
+    asked = {"model": "out/weights", "task": "sample", "steps": 1, "seed": 3, "n": 2}
+    own, same, other = (
+        client.post("/draw", json=asked | told).json()["images"] for told in ({}, {"guidance": 2}, {"guidance": 8})
+    )
+    assert own == same and all(one != two for one, two in zip(own, other, strict=True))
+
+
 def test_the_page_learns_what_a_model_can_do(client):
     names = ("student", "classes", "odd", "flow_map", "weights")
     told = {name: client.get("/model", params={"name": f"out/{name}"}).json() for name in names}

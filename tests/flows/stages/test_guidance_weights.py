@@ -153,10 +153,22 @@ def test_the_logged_model_answers_requests_at_a_weight(made, tmp_path, capsys):
         served.predict(None, [Request(guidance=9.0)])
 
 
+@pytest.mark.slow
+def test_a_plan_counts_the_teachers_second_pass(capsys):
+    asked = [f"--set={one}" for one in GUIDED]
+    costs = []
+    for changes in ((), WEIGHTS[:1]):
+        argv = ("plan", "digits-cd", "--gpu", "h100", "--json", *asked, *(f"--set={one}" for one in changes))
+        costs.append(json.loads(run(capsys, *argv)[1])["trainings"][1]["flops_per_image"])
+    assert 1.2 * costs[0] < costs[1] < 2 * costs[0]
+
+
 def test_a_file_carries_range_and_weight(made, tmp_path, capsys):
     one = str(tmp_path / "one.safetensors")
     argv = ("export", str(made / "student"), "--to", "safetensors", "--out", one, "--guidance", "3")
-    assert run(capsys, *argv)[0] == 0 and run(capsys, "import", one, "--out", str(tmp_path / "back"))[0] == 0
+    assert run(capsys, *argv)[0] == 0
+    code, said, _ = run(capsys, "import", one, "--out", str(tmp_path / "back"))
+    assert code == 0 and "guidance 1 to 4 as an input, 3 unless told" in said
     spec, model = load_model(tmp_path / "back")
     assert (spec.guidance_range, spec.guidance, model.guidance) == ((1.0, 4.0), 3.0, 3.0)
     imported = recipe_of(f"student.weights={one}", *WEIGHTS)
