@@ -27,7 +27,7 @@ METHODS = ("methods/test_losses.py", "methods/test_public_losses.py", "methods/t
 TESTS = {f"cm_core/methods/{name}.py": METHODS for name in "base cd cm_inf ct ect edm ict meanflow pd scm".split()} | {
     "cm_core/curricula.py": ("test_curricula.py",),
     "cm_core/distances.py": ("test_distances.py",),
-    "cm_core/guidance.py": ("test_sampling.py",),
+    "cm_core/guidance.py": ("test_sampling.py", "methods/test_guidance_weights.py"),
     "cm_core/metrics/evaluation.py": ("metrics/test_evaluation.py",),
     "cm_core/noise.py": ("test_noise.py",),
     "cm_core/precond.py": ("test_precond.py", "test_noise.py"),

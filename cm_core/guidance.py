@@ -7,16 +7,27 @@ from torch import Tensor
 
 LabelledDenoiser = Callable[..., Tensor]  # (x [B, ...], sigma [B], labels [B]) -> x0_hat
 Interval = tuple[float, float]  # noise levels low < sigma <= high at which guidance acts
+WeightRange = tuple[float, float]  # guidance weights low <= w <= high that a student takes as an input (2210.03142)
 NO_LABEL = -1
 
 
-def guided(denoiser: LabelledDenoiser, guidance: float, interval: Interval | None = None) -> LabelledDenoiser:
+def check_weight(weight: float, allowed: WeightRange) -> None:
+    """Raise ValueError unless `allowed` is a range of weights and `weight` lies in it."""
+    low, high = allowed
+    if not 0 <= low < high:
+        raise ValueError(f"guidance_range=[{low:g}, {high:g}] must be two weights, 0 <= low < high")
+    if not low <= weight <= high:
+        raise ValueError(f"guidance={weight:g} lies outside guidance_range=[{low:g}, {high:g}]")
+
+
+def guided(denoiser: LabelledDenoiser, guidance: float | Tensor, interval: Interval | None = None) -> LabelledDenoiser:
     """Return D_uncond + guidance * (D_cond - D_uncond), which is the denoiser itself at 1, and outside the interval.
 
-    One pass of twice the batch computes both, an image's two rows adjacent: a split by rows must not separate them.
-    The denoiser must have been trained with label dropout.
+    `guidance` is one weight, or one for each image, [B]. One pass of twice the batch computes both denoisers, an
+    image's two rows adjacent: a split by rows must not separate them. The denoiser must have been trained with label
+    dropout.
     """
-    if guidance == 1:
+    if not isinstance(guidance, Tensor) and guidance == 1:
         return denoiser
 
     def extrapolated(x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
@@ -45,9 +56,10 @@ def autoguided(
     return extrapolated
 
 
-def _weight(guidance: float, interval: Interval | None, sigma: Tensor, x: Tensor) -> Tensor | float:
+def _weight(guidance: float | Tensor, interval: Interval | None, sigma: Tensor, x: Tensor) -> Tensor | float:
     """Return each sample's weight, which broadcasts against x."""
-    if interval is None:
+    if interval is not None:
+        guidance = torch.where((interval[0] < sigma) & (sigma <= interval[1]), guidance, 1.0)
+    if not isinstance(guidance, Tensor):
         return guidance
-    inside = (interval[0] < sigma) & (sigma <= interval[1])
-    return torch.where(inside, guidance, 1.0).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+    return guidance.to(x.dtype).view(-1, *[1] * (x.ndim - 1))

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cm_core.checkpoint import load_tensors, save_tensors
+from cm_core.guidance import WeightRange, check_weight
 from cm_core.networks import Network
 from cm_core.noise import Noise
 from cm_core.params import Params
@@ -43,6 +44,25 @@ class ModelSpec(Params):
     """Steps that a model of form euler was distilled to; it samples with exactly that many."""
     generator_sigma: float | None = Field(None, gt=0)
     """The only noise level of a model of form generator; empty: noise.sigma_max."""
+    guidance_range: WeightRange | None = None
+    """Range of the guidance weight that the network takes as an input; empty: it takes none."""
+    guidance: float | None = None
+    """The weight that such a model samples with unless told another."""
+
+    @model_validator(mode="after")
+    def _names_its_weight(self) -> "ModelSpec":
+        if (self.guidance_range is None) != (self.guidance is None):
+            raise ValueError("guidance_range and guidance, the weight in it to sample with, come together")
+        if self.guidance is not None:
+            self.checked_guidance(self.guidance)
+        return self
+
+    def checked_guidance(self, weight: float) -> float:
+        """Return a weight of guidance; raise ValueError if the model takes none, or none such."""
+        if self.guidance_range is None:
+            raise ValueError("this model takes no weight of guidance as an input; train one with guidance_range")
+        check_weight(weight, self.guidance_range)
+        return weight
 
     @property
     def is_consistency_function(self) -> bool:
@@ -61,8 +81,9 @@ class ModelSpec(Params):
 
     def build(self, *, autocast: torch.dtype | None = None) -> Precond:
         """Return the model with fresh weights from the global generator."""
-        two_times = {"two_times": True} if self.form == "average_velocity" else {}
-        net = self.network.build(self.image_shape, self.num_classes, augment_dim=self.augment_dim, **two_times)
+        two_times, takes_guidance = self.form == "average_velocity", self.guidance_range is not None
+        inputs = {"two_times": two_times, "takes_guidance": takes_guidance}
+        net = self.network.build(self.image_shape, self.num_classes, augment_dim=self.augment_dim, **inputs)
         return (AverageVelocity if two_times else Precond)(
             net,
             sigma_min=self.boundary,
@@ -71,6 +92,7 @@ class ModelSpec(Params):
             noise_scale=self.noise_scale,
             piecewise=self.form == "piecewise",
             autocast=autocast,
+            guidance=self.guidance,
         )
 
 
@@ -109,9 +131,13 @@ def load_spec(folder: Path) -> ModelSpec:
     return ModelSpec.model_validate_json((folder / SPEC_FILE).read_text())
 
 
-def load_weights(model: torch.nn.Module, path: Path) -> None:
-    """Copy the weights and buffers in `path` into `model`; raise ValueError unless names and shapes agree."""
+def load_weights(model: torch.nn.Module, path: Path, *, added: frozenset[str] = frozenset()) -> None:
+    """Copy the weights and buffers in `path` into `model`; raise ValueError unless names and shapes agree.
+
+    The tensors `added` are not in the file, and stay as they are.
+    """
     weights, own = load_tensors(path), model.state_dict()
+    own = {name: tensor for name, tensor in own.items() if name not in added}
     if weights.keys() != own.keys():
         odd = min(weights.keys() ^ own.keys())
         raise ValueError(f"{path}: the weights are of another network (only one of the two has {odd})")
@@ -119,4 +145,4 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
         if tensor.shape != weights[name].shape:
             shapes = f"{tuple(weights[name].shape)} in the file, {tuple(tensor.shape)} in the network"
             raise ValueError(f"{path}: the weights are of another network ({name}: {shapes})")
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, strict=not added)

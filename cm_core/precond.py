@@ -26,11 +26,12 @@ class Precond(nn.Module):
         noise_scale: float = 1.0,
         piecewise: bool = False,
         autocast: torch.dtype | None = None,
+        guidance: float | None = None,  # of networks that take such a weight: the one that no call names
     ) -> None:
         super().__init__()
         self.net, self.sigma_min, self.sigma_data = net, sigma_min, sigma_data
         self.c_noise, self.noise_scale = c_noise, noise_scale
-        self.piecewise, self.autocast = piecewise, autocast
+        self.piecewise, self.autocast, self.guidance = piecewise, autocast, guidance
         self.network_pass: Callable[..., Tensor] | None = None  # a training's wrapper of `net` (training/passes.py)
 
     def forward(
@@ -39,16 +40,34 @@ class Precond(nn.Module):
         sigma: Tensor,  # [B]
         labels: Tensor | None = None,  # [B] int64, -1 for none
         augment_labels: Tensor | None = None,  # [B, 9]
+        guidance: Tensor | float | None = None,  # [B], or one weight for all
     ) -> Tensor:
         c_skip, c_out, c_in = self.scalings(sigma)
-        raw = self.raw(expand_like(c_in, x) * x, sigma, labels, augment_labels)
+        raw = self.raw(expand_like(c_in, x) * x, sigma, labels, augment_labels, guidance)
         return expand_like(c_skip, x) * x + expand_like(c_out, x) * raw
 
     def raw(
-        self, x_in: Tensor, sigma: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
+        self,
+        x_in: Tensor,
+        sigma: Tensor,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        guidance: Tensor | float | None = None,
     ) -> Tensor:
-        """Return the network's raw output for its own, scaled input, in that input's dtype."""
-        return self._run(x_in, self.noise_labels(sigma), labels, augment_labels)
+        """Return the network's raw output for its own, scaled input, in that input's dtype.
+
+        Raises ValueError for a weight of guidance given to a network without such an input.
+        """
+        return self._run(x_in, self.noise_labels(sigma), labels, augment_labels, *self._weights(sigma, guidance))
+
+    def _weights(self, sigma: Tensor, guidance: Tensor | float | None) -> tuple[Tensor | None, ...]:
+        """Return what follows augmentation labels: no second time, and the weights [B] of networks that take them."""
+        if self.guidance is None:
+            if guidance is not None:
+                raise ValueError("a weight of guidance given to a network that takes none as an input")
+            return ()
+        weight = self.guidance if guidance is None else guidance
+        return None, weight.to(sigma.dtype) if isinstance(weight, Tensor) else torch.full_like(sigma, weight)
 
     def _run(self, x_in: Tensor, *conditions: Tensor | None) -> Tensor:
         # Only the body may run in half precision: scalings and combination stay in x's dtype.
@@ -81,7 +100,7 @@ class AverageVelocity(Precond):
     that f(x, sigma) -> x0_hat is the map to r = 0, which leaves x unchanged at sigma = 0.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]  # no method trains one with weights of guidance
         self,
         x: Tensor,  # [B, C, H, W]
         sigma: Tensor,  # [B]

@@ -165,6 +165,8 @@ def write_configs(spec: ModelSpec) -> tuple[dict[str, Any], dict[str, Any]]:
             f"the network is {network.kind}, and UNet2DModel can be ADM alone: with the layers of DDPM++ and NCSN++ it "
             "has neither a box filter nor a residual pyramid"
         )
+    if spec.guidance_range is not None:
+        raise ValueError("UNet2DModel has no input for the weight of guidance that the model takes (guidance_range)")
     if network.double_norm:
         raise ValueError("UNet2DModel does not normalise scale and shift of its norms, as double_norm does")
     found = [name for name, (forms, scale) in SCHEDULERS.items() if spec.form in forms and scale == spec.noise_scale]

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
-from cm_core.guidance import guided
+from cm_core.guidance import check_weight, guided
 from cm_core.networks.modes import forward_mode
 from cm_core.noise import Noise
 from cm_core.params import Params
@@ -24,6 +25,12 @@ class Batch(NamedTuple):
 
     x0: Tensor  # [B, C, H, W] float32 in -1..1
     labels: Tensor | None  # [B] int64, -1 for none; None for unconditional networks
+    guidance: Tensor | None = None  # [B] float32, weights of guidance; None for students without such an input
+
+    @property
+    def conditions(self) -> tuple[Tensor | None, ...]:
+        """The student's inputs beside x and sigma, in the order of `Precond.forward`."""
+        return (self.labels,) if self.guidance is None else (self.labels, None, self.guidance)
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,20 @@ class Method(Params):
     """The student's default initial weights."""
     forward_mode: ClassVar[bool] = False
     """Whether the loss takes forward-mode derivatives of the network."""
+
+    @model_validator(mode="after")
+    def _guides_a_teacher(self) -> "Method":
+        allowed = getattr(self, "guidance_range", None)
+        if allowed is None:
+            return self
+        check_weight(getattr(self, "guidance", 1.0), allowed)
+        if not self.needs_teacher:
+            low, high = allowed
+            raise ValueError(
+                f"guidance_range=[{low:g}, {high:g}] guides a teacher, and kind={self.kind} follows none with these "
+                "settings; set distil=true, or a solver for ect"
+            )
+        return self
 
     def loss(self, models: Models, batch: Batch, context: StepContext) -> Loss:
         """Return the losses of one batch, each computed from its own row of the networks' outputs (parallel/ranks.py).
@@ -169,18 +190,24 @@ def draw_eps(x0: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def teacher_of(models: Models, batch: Batch, guidance: float) -> Denoiser:
-    """Return the teacher as a function of (x, sigma), with the batch's labels and guidance."""
+    """Return the teacher as a function of (x, sigma), with the batch's labels, and its weights of guidance if any."""
     assert models.teacher is not None, "the caller loads the teacher that the method needs"
-    return functools.partial(guided(models.teacher, guidance), labels=batch.labels)
+    weight = guidance if batch.guidance is None else batch.guidance
+    return functools.partial(guided(models.teacher, weight), labels=batch.labels)
+
+
+def conditioned(model: Precond, batch: Batch) -> Denoiser:
+    """Return a network with the student's inputs as a function of (x, sigma) at the batch's labels and weights."""
+    return lambda x, sigma: model(x, sigma, *batch.conditions)
 
 
 def consistency_distance(
     models: Models, batch: Batch, context: StepContext, *, x_t: Tensor, t: Tensor, x_r: Tensor, r: Tensor
 ) -> Tensor:
     """Return d(f(x_t, t), stopgrad f_target(x_r, r)) under one dropout mask, [B] (CM, eq. 7)."""
-    x0_hat = models.student(x_t, t, batch.labels)
+    x0_hat = models.student(x_t, t, *batch.conditions)
     with torch.no_grad():
-        target = models.target(x_r, r, batch.labels)
+        target = models.target(x_r, r, *batch.conditions)
     assert models.distance is not None, "the caller builds method.distance"
     return models.distance(x0_hat, target)
 

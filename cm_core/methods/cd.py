@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 
 from cm_core.distances import AnyDistance, Pixelwise
+from cm_core.guidance import WeightRange
 from cm_core.methods.base import (
     Batch,
     Loss,
@@ -37,6 +38,9 @@ class CD(Method):
     """The teacher's step from t to r (CM, section 6.1)."""
     guidance: float = Field(1.0, ge=0)
     """Weight of the label in the teacher's classifier-free guidance, distilled with it; 1: none (2207.12598)."""
+    guidance_range: WeightRange | None = None
+    """Range of that weight as an input of the student, drawn for each image; `guidance` is then the one it samples
+    with unless told another; empty: no such input (2210.03142)."""
     distance: AnyDistance = Pixelwise()
     """How f(x_t, t) and its target are compared (CM, section 6.1: LPIPS is best where it applies)."""
     target_decay: float = Field(0.0, ge=0, lt=1)

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from cm_core.distances import AnyDistance, Distance, Pixelwise
+from cm_core.guidance import WeightRange
 from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, derivative, draw_eps, teacher_of
 from cm_core.noise import add_noise, warp
 from cm_core.solvers import slope
@@ -28,6 +29,9 @@ class CMInf(Method):
     """Follow the teacher's trajectories (CD-inf), or the straight noise paths of the data (CT-inf)."""
     guidance: float = Field(1.0, ge=0)
     """Weight of the label in the teacher's classifier-free guidance, distilled with it; 1: none (2207.12598)."""
+    guidance_range: WeightRange | None = None
+    """Range of that weight as an input of the student, drawn for each image; `guidance` is then the one it samples
+    with unless told another; empty: no such input (2210.03142)."""
     stop_gradient: bool = True
     """Stop the gradient at the target, as the discrete losses do, or let it flow through df/dsigma (CM, App. B)."""
     distance: AnyDistance = Pixelwise()
@@ -65,7 +69,7 @@ class CMInf(Method):
             dx = eps
 
         def f(x: Tensor, sigma: Tensor) -> Tensor:
-            return models.student(x, sigma, batch.labels)
+            return models.student(x, sigma, *batch.conditions)
 
         with torch.set_grad_enabled(not self.stop_gradient):
             x0_hat, v = derivative(f, (x_t, t), (dx, torch.ones_like(t)))

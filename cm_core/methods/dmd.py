@@ -6,7 +6,6 @@ discriminator on the teacher's features. Differs from DMD2's code: one critic st
 in FastGen; from SiD's: its loss is a mean over pixels, not a sum times 100, to which Adam is invariant.
 """
 
-from functools import partial
 from typing import ClassVar, Literal, cast
 
 import torch
@@ -14,7 +13,8 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, draw_eps, teacher_of
+from cm_core.guidance import WeightRange
+from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, conditioned, draw_eps, teacher_of
 from cm_core.networks import modes
 from cm_core.networks.layers import EmbeddedUNet, group_norm
 from cm_core.noise import add_noise, draw_lognormal, edm_weight, warp
@@ -51,6 +51,9 @@ class DMD(Method):
     """Weight of the adversarial loss in the student's; 0: no discriminator, and no image of the data is used (DMD2)."""
     guidance: float = Field(1.0, ge=0)
     """Weight of the label in the teacher's classifier-free guidance, distilled with it; 1: none (2207.12598)."""
+    guidance_range: WeightRange | None = None
+    """Range of that weight as an input of the student, drawn for each image; `guidance` is then the one it samples
+    with unless told another; empty: no such input (2210.03142)."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "DMD":
@@ -98,7 +101,7 @@ class DMD(Method):
         z, eps = (draw_eps(x0, context.generator) for _ in range(2))
         trains_student = self.trains_student_at(context.step)
         with torch.set_grad_enabled(trains_student):
-            made = models.student(expand_like(sigma, z) * z, sigma, batch.labels)
+            made = models.student(expand_like(sigma, z) * z, sigma, *batch.conditions)
         if trains_student:
             return self._student_loss(models, batch, context, made, eps)
         return self._critic_loss(models, batch, context, made, eps)
@@ -108,7 +111,7 @@ class DMD(Method):
         assert models.score is not None, "the caller builds the score of a method that trains a critic"
         t = self._draw_t(len(made), context)
         x_t = add_noise(made, eps, t)
-        teacher, score = teacher_of(models, batch, self.guidance), partial(models.score, labels=batch.labels)
+        teacher, score = teacher_of(models, batch, self.guidance), conditioned(models.score, batch)
         loss = {"vsd": self._vsd, "sid": self._sid}[self.objective](teacher, score, made, x_t, t)
         if models.discriminator is not None:
             loss = loss + self.gan_weight * F.softplus(-logits_of(models.discriminator, x_t, t, batch.labels)).mean(1)
@@ -136,7 +139,7 @@ class DMD(Method):
             t = draw_lognormal(len(made), p_mean=-1.2, p_std=1.2, generator=context.generator, device=made.device)
             weight = edm_weight(t, context.noise.sigma_data)
         x_t = add_noise(made, eps, t)
-        loss = weight * (models.score(x_t, t, batch.labels) - made).square().flatten(1).mean(1)
+        loss = weight * (models.score(x_t, t, *batch.conditions) - made).square().flatten(1).mean(1)
         if models.discriminator is not None:
             t_real = self._draw_t(len(made), context)
             x_real = add_noise(batch.x0, draw_eps(batch.x0, context.generator), t_real)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cm_core.curricula import ect_stage
 from cm_core.distances import AnyDistance, PseudoHuber
+from cm_core.guidance import WeightRange
 from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, draw_eps, teacher_of
 from cm_core.noise import add_noise, draw_lognormal, edm_weight
 from cm_core.solvers import STEPS
@@ -48,6 +49,9 @@ class ECT(Method):
     """The teacher's step from t to r; empty: no teacher, x_r has the same noise as x_t."""
     guidance: float = Field(1.0, ge=0)
     """Weight of the label in the teacher's classifier-free guidance, distilled with it; 1: none (2207.12598)."""
+    guidance_range: WeightRange | None = None
+    """Range of that weight as an input of the student, drawn for each image; `guidance` is then the one it samples
+    with unless told another; empty: no such input (2210.03142)."""
 
     @property
     def needs_teacher(self) -> bool:
@@ -60,11 +64,11 @@ class ECT(Method):
         t = draw_lognormal(len(x0), p_mean=self.p_mean, p_std=self.p_std, generator=context.generator, device=x0.device)
         r, eps = self.closer(t, stage), draw_eps(x0, context.generator)
         x_t = add_noise(x0, eps, t)
-        x0_hat = models.student(x_t, t, batch.labels)
+        x0_hat = models.student(x_t, t, *batch.conditions)
         with torch.no_grad():
             x_r = self._earlier(models, batch, x_t, t, r) if self.needs_teacher else add_noise(x0, eps, r)
             asked = torch.where(r > 0, r, t)  # at 0 the network is undefined, and not needed
-            target = torch.where(expand_like(r > 0, x0), models.target(x_r, asked, batch.labels), x_r)
+            target = torch.where(expand_like(r > 0, x0), models.target(x_r, asked, *batch.conditions), x_r)
         assert models.distance is not None, "the caller builds method.distance"
         scalars = {"stage": stage, "gap": self.q ** -(stage + 1)}
         return Loss(self.weight(t, r, context.noise.sigma_data) * models.distance(x0_hat, target), t, scalars)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cm_core.curricula import Halving, pd_halving
 from cm_core.distances import AnyDistance, Pixelwise
-from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, draw_eps, grid_on, teacher_of
+from cm_core.guidance import WeightRange
+from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, conditioned, draw_eps, grid_on, teacher_of
 from cm_core.noise import add_noise
 from cm_core.solvers import Denoiser, euler_step
 from cm_core.tensors import expand_like
@@ -33,6 +34,9 @@ class PD(Method):
     """How the student's estimate and the teacher's are compared (CM, Table 1: squared l2, or LPIPS)."""
     guidance: float = Field(1.0, ge=0)
     """Weight of the label in the teacher's classifier-free guidance, distilled with it; 1: none (2207.12598)."""
+    guidance_range: WeightRange | None = None
+    """Range of that weight as an input of the student, drawn for each image; `guidance` is then the one it samples
+    with unless told another; empty: no such input (2210.03142)."""
     anneal: bool = True
     """Lower the learning rate linearly to zero within each halving (PD, App. C)."""
 
@@ -59,17 +63,24 @@ class PD(Method):
     def loss(self, models: Models, batch: Batch, context: StepContext) -> Loss:
         """Return max(1 / t^2, 1) d(D(x_t, t), the x0 whose single Euler step lands where two of the teacher land)."""
         x0, halving = batch.x0, self.halving_at(context.step, context.num_steps)
-        n, guidance = halving.num_intervals, self.guidance if halving.first == 0 else 1.0  # later teachers include it
+        n = halving.num_intervals
         sigmas = grid_on(context.noise, 2 * n + 1, x0.device)
         i = 2 * torch.randint(n, (len(x0),), generator=context.generator, device=x0.device)
         t, middle, r = sigmas[i], sigmas[i + 1], sigmas[i + 2]
         x_t = add_noise(x0, draw_eps(x0, context.generator), t)
         with torch.no_grad():
-            target = two_step_estimate(teacher_of(models, batch, guidance), x_t, t, middle, r)
-        x0_hat = models.student(x_t, t, batch.labels)
+            target = two_step_estimate(self._teacher(models, batch, halving), x_t, t, middle, r)
+        x0_hat = models.student(x_t, t, *batch.conditions)
         assert models.distance is not None, "the caller builds method.distance"
         weight = (1 / t**2).clamp(min=1)  # the truncated signal-to-noise ratio (PD, section 4)
         return Loss(weight * models.distance(x0_hat, target), t, {"num_intervals": n})
+
+    def _teacher(self, models: Models, batch: Batch, halving: Halving) -> Denoiser:
+        """Return the guided diffusion model, and later the student of the halving before, which includes guidance."""
+        if halving.first == 0:
+            return teacher_of(models, batch, self.guidance)
+        assert models.teacher is not None, "the caller loads the teacher that the method needs"
+        return conditioned(models.teacher, batch)
 
     def halving_at(self, step: int, num_steps: int) -> Halving:
         """Return the round of a step."""

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from cm_core.guidance import WeightRange
 from cm_core.methods.base import (
     Batch,
     LogWeight,
@@ -40,6 +41,9 @@ class SCM(Method):
     """Follow the teacher's trajectories (sCD), or the straight noise paths of the data (sCT)."""
     guidance: float = Field(1.0, ge=0)
     """Weight of the label in the teacher's classifier-free guidance, distilled with it; 1: none (2207.12598)."""
+    guidance_range: WeightRange | None = None
+    """Range of that weight as an input of the student, drawn for each image; `guidance` is then the one it samples
+    with unless told another; empty: no such input (2210.03142)."""
     p_mean: float = -1.0
     """Mean of ln sigma (sCM: -1.0; ImageNet-512 -0.8)."""
     p_std: float = Field(1.4, gt=0)
@@ -71,7 +75,7 @@ class SCM(Method):
         with torch.no_grad():
             x_in, f_minus, g = self.tangent_at(models, batch, context, sigma, share)
             g = self.bound(g)
-        f = -models.student.raw(x_in, sigma, batch.labels)
+        f = -models.student.raw(x_in, sigma, *batch.conditions)
         error = (f - f_minus - g).square().flatten(1).mean(1)
         log_weight = models.weighting(sigma) if models.weighting is not None else torch.zeros_like(sigma)
         return Loss(weighted(error, log_weight), sigma, {"tangent_share": share})
@@ -90,7 +94,7 @@ class SCM(Method):
             velocity = (cos * x_t - teacher_of(models, batch, self.guidance)(add_noise(x0, eps, sigma), sigma)) / sin
 
         def network(x_in: Tensor, sigma: Tensor) -> Tensor:
-            return -models.student.raw(x_in, sigma, batch.labels)
+            return -models.student.raw(x_in, sigma, *batch.conditions)
 
         x_in = x_t / sigma_data
         f, df = derivative(network, (x_in, sigma), (cos * sin * velocity / sigma_data, sigma))

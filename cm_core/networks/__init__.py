@@ -1,6 +1,7 @@
 """The raw networks F: `net(x, noise_labels, class_labels, augment_labels) -> like x`, chosen by `kind`.
 
-Built with `two_times`, they take a fifth argument, a second time in the units of `noise_labels` (MeanFlow).
+Built with `two_times`, they take a fifth argument, a second time in the units of `noise_labels` (MeanFlow); with
+`takes_guidance` a sixth, weights of guidance (2210.03142).
 """
 
 from cm_core.networks.dhariwal_unet import DhariwalUNetParams

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from pydantic import ConfigDict, Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
+from cm_core.networks.guided import GuidanceLayer
 from cm_core.networks.layers import (
     EMB_MULT,
     BlockStyle,
@@ -55,10 +56,16 @@ class DhariwalUNetParams(Params):
         return self
 
     def build(
-        self, image_shape: Sequence[int], num_classes: int, augment_dim: int = 0, *, two_times: bool = False
+        self,
+        image_shape: Sequence[int],
+        num_classes: int,
+        augment_dim: int = 0,
+        *,
+        two_times: bool = False,
+        takes_guidance: bool = False,
     ) -> nn.Module:
         """Return the network for images [C, H, W]; raise ValueError if sizes or heads do not divide evenly."""
-        embed = Embedding(self.channels, num_classes, augment_dim, two_times)
+        embed = Embedding(self.channels, num_classes, augment_dim, two_times, takes_guidance)
         unet = UNet(self, image_shape, self._style(), decoder_attention="every", pyramid=False)
         for layer in unet.residual_ends():  # the other layers keep PyTorch's initialisation, as in ADM
             for p in layer.parameters():
@@ -84,12 +91,15 @@ class DhariwalUNetParams(Params):
 class Embedding(nn.Module):
     """Noise level and augmentation through two layers; the class is added before the last SiLU.
 
-    A second time has features and weights of its own in the first layer, as if the features were concatenated.
+    A second time and a weight of guidance have features and weights of their own in the first layer, as if the features
+    were concatenated.
     """
 
     frequencies: Tensor
 
-    def __init__(self, channels: int, num_classes: int, augment_dim: int, two_times: bool) -> None:
+    def __init__(
+        self, channels: int, num_classes: int, augment_dim: int, two_times: bool, takes_guidance: bool
+    ) -> None:
         super().__init__()
         self.num_classes, width = num_classes, EMB_MULT * channels
         self.register_buffer("frequencies", positional_frequencies(channels // 2, endpoint=False), persistent=False)
@@ -98,6 +108,7 @@ class Embedding(nn.Module):
         self.layer1 = nn.Linear(width, width)
         self.label = nn.Linear(num_classes, width, bias=False) if num_classes else None
         self.second = nn.Linear(channels, width, bias=False) if two_times else None
+        self.guidance = GuidanceLayer(width) if takes_guidance else None
         if self.augment is not None:
             nn.init.zeros_(self.augment.weight)
         if self.label is not None:
@@ -109,11 +120,14 @@ class Embedding(nn.Module):
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
         second_labels: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         h = self.layer0(add_augment(self._features(noise_labels), self.augment, augment_labels))
         if self.second is not None:
             assert second_labels is not None, "a network of two times gets both"
             h = h + self.second(self._features(second_labels))
+        if self.guidance is not None:
+            h = h + self.guidance(guidance)
         emb = self.layer1(F.silu(h))
         if self.label is not None:
             emb = emb + self.label(one_hot(class_labels, self.num_classes, noise_labels))

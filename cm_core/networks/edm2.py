@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cm_core.networks import modes
 from cm_core.networks.blocks import ResidualBlock, attend, decode, num_heads
+from cm_core.networks.guided import FEATURES, guidance_features
 from cm_core.networks.layers import BoxDown, BoxUp, EmbeddedUNet, check_image_shape, one_hot, positional_frequencies
 from cm_core.networks.magnitude import MPConv, mp_cat, mp_silu, mp_sum, unit_rms
 from cm_core.params import Params
@@ -53,22 +54,34 @@ class EDM2Params(Params):
     """Normalise the modulation by the embedding over channels, too (sCM, section 4.1)."""
 
     def build(
-        self, image_shape: Sequence[int], num_classes: int, augment_dim: int = 0, *, two_times: bool = False
+        self,
+        image_shape: Sequence[int],
+        num_classes: int,
+        augment_dim: int = 0,
+        *,
+        two_times: bool = False,
+        takes_guidance: bool = False,
     ) -> nn.Module:
         """Return the network for images [C, H, W]; raise ValueError if sizes or heads do not divide evenly."""
         if two_times:
             raise ValueError("network.kind=edm2 takes one noise level, and meanflow trains a network of two times")
         width = self.channels * max(self.channel_mult)
-        return EmbeddedUNet(Embedding(self, width, num_classes, augment_dim), MPUNet(self, image_shape, width))
+        embed = Embedding(self, width, num_classes, augment_dim, takes_guidance)
+        return EmbeddedUNet(embed, MPUNet(self, image_shape, width))
 
 
 class Embedding(nn.Module):
-    """Noise level, class and augmentation, each a unit vector, in one sum, then SiLU."""
+    """Noise level, class and augmentation, each a unit vector, in one sum, then SiLU.
+
+    A weight of guidance is added with a gain that starts at zero: weights of unit length cannot.
+    """
 
     frequencies: Tensor
     phases: Tensor
 
-    def __init__(self, params: EDM2Params, width: int, num_classes: int, augment_dim: int) -> None:
+    def __init__(
+        self, params: EDM2Params, width: int, num_classes: int, augment_dim: int, takes_guidance: bool
+    ) -> None:
         super().__init__()
         self.num_classes, self.augment_dim, features = num_classes, augment_dim, params.channels
         self.register_buffer("frequencies", torch.empty(features))
@@ -78,9 +91,15 @@ class Embedding(nn.Module):
         self.noise = MPConv(features, width, 0)
         self.label = MPConv(num_classes, width, 0) if num_classes else None
         self.augment = MPConv(augment_dim, width, 0) if augment_dim else None
+        self.guidance = MPConv(FEATURES, width, 0, gain=True) if takes_guidance else None
 
     def forward(
-        self, noise_labels: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None
+        self,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        _second: None = None,  # of networks of two times
+        guidance: Tensor | None = None,
     ) -> Tensor:
         angles = noise_labels[:, None] * self.frequencies + self.phases  # [B, features]
         emb = self.noise(math.sqrt(2) * angles.cos())
@@ -94,6 +113,9 @@ class Embedding(nn.Module):
             emb = mp_sum(emb, self.augment(augment_labels), LABEL_SHARE)
         elif augment_labels.shape[1]:
             raise ValueError("augment_labels given to a network built with augment_dim=0: transforms would leak")
+        if self.guidance is not None:
+            assert guidance is not None, "a network that takes a weight of guidance gets one"
+            emb = emb + self.guidance(math.sqrt(2) * guidance_features(guidance).to(emb.dtype))
         return mp_silu(emb)
 
 

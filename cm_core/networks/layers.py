@@ -369,6 +369,7 @@ class EmbeddedUNet(nn.Module):
     def forward(self, x: Tensor, noise_labels: Tensor, *conditions: Tensor | None) -> Tensor:
         """Return [B, C, H, W] of x, and noise_labels [B].
 
-        Conditions are class labels int64 [B], augmentation labels [B, augment_dim] and a second time [B], if any.
+        Conditions are class labels int64 [B], augmentation labels [B, augment_dim], a second time [B] and weights of
+        guidance [B], if any.
         """
         return self.unet(x, modes.in_own_precision(self.embed, noise_labels, *conditions))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
+from cm_core.networks.guided import GuidanceLayer
 from cm_core.networks.layers import one_hot
 from cm_core.params import Params
 
@@ -26,10 +27,16 @@ class MLPParams(Params):
     """Number of hidden layers."""
 
     def build(
-        self, image_shape: Sequence[int], num_classes: int, augment_dim: int = 0, *, two_times: bool = False
+        self,
+        image_shape: Sequence[int],
+        num_classes: int,
+        augment_dim: int = 0,
+        *,
+        two_times: bool = False,
+        takes_guidance: bool = False,
     ) -> nn.Module:
         """Return the network for samples of `image_shape`, which may have any number of axes."""
-        return MLP(self, image_shape, num_classes, augment_dim, two_times)
+        return MLP(self, image_shape, num_classes, augment_dim, two_times, takes_guidance)
 
 
 class MLP(nn.Module):
@@ -39,7 +46,13 @@ class MLP(nn.Module):
     num_octaves = 4  # noise features: cos and sin of 1, 2, 4, 8 times the label
 
     def __init__(
-        self, params: MLPParams, image_shape: Sequence[int], num_classes: int, augment_dim: int, two_times: bool
+        self,
+        params: MLPParams,
+        image_shape: Sequence[int],
+        num_classes: int,
+        augment_dim: int,
+        two_times: bool,
+        takes_guidance: bool,
     ) -> None:
         super().__init__()
         size, times = math.prod(image_shape), 2 if two_times else 1
@@ -50,6 +63,7 @@ class MLP(nn.Module):
         self.hidden = nn.ModuleList(nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False))
         self.affine = nn.ModuleList(nn.Linear(params.width, 2 * params.width) for _ in self.hidden)
         self.output = nn.Linear(params.width, size)
+        self.guidance = GuidanceLayer(params.width) if takes_guidance else None
         for layer in (*self.affine, self.output):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -61,12 +75,14 @@ class MLP(nn.Module):
         class_labels: Tensor | None = None,  # int64 [B]
         augment_labels: Tensor | None = None,  # [B, augment_dim]
         second_labels: Tensor | None = None,  # [B], of a network of two times
+        guidance: Tensor | None = None,  # [B], of a network that takes weights of guidance
     ) -> Tensor:
         emb = self.features(noise_labels, class_labels, augment_labels)
         if self.two_times:
             assert second_labels is not None, "a network of two times gets both"
             emb = torch.cat([emb, self._waves(second_labels)], dim=1)
-        emb = F.silu(self.embed(emb))
+        emb = self.embed(emb)
+        emb = F.silu(emb if self.guidance is None else emb + self.guidance(guidance))
         h = x.flatten(1)
         for hidden, affine in zip(self.hidden, self.affine, strict=True):
             scale, shift = affine(emb).chunk(2, dim=1)

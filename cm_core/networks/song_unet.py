@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from cm_core.networks.guided import GuidanceLayer
 from cm_core.networks.layers import (
     EMB_MULT,
     Attention,
@@ -53,10 +54,16 @@ class SongUNetParams(Params):
     """box: 2x2 average and repetition (DDPM++); fir: [1, 3, 3, 1] (NCSN++)."""
 
     def build(
-        self, image_shape: Sequence[int], num_classes: int, augment_dim: int = 0, *, two_times: bool = False
+        self,
+        image_shape: Sequence[int],
+        num_classes: int,
+        augment_dim: int = 0,
+        *,
+        two_times: bool = False,
+        takes_guidance: bool = False,
     ) -> nn.Module:
         """Return the network for images [C, H, W]; raise ValueError if they cannot be halved often enough."""
-        return SongUNet(self, image_shape, Embedding(self, num_classes, augment_dim, two_times))
+        return SongUNet(self, image_shape, Embedding(self, num_classes, augment_dim, two_times, takes_guidance))
 
     def style(self) -> BlockStyle:
         """Return the settings of all blocks."""
@@ -94,17 +101,22 @@ class SongUNet(EmbeddedUNet):
                 nn.init.xavier_uniform_(module.weight, gains.get(module, 1.0))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if embed.guidance is not None:
+            embed.guidance.reset()
 
 
 class Embedding(nn.Module):
     """Noise level, class and augmentation, summed as features, then two layers, each with SiLU.
 
-    A second time has features and weights of its own in the first layer, as if the features were concatenated.
+    A second time and a weight of guidance have features and weights of their own in the first layer, as if the features
+    were concatenated.
     """
 
     frequencies: Tensor
 
-    def __init__(self, params: SongUNetParams, num_classes: int, augment_dim: int, two_times: bool) -> None:
+    def __init__(
+        self, params: SongUNetParams, num_classes: int, augment_dim: int, two_times: bool, takes_guidance: bool
+    ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.register_buffer("frequencies", _frequencies(params))  # random ones belong to the checkpoint
@@ -114,6 +126,7 @@ class Embedding(nn.Module):
         self.layer0 = nn.Linear(features, width)
         self.layer1 = nn.Linear(width, width)
         self.second = nn.Linear(features, width, bias=False) if two_times else None
+        self.guidance = GuidanceLayer(width) if takes_guidance else None
 
     def forward(
         self,
@@ -121,6 +134,7 @@ class Embedding(nn.Module):
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
         second_labels: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         emb = self._features(noise_labels)
         if self.label is not None:
@@ -131,6 +145,8 @@ class Embedding(nn.Module):
         if self.second is not None:
             assert second_labels is not None, "a network of two times gets both"
             h = h + self.second(self._features(second_labels))
+        if self.guidance is not None:
+            h = h + self.guidance(guidance)
         return F.silu(self.layer1(F.silu(h)))
 
     def _features(self, times: Tensor) -> Tensor:

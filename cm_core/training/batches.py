@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cm_core.guidance import WeightRange
 from cm_core.methods.base import Batch
 from cm_core.randomness import derive_seed, make_generator
 from cm_core.tensors import from_pixels
@@ -29,11 +30,12 @@ class Batches:
         seed: int,
         device: torch.device,
         flip: bool = False,
+        guidance_range: WeightRange | None = None,  # of weights that are drawn for each image
     ) -> None:
         if len(images) < batch_size:
             raise ValueError(f"batch_size={batch_size} needs at least as many images, the data set has {len(images)}")
         self.batch_size, self.seed, self.device, self.flip = batch_size, seed, device, flip
-        self.images, self.labels = images, labels
+        self.images, self.labels, self.guidance_range = images, labels, guidance_range
         self.resident = torch.tensor(np.asarray(images), device=device) if images.nbytes <= ON_DEVICE_BYTES else None
         self._ahead: tuple[int, Future[Tensor]] | None = None
         self._thread = None if self.resident is not None else ThreadPoolExecutor(1)
@@ -49,7 +51,15 @@ class Batches:
             flipped = torch.rand(len(x0), generator=generator, device=self.device) < 0.5
             x0 = torch.where(flipped[:, None, None, None], x0.flip(3), x0)
         labels = None if self.labels is None else self._moved(self.labels[indices])
-        return Batch(x0, labels)
+        return Batch(x0, labels, self._weights(step))
+
+    def _weights(self, step: int) -> Tensor | None:
+        """Return the weights of guidance of batch `step`, uniform in their range, float32 [B]."""
+        if self.guidance_range is None:
+            return None
+        low, high = self.guidance_range
+        generator = make_generator(self.device, self.seed, "guidance", step)
+        return low + (high - low) * torch.rand(self.batch_size, generator=generator, device=self.device)
 
     def indices(self, step: int) -> np.ndarray:
         """Return the image indices of batch `step`, [B]; each epoch visits every image once."""

@@ -152,9 +152,9 @@ def _count_flops(method: Method, spec: ModelSpec, models: Models) -> tuple[float
         with FlopCounterMode(display=False) as counter:
             _loss(method, spec, trained, step).mean().backward()
         flops += count / method.cycle * counter.get_total_flops() / COUNTED_BATCH
-    x, labels = _counted_batch(spec)
+    batch = _counted_batch(spec)
     with FlopCounterMode(display=False) as forward, torch.no_grad():
-        models.student(x, torch.ones(COUNTED_BATCH), labels)
+        models.student(batch.x0, torch.ones(COUNTED_BATCH), *batch.conditions)
     return flops, forward.get_total_flops() / COUNTED_BATCH
 
 
@@ -165,7 +165,8 @@ def _loss(method: Method, spec: ModelSpec, models: Models, step: int) -> Tensor:
 
 def _counted_batch(spec: ModelSpec) -> Batch:
     labels = torch.zeros(COUNTED_BATCH, dtype=torch.int64) if spec.num_classes else None
-    return Batch(torch.empty(COUNTED_BATCH, *spec.image_shape), labels)
+    weights = None if spec.guidance_range is None else torch.ones(COUNTED_BATCH)
+    return Batch(torch.empty(COUNTED_BATCH, *spec.image_shape), labels, weights)
 
 
 def _count_kept_passes(method: Method, spec: ModelSpec, models: Models) -> int:

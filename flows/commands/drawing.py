@@ -54,6 +54,17 @@ def add_sampling_options(parser: ArgumentParser, *, count: int) -> None:
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="image i is drawn from (seed, i); default 0")
     parser.add_argument("--n", metavar="N", type=positive, default=count, help=f"number of images; default {count}")
     parser.add_argument("--label", metavar="CLASS", type=int, help="class of all images; default: all classes in turn")
+    add_guidance_option(parser)
+
+
+def add_guidance_option(parser: ArgumentParser) -> None:
+    """Add the option for students that take a weight of guidance."""
+    parser.add_argument(
+        "--guidance",
+        metavar="W",
+        type=float,
+        help="weight of classifier-free guidance, of a student trained with guidance_range; default: its own",
+    )
 
 
 def save_images(images: "np.ndarray", folder: Path) -> None:
@@ -115,7 +126,13 @@ class Context(NamedTuple):
         from flows.stages.models import pick_device
 
         labels = None if args.label is None else [args.label] * args.n
-        options |= {"n": args.n, "seed": args.seed, "labels": labels, "device": pick_device()}
+        options |= {
+            "n": args.n,
+            "seed": args.seed,
+            "labels": labels,
+            "guidance": args.guidance,
+            "device": pick_device(),
+        }
         with self.bar("drawing") as bar:
             start = time.perf_counter()
             options["on_batch"] = lambda done, total: bar.progress(done, total, "images")
@@ -127,8 +144,9 @@ def draw(model: str, args: Namespace, context: Context) -> Drawn:
     """Return images of a model. Raises UserError for options that it does not take."""
     spec, net = context.load(model)
     check_label(spec, args.label, model)
+    check_guidance(spec, args.guidance, model)
     sampler, how = _choose_sampler(spec, args, model)
-    return Drawn(*context.draw(spec, net, sampler, args), how)
+    return Drawn(*context.draw(spec, net, sampler, args), how + at_weight(spec, args.guidance))
 
 
 def check_label(spec: "ModelSpec", label: int | None, model: str, *, needed: bool = False) -> None:
@@ -139,6 +157,21 @@ def check_label(spec: "ModelSpec", label: int | None, model: str, *, needed: boo
         raise UserError(f"{given}: {model} makes images of {classes} classes, --label 0 to {classes - 1}")
     if label is not None and not classes:
         raise UserError(f"--label {label}: {model} knows no classes")
+
+
+def check_guidance(spec: "ModelSpec", weight: float | None, model: str) -> None:
+    """Raise UserError unless --guidance is a weight that the model takes, or left out."""
+    try:
+        if weight is not None:
+            spec.checked_guidance(weight)
+    except ValueError as error:
+        raise UserError(f"--guidance {weight:g}: {model}: {error}") from error
+
+
+def at_weight(spec: "ModelSpec", weight: float | None) -> str:
+    """Return the end of a description: the weight of guidance, of a model that takes one."""
+    weight = spec.guidance if weight is None else weight
+    return "" if weight is None else f", guidance {weight:g}"
 
 
 def _choose_sampler(spec: "ModelSpec", args: Namespace, model: str) -> "tuple[Sampler, str]":

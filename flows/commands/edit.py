@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.drawing import MODEL, Context, usual_mid_sigmas
+from flows.commands.drawing import MODEL, Context, add_guidance_option, usual_mid_sigmas
 from flows.commands.editor import Editor, factors, to_picture, write
 from flows.commands.output import positive
 from flows.errors import UserError
@@ -58,6 +58,7 @@ def _add_task(
     task.add_argument("--seed", metavar="N", type=int, default=0, help="result i is drawn from (seed, i); default 0")
     task.add_argument("--n", metavar="N", type=positive, default=count, help=f"number of results; default {count}")
     task.add_argument("--label", metavar="CLASS", type=int, help="class of the result, for a model of classes")
+    add_guidance_option(task)
     task.add_argument(
         "--resize",
         choices=RESIZES,

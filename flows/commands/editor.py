@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.drawing import Context, Drawn, check_label, save_images
+from flows.commands.drawing import Context, Drawn, at_weight, check_guidance, check_label, save_images
 from flows.errors import UserError
 from flows.workspace.locations import workspace_root
 
@@ -44,6 +44,7 @@ class Editor:
         self.spec, self.net = context.load(self.name)
         check_task(args.task.__name__, self.spec, self.name)
         check_label(self.spec, args.label, self.name, needed=True)
+        check_guidance(self.spec, args.guidance, self.name)
         self.device = pick_device()
         self.size = self.spec.image_shape[2], self.spec.image_shape[1]
 
@@ -142,7 +143,7 @@ class Editor:
         drawn = self.context.draw(self.spec, self.net, sampler, self.args, **options)
         calls = f"{len(sigmas)} network call" + ("s" if len(sigmas) > 1 else "")
         levels = f"{sigmas[0]:.4g}" if len(sigmas) == 1 else f"{sigmas[0]:.4g} to {sigmas[-1]:.4g}"
-        return Drawn(*drawn, f"{calls} at sigma {levels}", shown)
+        return Drawn(*drawn, f"{calls} at sigma {levels}{at_weight(self.spec, self.args.guidance)}", shown)
 
 
 def check_task(task: str, spec: "ModelSpec", name: str) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.drawing import MODEL, load, usual_mid_sigmas
+from flows.commands.drawing import MODEL, add_guidance_option, check_guidance, load, usual_mid_sigmas
 from flows.commands.hub import export_to_hub
 from flows.errors import UserError
 
@@ -37,6 +37,7 @@ def add_parsers(commands: Any) -> None:
     parser.add_argument(
         "--steps", metavar="N", type=int, help="the same by number, at the levels that `cm sample` takes"
     )
+    add_guidance_option(parser)
     parser.add_argument("--licence", metavar="ID", help="with --to hub: the weights' licence, as the Hub writes it")
     parser.add_argument(
         "--push", metavar="OWNER/NAME", help="with --to hub: upload the folder to this repository; a new one is private"
@@ -47,11 +48,18 @@ def add_parsers(commands: Any) -> None:
 def export(args: Namespace) -> None:
     """Write the model and say what was written."""
     if args.to == "hub":
+        if args.guidance is not None:
+            raise UserError(
+                "--guidance is for the other formats; a student's weight on the Hub is its own, in the file"
+            )
         export_to_hub(args)
         return
     if args.push or args.licence:
         raise UserError(f"--push and --licence are for --to hub, not --to {args.to}")
     spec, model = load(args.model)
+    check_guidance(spec, args.guidance, args.model)
+    if args.guidance is not None:  # the exported model's own weight
+        spec, model.guidance = spec.model_copy(update={"guidance": args.guidance}), args.guidance
     write, suffix = TARGETS[args.to]
     if args.steps is not None:
         args.mid_sigmas = usual_mid_sigmas(spec, args.steps - 1, args.model)

@@ -96,7 +96,9 @@ def _row(role: str, recipe: "Recipe", rate: float, memory: int, count: int) -> d
     if shape is None:
         raise UserError("data.resolution is empty: the size of the images, and so the cost, is known after `prepare`")
     method, train = section.method, section.train
-    spec = ModelSpec(form=method.form, network=recipe.network, noise=recipe.noise, image_shape=shape)
+    classes = int(recipe.conditional)  # how many is known after `prepare`; each costs nothing
+    told = {"image_shape": shape, "num_classes": classes, **(recipe.student.sampling() if role == "student" else {})}
+    spec = ModelSpec(form=method.form, network=recipe.network, noise=recipe.noise, **told)
     if getattr(method, "augment", None):
         spec = spec.model_copy(update={"augment_dim": LABEL_DIM})
     if section.is_imported:

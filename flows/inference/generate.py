@@ -32,21 +32,24 @@ def draw_images(
     seed: int,
     device: torch.device,
     labels: Sequence[int] | None = None,
+    guidance: float | None = None,
     batch_size: int = BATCH,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
     """Return images, uint8 [N, H, W, C]; image i is drawn from (seed, i).
 
-    Without `labels` a conditional model draws every class equally often.
+    Without `labels` a conditional model draws every class equally often; without `guidance` a model that takes such a
+    weight draws with its own.
     """
     model, batches = to_device(model, device), []
+    told = {} if guidance is None else {"guidance": guidance}
     for start in range(0, n, batch_size):
         indices = range(start, min(start + batch_size, n))
         chosen = fixed_labels(spec, indices, seed, device)
         if labels is not None:
             chosen = torch.tensor(labels[start : indices.stop], device=device)
         noise = ImageNoise(seed, indices, spec.image_shape, device)
-        batches.append(to_pixels(sampler(partial(model, labels=chosen), noise)).cpu().numpy())
+        batches.append(to_pixels(sampler(partial(model, labels=chosen, **told), noise)).cpu().numpy())
         on_batch(indices.stop, n)
     return np.concatenate(batches)
 

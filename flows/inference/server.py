@@ -8,6 +8,7 @@ import base64
 import io
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mlflow.exceptions import MlflowException
@@ -33,6 +34,7 @@ class Request(BaseModel):
     steps: int | None = Field(None, ge=1, le=MAX_STEPS)
     seed: int = Field(0, ge=0)
     labels: list[int] | None = None
+    guidance: float | None = None
 
 
 class Images(BaseModel):
@@ -57,8 +59,9 @@ class ServedStudent(PythonModel):
     def _draw(self, request: Request) -> np.ndarray:
         labels = self._checked_labels(request)
         sampler = partial(few_steps, self._spec, mid_sigmas=self._mid_sigmas(request.steps))
+        told: dict[str, Any] = {"labels": labels, "guidance": self._checked_guidance(request.guidance)}
         return draw_images(
-            self._spec, self._model, sampler, n=request.n, seed=request.seed, device=self._device, labels=labels
+            self._spec, self._model, sampler, n=request.n, seed=request.seed, device=self._device, **told
         )
 
     def _mid_sigmas(self, steps: int | None) -> list[float]:
@@ -67,6 +70,12 @@ class ServedStudent(PythonModel):
         if steps not in (None, self._spec.fixed_steps):
             raise _refusal(f"steps: this model was distilled to {self._spec.fixed_steps}, got {steps}")
         return []
+
+    def _checked_guidance(self, weight: float | None) -> float | None:
+        try:
+            return weight if weight is None else self._spec.checked_guidance(weight)
+        except ValueError as error:
+            raise _refusal(f"guidance: {error}") from error
 
     def _checked_labels(self, request: Request) -> list[int] | None:
         labels, classes = request.labels, self._spec.num_classes

@@ -63,6 +63,8 @@ TITLES = {  # the field's terms, where a name and WORDS do not give them
     "grid_every": "Steps between sample grids",
     "grid_sampler": "Sampler of the grids in training",
     "guidance": "Classifier-free guidance",
+    "guidance_range": "Range of guidance weights",
+    "Sample.guidance": "Further guidance weights",
     "half_life_images": "Half-life in images",
     "heldout_fraction": "Held-out fraction",
     "heldout_path": "Held-out path",

@@ -69,6 +69,7 @@ class Command(BaseModel):
     factor: int | None = None
     sigma: float | None = None
     label: int | None = None
+    guidance: float | None = None
     steps: int | None = Field(None, ge=1, le=MAX_STEPS)
     seed: int | None = None
     n: int = Field(1, ge=1, le=MAX_IMAGES)
@@ -86,7 +87,7 @@ class Command(BaseModel):
             if file is not None:
                 own = f"./{file.name}" if file.name.startswith("-") else file.name
                 words += [*filter(None, [option]), str(folder / file.name) if folder else own]
-        for option in ("seeds", "factor", "sigma", "label", "model", "steps", "seed", "n"):
+        for option in ("seeds", "factor", "sigma", "label", "guidance", "model", "steps", "seed", "n"):
             value = getattr(self, option)
             if value is not None:
                 words += [f"--{option}", *map(str, value if isinstance(value, tuple) else (value,))]
@@ -148,6 +149,8 @@ class Studio:
         channels, height, width = spec.image_shape
         fixed = TEACHER_STEPS if spec.form == "denoiser" else spec.fixed_steps
         steps = list(FEW_STEPS) if fixed is None else [fixed]
+        low, high = spec.guidance_range or (None, None)
+        guidance = None if spec.guidance is None else {"min": low, "max": high, "value": spec.guidance}
         refused = {}
         for task in EDITS:
             try:
@@ -156,7 +159,7 @@ class Studio:
                 refused[task] = str(error).removeprefix(f"{model}: ")
         return {
             **{"channels": channels, "height": height, "width": width, "classes": spec.num_classes, "steps": steps},
-            **{"factors": factors(spec), "refused": refused, "defaults": DEFAULTS},
+            **{"guidance": guidance, "factors": factors(spec), "refused": refused, "defaults": DEFAULTS},
         }
 
     def read(self, command: Command) -> dict[str, Any]:

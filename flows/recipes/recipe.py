@@ -105,10 +105,17 @@ class Recipe(Params):
             check_levels([self.noise.sigma_max, *mid], sigma_min=self.noise.sigma_min)
         if sigma := getattr(self.student.method, "generator_sigma", None):
             check_levels([sigma], sigma_min=self.noise.sigma_min)
+        guidance = getattr(self.student.method, "guidance", 1.0)
+        self.sample.check_guidance(self.student.guidance_range, guidance)
         if self.teacher is not None:
-            self._can_guide("sample.teacher_sampler", self.sample.label_guidance, self.teacher)
-            self._can_guide("teacher.grid_sampler", self.teacher.grid_sampler.guidance, self.teacher)
-            self._can_guide("student.method", getattr(self.student.method, "guidance", 1.0), self.teacher)
+            guided = {
+                "sample.teacher_sampler.guidance": self.sample.label_guidance,
+                "teacher.grid_sampler.guidance": self.teacher.grid_sampler.guidance,
+                "student.method.guidance": guidance,
+                "student.method.guidance_range": self.student.guidance_range or 1.0,
+            }
+            for key, weight in guided.items():
+                self.teacher.check_guides(key, weight, conditional=self.conditional)
         return self
 
     def _divides_into_sets(self) -> None:
@@ -120,18 +127,6 @@ class Recipe(Params):
                     f"sample.{name}={count} is no multiple of evaluate.repeats={repeats}, the sets that it is "
                     f"divided into; {repeats} sets of {count} images are sample.{name}={repeats * count}"
                 )
-
-    def _can_guide(self, key: str, guidance: float, teacher: Teacher) -> None:
-        """Refuse guidance by a teacher that is not trained both with and without labels."""
-        if guidance == 1:
-            return
-        if not self.conditional:
-            raise ValueError(f"{key}.guidance={guidance:g} needs labels, and conditional is false")
-        if teacher.method.label_dropout == 0:
-            raise ValueError(
-                f"{key}.guidance={guidance:g} needs a teacher that was trained without labels too, and "
-                "teacher.method.label_dropout is 0; 0.1 is usual"
-            )
 
     def _fits(self, shape: tuple[int, int, int]) -> None:
         """Refuse networks, distances and edits that do not fit this image shape."""

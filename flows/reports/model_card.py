@@ -169,8 +169,11 @@ def describe(spec: ModelSpec) -> str:
     kind = others.get(spec.form, f"consistency function {spec.form} with f(x, {spec.boundary:g}) = x")
     channels, height, width = spec.image_shape
     classes = f"{spec.num_classes} classes" if spec.num_classes else "unconditional"
-    augment = f", {spec.augment_dim} augmentation labels" if spec.augment_dim else ""
+    inputs = f", {spec.augment_dim} augmentation labels" if spec.augment_dim else ""
+    if spec.guidance_range is not None:
+        low, high = spec.guidance_range
+        inputs += f", guidance {low:g} to {high:g} as an input, {spec.guidance:g} unless told"
     return (
-        f"{kind}, {spec.network.kind}, {width}x{height}x{channels}, {classes}{augment}, "
+        f"{kind}, {spec.network.kind}, {width}x{height}x{channels}, {classes}{inputs}, "
         f"c_noise {spec.noise_scale:g} {'t, t - r' if spec.form == 'average_velocity' else 'ln(sigma) / 4'}"
     )

@@ -44,6 +44,7 @@ class Row:
     equal: Mapping[str, float] = field(default_factory=dict)  # of as many images as the smallest row has
     neighbours: Neighbours | None = None
     width: float | None = None  # of an average rebuilt after the training (sample.widths), in place of `ema`
+    guidance: float | None = None  # of rows beside those at the student's own weight (sample.guidance)
 
     @property
     def num_images(self) -> int:
@@ -60,7 +61,8 @@ class Row:
         """The row in words, such as `Student, one call`."""
         calls = [in_calls(self.nfe)] if self.nfe and self.model in ("student", "teacher") else []
         ema = [f"EMA {self.ema}"] if self.ema else [f"EMA of width {self.width:g}"] if self.width else []
-        return ", ".join([MODELS[self.model], *calls, *ema])
+        weight = [] if self.guidance is None else [f"guidance {self.guidance:g}"]
+        return ", ".join([MODELS[self.model], *calls, *ema, *weight])
 
     def by_set(self) -> list[np.ndarray]:
         """Return the images of each set."""
@@ -90,7 +92,8 @@ def in_calls(nfe: int) -> str:
 
 def student_title(name: str) -> str:
     """Return the name of a student's row in words: `nfe_2_at_0.8_ema1` is `two calls, σ 0.8, EMA 1`."""
-    calls, _, width = name.removeprefix("nfe_").partition("_width_")
+    name, _, guidance = name.removeprefix("nfe_").partition("_guidance_")
+    calls, _, width = name.partition("_width_")
     calls, _, ema = calls.partition("_ema")
     nfe, _, sigmas = calls.partition("_at_")
     words = [
@@ -98,13 +101,14 @@ def student_title(name: str) -> str:
         sigmas and f"σ {sigmas.replace('_', ', ')}",
         ema and f"EMA {ema}",
         width and f"EMA of width {width}",
+        guidance and f"guidance {guidance}",
     ]
     return ", ".join(filter(None, words))
 
 
 def of_student(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows of the student's first EMA that has some, the fewest calls first."""
-    found = [row for row in rows if row.model == "student" and row.width is None]
+    """Return the rows of the student's first EMA that has some, at its own guidance, the fewest calls first."""
+    found = [row for row in rows if row.model == "student" and row.width is None and row.guidance is None]
     first = min((row.ema for row in found), default=0)
     return sorted((row for row in found if row.ema == first), key=lambda row: row.nfe or 0)
 

@@ -72,7 +72,9 @@ def sections(rows: Sequence[Row], artifacts: Artifacts, plots: Path) -> list[Sec
     """Draw the plots into the folder `plots`; return the page's sections."""
     trainings = {"Student": artifacts.student_dir, "Teacher": artifacts.teacher_dir}
     charts = [_plot_fid(rows, artifacts, plots), *_plot_over_training(artifacts, plots)]
-    charts += [*_plot_widths(rows, artifacts, plots), *_plot_losses(trainings, plots)]
+    charts += _plot_over("width", "relative width of the EMA", _by_width(rows), artifacts, plots)
+    charts += _plot_over("guidance", "weight of guidance", _by_guidance(rows, artifacts), artifacts, plots)
+    charts += _plot_losses(trainings, plots)
     found = [
         Section("Samples", pictures=_sample_grids(rows, artifacts, plots)),
         Section("Curves", charts=charts),
@@ -142,7 +144,7 @@ def _plot_fid(rows: Sequence[Row], artifacts: Artifacts, plots: Path) -> str:
     count = next((row.num_images for row in rows if row.model == "student"), None)
     curves: dict[str, list[tuple[int, float, float]]] = {}
     levels = {}
-    for row in (row for row in rows if row.width is None):  # the others have a plot of their own
+    for row in (row for row in rows if row.width is None and row.guidance is None):  # others have plots of their own
         name = SHORT_TITLES[row.model] + (f", EMA {row.ema}" if row.ema else "")
         name += f" ({row.num_images:,} images)" * (row.num_images != count)
         if row.model == "real":
@@ -163,26 +165,45 @@ def _plot_fid(rows: Sequence[Row], artifacts: Artifacts, plots: Path) -> str:
     )
 
 
-def _plot_widths(rows: Sequence[Row], artifacts: Artifacts, plots: Path) -> list[str]:
-    """Write fid_over_width.csv and .png, if samples were drawn with averages of several widths."""
-    points = sorted((row.nfe or 0, row.width, row.metrics["fid"]) for row in rows if row.width is not None)
+def _by_width(rows: Sequence[Row]) -> dict[float, list[Row]]:
+    """Return the rows of averages rebuilt after the training, by their width."""
+    widths = {row.width for row in rows if row.width is not None}
+    return {width: [row for row in rows if row.width == width and row.guidance is None] for width in widths}
+
+
+def _by_guidance(rows: Sequence[Row], artifacts: Artifacts) -> dict[float, list[Row]]:
+    """Return the rows of the student's first EMA by their weight of guidance, if they are of several."""
+    others = {row.guidance for row in rows if row.guidance is not None}
+    if not others:
+        return {}
+    own = of_student(rows)
+    alike = [row for row in rows if row.model == "student" and row.width is None and row.ema == own[0].ema]
+    found = {weight: [row for row in alike if row.guidance == weight] for weight in others}
+    return {artifacts.samples["guidance"]: own, **found}
+
+
+def _plot_over(
+    key: str, words: str, rows: Mapping[float, Sequence[Row]], artifacts: Artifacts, plots: Path
+) -> list[str]:
+    """Write fid_over_KEY.csv and .png of rows by a setting, unless there are none."""
+    points = sorted((row.nfe or 0, value, row.metrics["fid"]) for value, some in rows.items() for row in some)
     if not points:
         return []
-    _write_csv(plots / "fid_over_width.csv", ["nfe", "width", "fid"], points)
+    _write_csv(plots / f"fid_over_{key}.csv", ["nfe", key, "fid"], points)
     curves: dict[str, tuple[list[float], list[float]]] = {}
-    for nfe, width, fid in points:
-        widths, fids = curves.setdefault(in_calls(nfe), ([], []))
-        widths.append(width)
+    for nfe, value, fid in points:
+        values, fids = curves.setdefault(in_calls(nfe), ([], []))
+        values.append(value)
         fids.append(fid)
     return [
         save_lines(
             curves,
-            plots / "fid_over_width.png",
-            xlabel="relative width of the EMA",
+            plots / f"fid_over_{key}.png",
+            xlabel=words,
             ylabel=f"FID ({artifacts.files.short_name})",
-            title="FID against the EMA's width",
+            title=f"FID against the {words}",
             markers=True,
-            log_x=True,
+            log_x=key == "width",
             integers=False,
         )
     ]

@@ -34,6 +34,7 @@ from flows.reports.rows import MODELS, Artifacts, Neighbours, Row, of_student
 
 SETS = "sets"  # in the student's artifact (flows/stages/training.py)
 NEIGHBOURS, QUERIES = 3, 1_000  # nearest training images of an image; images of which they are looked for, at most
+SAMPLE_FACTS = ("seed", "rounding", "precision", "labels", "guidance")
 ROW_FACTS = ("name", "model", "ema", "nfe", "sigmas")
 
 
@@ -105,6 +106,7 @@ def _read_rows(
             images=np.load(sample_dir / entry["file"], "r"),
             sets=evaluate.repeats,
             width=entry.get("width"),  # of averages rebuilt after the training
+            guidance=entry.get("guidance"),  # of rows beside those at the student's own weight
             **{key: entry[key] for key in ROW_FACTS},
         )
         for entry in samples["rows"]
@@ -234,7 +236,7 @@ def _protocol(
     return {
         "reference": {**files.described, "features_kept": _kept(files)},
         "network": {"name": files.extractor, "sha256": files.sha256, "feature_dim": len(files.reference.statistics.mu)},
-        "samples": {key: samples[key] for key in ("seed", "rounding", "precision", "labels") if key in samples},
+        "samples": {key: samples[key] for key in SAMPLE_FACTS if key in samples},
         "heldout": {"sha256": dataset.sha256["heldout"]},
         "torch_fidelity": version("torch-fidelity"),
         "settings": evaluate.model_dump(mode="json"),
@@ -254,6 +256,7 @@ def _row_protocol(row: Row, evaluate: Evaluate, files: FeatureFiles, sampler: di
         "model": row.model,
         "ema": row.ema,
         **({} if row.width is None else {"width": row.width}),
+        **({} if row.guidance is None else {"guidance": row.guidance}),
         "nfe": row.nfe,
         "sigmas": list(row.sigmas),
         "sampler": sampler,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cm_core.model import ModelSpec, build_seeded, load_weights
+from cm_core.networks.guided import LAYER
 from cm_core.precond import Precond
 from cm_core.randomness import make_generator
 from cm_core.sampling import ImageNoise, euler_steps, flow_map_steps, multistep
@@ -43,10 +44,14 @@ def write_origin(out_dir: Path, *, method: str, init_from: str, seed: int) -> No
 
 
 def initial_student(spec: ModelSpec, *, init_from: str, seed: int, teacher_dir: Path) -> Precond:
-    """Return the student before training, on the CPU: the teacher's weights, or random ones from `seed`."""
+    """Return the student before training, on the CPU: the teacher's weights, or random ones from `seed`.
+
+    A layer of guidance weights, which no teacher has, starts at zero: the student computes the teacher's function.
+    """
     model = build_seeded(spec, seed)
     if init_from == "teacher":
-        load_weights(model, teacher_dir / "ema.safetensors")
+        added = frozenset(name for name in model.state_dict() if LAYER in name)
+        load_weights(model, teacher_dir / "ema.safetensors", added=added)
     return model
 
 

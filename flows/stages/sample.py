@@ -12,8 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from cm_core.formats.base import Hints, UnreadableCheckpoint
-from cm_core.formats.read import read_checkpoint
+from cm_core.guidance import WeightRange
 from cm_core.model import ModelSpec, load_model, load_spec
 from cm_core.parallel import ranks
 from cm_core.parallel.graphs import with_cuda_graphs
@@ -40,8 +39,7 @@ from flows.stages.models import (
     pick_device,
     to_device,
 )
-from flows.stages.weights import locate
-from flows.storage.fetch import download_dir, is_local
+from flows.stages.weak_teacher import WeakTeacher
 
 GRID_IMAGES = 100
 STRIP_SIGMAS = (0.2, 0.5, 1.0, 2.0, 5.0, 20.0, 80.0)  # from hardly visible to pure noise
@@ -53,40 +51,6 @@ LABELS = {
 }
 LABELS_FILE = "labels.npy"  # int64 [N], the classes of every row's images, of a conditional model
 ROUNDING = "uint8, x * 127.5 + 128, clipped"
-
-
-class WeakTeacher(Params):
-    """A checkpoint of a smaller or less trained teacher of the same images."""
-
-    weights: str | None = None
-    """The checkpoint: a path, s3:// or https:// address; empty: none."""
-    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
-    """Checksum it must have; of a local path it is recorded by itself."""
-
-    @model_validator(mode="after")
-    def _pinned(self) -> "WeakTeacher":
-        if self.weights and not self.sha256 and not is_local(self.weights):
-            raise ValueError(f"weights={self.weights} needs its sha256")
-        return self
-
-    def load(self, wanted: ModelSpec, device: torch.device, autocast: torch.dtype | None, m: Monitor) -> Precond | None:
-        """Return the denoiser, if there is one. Raises UserError unless it makes the teacher's images."""
-        if self.weights is None:
-            return None
-        into = download_dir(self.sha256) if self.sha256 else Path()
-        path, _ = locate(self.weights, into, self.sha256, m)
-        hints = Hints("denoiser", wanted.image_shape[1], getattr(wanted.network, "channels_per_head", None))
-        try:
-            found = read_checkpoint(path, hints)
-        except (UnreadableCheckpoint, ValueError) as error:
-            raise UserError(f"sample.weak_teacher.weights: {error}") from error
-        for key in ("form", "image_shape", "num_classes"):
-            theirs, ours = getattr(found.spec, key), getattr(wanted, key)
-            if theirs != ours:
-                raise UserError(f"sample.weak_teacher.weights: {key} is {theirs!r}, and the teacher's is {ours!r}")
-        model = found.spec.build(autocast=autocast)
-        model.load_state_dict(found.weights)
-        return _place(model.eval().requires_grad_(False), device)
 
 
 class Sample(Params):
@@ -108,6 +72,9 @@ class Sample(Params):
     widths: tuple[Annotated[float, Field(gt=0, lt=WIDEST)], ...] = ()
     """Relative widths of averages of the student's weights that get rows, too, rebuilt from student.train.snapshots;
     the report has a curve of FID over width. Names of their rows end in _width_0.08 and the like."""
+    guidance: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    """Weights of guidance at which a student that takes one (student.method.guidance_range) gets rows beside those at
+    its own; the report has a curve of FID over the weight. Names of their rows end in _guidance_3 and the like."""
     teacher_sampler: TeacherSampler = TeacherSampler()
     """Sampler of the teacher's row, if the recipe has a teacher."""
     weak_teacher: WeakTeacher = WeakTeacher()
@@ -124,6 +91,18 @@ class Sample(Params):
             raise ValueError("weak_teacher has no effect with teacher_sampler.guidance=1, which is none")
         return self
 
+    def check_guidance(self, allowed: WeightRange | None, own: float) -> None:
+        """Raise ValueError unless `guidance` names weights that a student takes, each once and its own not again."""
+        given = f"sample.guidance={list(self.guidance)}"
+        if self.guidance and allowed is None:
+            raise ValueError(f"{given} needs a student that takes such a weight: set student.method.guidance_range")
+        if allowed is not None and any(not allowed[0] <= weight <= allowed[1] for weight in self.guidance):
+            raise ValueError(f"{given} must lie in student.method.guidance_range={list(allowed)}")
+        if len({*self.guidance, own}) <= len(self.guidance):
+            raise ValueError(
+                f"{given}: a weight is named twice, or is student.method.guidance={own:g}, which has rows anyway"
+            )
+
     @property
     def label_guidance(self) -> float:
         """The teacher's guidance by labels, which a weaker teacher replaces; 1: none."""
@@ -138,6 +117,7 @@ class Row:
     model: str
     ema: int
     width: float | None
+    guidance: float | None  # of rows beside those at the model's own weight
     nfe: int
     sigmas: list[float]
     num_images: int
@@ -166,7 +146,8 @@ def sample(
         untrained = _untrained(spec, origin, teacher_dir, device, autocast)
         rows.append(_student_row("untrained", "untrained", sample, spec, untrained))
     if not (teacher_dir / ABSENT_FILE).exists() and sample.teacher_images != 0:
-        weak = sample.weak_teacher.load(load_spec(teacher_dir), device, autocast, monitor)
+        weak = sample.weak_teacher.load(load_spec(teacher_dir), autocast, monitor)
+        weak = weak and _place(weak, device)
         for ema, folder in _chosen_emas(sample, teacher_dir).items():
             rows.append(_teacher_row(sample, *_load(folder, device, autocast), ema, weak))
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -248,6 +229,9 @@ def _student_rows(sample: Sample, spec: ModelSpec, f: Precond, ema: int, width: 
         if any(row.nfe == len(mid) + 1 for row in rows):
             name += "_at_" + "_".join(f"{sigma:g}" for sigma in mid)
         rows.append(_student_row(name + suffix, "student", sample, spec, f, mid, ema, width))
+        for weight in sample.guidance:
+            named = f"{name}{suffix}_guidance_{weight:g}"
+            rows.append(_student_row(named, "student", sample, spec, f, mid, ema, width, weight))
     return rows
 
 
@@ -260,13 +244,18 @@ def _student_row(
     mid_sigmas: Sequence[float] = (),
     ema: int = 0,
     width: float | None = None,
+    guidance: float | None = None,
 ) -> Row:
+    weight = spec.guidance if guidance is None else guidance
+    told = {} if weight is None else {"guidance": weight}
+
     def draw(noise: ImageNoise, labels: Tensor | None) -> Tensor:
-        return few_steps(spec, partial(f, labels=labels), noise, mid_sigmas)
+        return few_steps(spec, partial(f, labels=labels, **told), noise, mid_sigmas)
 
     sigmas = few_step_sigmas(spec, mid_sigmas)
-    sampler = {"kind": {"euler": "euler", "average_velocity": "flow_map"}.get(spec.form, "multistep")}
-    return Row(name, model, ema, width, len(sigmas), sigmas, sample.num_images, sampler, draw)
+    kind = {"euler": "euler", "average_velocity": "flow_map"}.get(spec.form, "multistep")
+    settings = {"kind": kind, **told}
+    return Row(name, model, ema, width, guidance, len(sigmas), sigmas, sample.num_images, settings, draw)
 
 
 def _untrained(
@@ -288,7 +277,7 @@ def _teacher_row(sample: Sample, spec: ModelSpec, denoiser: Precond, ema: int, w
     apart = "" if num_images == sample.num_images else f"_of_{num_images}"  # FID depends on the number of images
     name = f"teacher_nfe_{sampler.nfe}{apart}{ema_suffix(ema)}"
     settings = sampler.model_dump(mode="json") | ({"weak_teacher": sample.weak_teacher.sha256} if weak else {})
-    return Row(name, "teacher", ema, None, sampler.nfe, sigmas, num_images, settings, draw)
+    return Row(name, "teacher", ema, None, None, sampler.nfe, sigmas, num_images, settings, draw)
 
 
 @torch.no_grad()
@@ -377,7 +366,7 @@ def _save_strips(spec: ModelSpec, f: Precond, dataset: Dataset, device: torch.de
 
 
 def _write_index(sample: Sample, spec: ModelSpec, rows: list[Row], out_dir: Path) -> None:
-    facts = ("name", "model", "ema", "width", "nfe", "sigmas", "num_images", "sampler")
+    facts = ("name", "model", "ema", "width", "guidance", "nfe", "sigmas", "num_images", "sampler")
     index = {
         "rows": [{key: getattr(row, key) for key in facts} | {"file": f"{row.name}.npy"} for row in rows],
         "seed": sample.seed,
@@ -385,6 +374,7 @@ def _write_index(sample: Sample, spec: ModelSpec, rows: list[Row], out_dir: Path
         "precision": sample.precision,
         "labels": LABELS[sample.labels] if spec.num_classes else "none",
         "grids": {row.name: f"{row.name}_grid.png" for row in rows},
+        **({} if spec.guidance is None else {"guidance": spec.guidance}),
         **({} if spec.form == "generator" else {"strips": STRIPS_FILE}),
         **({"labels_file": LABELS_FILE} if spec.num_classes else {}),
     }

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from cm_core.augment import LABEL_DIM
 from cm_core.distances import Distance, Lpips
+from cm_core.guidance import WeightRange
 from cm_core.methods.base import Method, Models
 from cm_core.methods.cd import CD
 from cm_core.methods.cm_inf import CMInf
@@ -100,7 +101,15 @@ class Student(Weights):
     def sampling(self) -> dict[str, Any]:
         """Return what the method fixes of the student's sampling, as values of its ModelSpec."""
         steps = self.method.euler_steps_at(self.train.num_steps, self.train.num_steps)
-        return {"euler_steps": steps, "generator_sigma": getattr(self.method, "generator_sigma", None)}
+        fixed = {"euler_steps": steps, "generator_sigma": getattr(self.method, "generator_sigma", None)}
+        if self.guidance_range is None:
+            return fixed
+        return fixed | {"guidance_range": self.guidance_range, "guidance": getattr(self.method, "guidance", None)}
+
+    @property
+    def guidance_range(self) -> WeightRange | None:
+        """The range of the weights of guidance that the student takes as an input; None: it takes none."""
+        return getattr(self.method, "guidance_range", None)
 
     @property
     def initial_weights(self) -> str:
@@ -141,12 +150,13 @@ def student(
     if student.is_imported:
         write_imported(student, "student", spec, out_dir, state_dir, monitor)
         return
-    batches = make_batches(dataset, student.train, conditional=conditional, seed=seed, device=device)
+    options: dict[str, Any] = {"conditional": conditional, "guidance_range": student.guidance_range}
+    batches = make_batches(dataset, student.train, seed=seed, device=device, **options)
     origin: dict[str, Any] = {"init_from": student.initial_weights, "seed": derive_seed(seed, "init")}
     monitor.remark(f"first weights: {origin['init_from']}")
     model = _first_weights(spec, student.train, origin, teacher_dir)
     target = place(copy.deepcopy(model), device) if student.method.keeps_target else None
-    model, teacher = place(model, device), _load_teacher(student, teacher_dir, device)
+    model, teacher = place(model, device), _load_teacher(spec, student, origin, teacher_dir, device)
     score, discriminator = _build_critic(spec, student, origin, teacher, teacher_dir)
     state = TrainState(
         model,
@@ -189,11 +199,21 @@ def _augment_dim(method: Method, teacher_spec: ModelSpec | None) -> int:
     return teacher_spec.augment_dim if teacher_spec else 0
 
 
-def _load_teacher(student: Student, teacher_dir: Path, device: torch.device) -> Precond | None:
+def _load_teacher(
+    spec: ModelSpec, student: Student, origin: dict[str, Any], teacher_dir: Path, device: torch.device
+) -> Precond | None:
     """Return the teacher if the loss uses one; initial weights alone do not keep it in memory."""
     if not student.method.needs_teacher:
         return None
+    if student.method.replaces_teacher and student.guidance_range is not None:  # its successors take weights
+        return place(_denoiser(spec, student, origin, teacher_dir).eval().requires_grad_(False), device)
     return place(load_model(teacher_dir, autocast=student.train.autocast)[1], device)
+
+
+def _denoiser(spec: ModelSpec, student: Student, origin: dict[str, Any], teacher_dir: Path) -> Precond:
+    """Return a denoiser with the teacher's weights and the student's inputs."""
+    denoiser = spec.model_copy(update={"form": "denoiser"})
+    return _first_weights(denoiser, student.train, origin | {"init_from": "teacher"}, teacher_dir)
 
 
 def _first_weights(spec: ModelSpec, train: Train, origin: dict[str, Any], teacher_dir: Path) -> Precond:
@@ -209,8 +229,7 @@ def _build_critic(
     if student.method.cycle == 1 or teacher is None:
         return None, None
     device = next(teacher.parameters()).device
-    denoiser = spec.model_copy(update={"form": "denoiser"})
-    score = place(_first_weights(denoiser, student.train, origin | {"init_from": "teacher"}, teacher_dir), device)
+    score = place(_denoiser(spec, student, origin, teacher_dir), device)
     return score, build_discriminator(student.method, teacher, spec.image_shape, origin["seed"])
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from cm_core.augment import LABEL_DIM
+from cm_core.guidance import WeightRange
 from cm_core.methods.base import Models
 from cm_core.methods.edm import EDM
 from cm_core.model import ModelSpec, build_seeded
@@ -37,6 +38,19 @@ class Teacher(Weights):
     """Length, optimiser, EMAs, precision."""
     grid_sampler: TeacherSampler = TeacherSampler(num_steps=8)
     """Sampler of the grids drawn during training; few steps, because it interrupts the training."""
+
+    def check_guides(self, key: str, weight: float | WeightRange, *, conditional: bool) -> None:
+        """Raise ValueError if the recipe's value `key` asks for guidance by a teacher trained with labels alone."""
+        if weight == 1:
+            return
+        given = f"{key}={weight:g}" if isinstance(weight, float) else f"{key}={list(weight)}"
+        if not conditional:
+            raise ValueError(f"{given} needs labels, and conditional is false")
+        if self.method.label_dropout == 0:
+            raise ValueError(
+                f"{given} needs a teacher that was trained without labels too, and teacher.method.label_dropout is 0; "
+                "0.1 is usual"
+            )
 
 
 def teacher(

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from cm_core.checkpoint import LOG, list_states, save_tensors
+from cm_core.guidance import WeightRange
 from cm_core.methods.base import Method
 from cm_core.model import ModelSpec, save_model
 from cm_core.parallel import ranks, sharding
@@ -45,7 +47,15 @@ class StageStopped(Exception):
     """The run was cancelled; its training state is saved."""
 
 
-def make_batches(dataset: Dataset, train: Train, *, conditional: bool, seed: int, device: torch.device) -> Batches:
+def make_batches(
+    dataset: Dataset,
+    train: Train,
+    *,
+    conditional: bool,
+    seed: int,
+    device: torch.device,
+    guidance_range: WeightRange | None = None,
+) -> Batches:
     """Return the training batches. Raises UserError if the data set is too small or lacks labels."""
     if len(dataset.train_images) < train.batch_size:
         raise UserError(
@@ -61,7 +71,8 @@ def make_batches(dataset: Dataset, train: Train, *, conditional: bool, seed: int
             " raise data.max_images or lower data.heldout_fraction, or set conditional: false"
         )
     labels = np.asarray(dataset.train_labels) if conditional else None
-    return Batches(dataset.train_images, labels, batch_size=train.batch_size, seed=seed, device=device, flip=train.flip)
+    options: dict[str, Any] = {"batch_size": train.batch_size, "flip": train.flip, "guidance_range": guidance_range}
+    return Batches(dataset.train_images, labels, seed=seed, device=device, **options)
 
 
 def build_weighting(method: Method, seed: int, device: torch.device) -> nn.Module | None:

@@ -19,6 +19,7 @@ from flows.storage.allowed import refuse_foreign
 from flows.storage.fetch import download_dir, fetch, fetch_prefix, file_digest, is_local, local_path
 from flows.storage.s3 import public_uri
 
+SHARED = ("form", "image_shape", "num_classes", "guidance_range")  # by the file's model and the recipe's
 TRAINING_ONLY = ("dropout", "dropout_resolution")  # of a network; sampling ignores them
 
 
@@ -106,7 +107,7 @@ def fitted(found: ModelSpec, wanted: ModelSpec) -> ModelSpec:
 
 def _facts(found: ModelSpec, wanted: ModelSpec) -> list[tuple[str, Any, Any]]:
     """Return (key, file's value, recipe's value) of all that must agree, the most telling first."""
-    facts = [(key, getattr(found, key), getattr(wanted, key)) for key in ("form", "image_shape", "num_classes")]
+    facts = [(key, getattr(found, key), getattr(wanted, key)) for key in SHARED]
     networks = [spec.network.model_dump(mode="json", exclude=set(TRAINING_ONLY)) for spec in (found, wanted)]
     kinds = [network["kind"] for network in networks]
     facts.append(("network.kind", *kinds))

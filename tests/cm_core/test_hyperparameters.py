@@ -38,7 +38,7 @@ DEFAULTS = {
     EDM: {"kind": "edm", "p_mean": -1.2, "p_std": 1.2, "label_dropout": 0, "adaptive_weight": False, "augment": None},
     CD: {
         **{"kind": "cd", "num_scales": 18, "solver": "heun", "guidance": 1, "distance": Pixelwise(), "target_decay": 0},
-        "form": "skip",
+        **{"form": "skip", "guidance_range": None},
     },
     CT: {
         **{"kind": "ct", "s0": 2, "s1": 150, "mu0": 0.9, "num_scales": None, "target_decay": None},
@@ -51,11 +51,15 @@ DEFAULTS = {
     ECT: {
         **{"kind": "ect", "p_mean": -1.1, "p_std": 2, "q": 2, "num_stages": 8, "mapping": "sigmoid", "k": 8, "b": 1},
         **{"weighting": "inverse_gap", "distance": PseudoHuber(c_per_sqrt_dim=1e-8), "solver": None, "guidance": 1},
+        "guidance_range": None,
     },
-    PD: {"kind": "pd", "start_steps": 4096, "end_steps": 1, "distance": Pixelwise(), "guidance": 1, "anneal": True},
+    PD: {
+        **{"kind": "pd", "start_steps": 4096, "end_steps": 1, "distance": Pixelwise(), "guidance": 1, "anneal": True},
+        "guidance_range": None,
+    },
     SCM: {
         **{"kind": "scm", "distil": False, "guidance": 1, "p_mean": -1, "p_std": 1.4, "warmup_steps": 10_000},
-        **{"tangent": "normalise", "tangent_c": 0.1, "adaptive_weight": True},
+        **{"tangent": "normalise", "tangent_c": 0.1, "adaptive_weight": True, "guidance_range": None},
     },
     MeanFlow: {
         **{"kind": "meanflow", "t_mean": -0.6, "t_std": 1.6, "r_mean": -4.0, "r_std": 1.6, "instant_share": 0.25},
@@ -66,6 +70,7 @@ DEFAULTS = {
             "kind": "cm_inf",
             "distil": True,
             "guidance": 1,
+            "guidance_range": None,
             "stop_gradient": True,
             "distance": Pixelwise(),
             "form": "skip",
@@ -73,7 +78,7 @@ DEFAULTS = {
     },
     DMD: {
         **{"kind": "dmd", "objective": "vsd", "alpha": 1.2, "generator_sigma": None, "student_every": 5, "guidance": 1},
-        **{"u_min": 0.02, "u_max": 0.98, "score_loss": "plain", "gan_weight": 1e-3},
+        **{"u_min": 0.02, "u_max": 0.98, "score_loss": "plain", "gan_weight": 1e-3, "guidance_range": None},
     },
 }
 

@@ -44,8 +44,12 @@ METHODS = {
     "meanflow-predicted": MeanFlow(tangent="predicted"),
     "cd-guided": CD(guidance=3.0),
     "scm-guided": SCM(distil=True, guidance=3.0),
+    "cd-weights": CD(guidance=2.0, guidance_range=(1.0, 4.0)),
+    "scm-weights": SCM(distil=True, guidance=2.0, guidance_range=(1.0, 4.0)),
+    "pd-weights": PD(start_steps=4, guidance=2.0, guidance_range=(1.0, 4.0)),
     "dmd": DMD(student_every=2),
     "dmd-guided": DMD(student_every=3, gan_weight=0, guidance=3.0),
+    "dmd-weights": DMD(student_every=2, guidance=2.0, guidance_range=(1.0, 4.0)),
     "sid": DMD(objective="sid", student_every=2, gan_weight=0, generator_sigma=2.5, score_loss="edm", u_max=0.8),
     "edm2": EDM(p_std=1.0),
     "edm2-weighted": EDM(adaptive_weight=True),
@@ -80,8 +84,14 @@ class Training:
         defaults = {"num_steps": 6, "batch_size": 4, "log_every": 1, "save_every": 1, "grid_every": 1, "emas": emas}
         self.train = Train(**(defaults | changes))
         classes = CLASSES if getattr(method, "guidance", 1) != 1 else 0
-        self.spec = ModelSpec(form=method.form, network=network, noise=Noise(), image_shape=SHAPE, num_classes=classes)
-        teacher_spec, autocast = self.spec.model_copy(update={"form": "denoiser"}), self.train.autocast
+        drawn = getattr(method, "guidance_range", None)
+        told = {} if drawn is None else {"guidance_range": drawn, "guidance": method.guidance}
+        self.spec = ModelSpec(
+            form=method.form, network=network, noise=Noise(), image_shape=SHAPE, num_classes=classes, **told
+        )
+        score_spec, autocast = self.spec.model_copy(update={"form": "denoiser"}), self.train.autocast
+        without = {} if method.replaces_teacher else {"guidance_range": None, "guidance": None}
+        teacher_spec = score_spec.model_copy(update=without)
         model, target = (place(build_seeded(self.spec, seed, autocast=autocast)) for seed in (0, 1))
         teacher = build_seeded(teacher_spec, 2, autocast=autocast).eval()
         if classes:  # a new network ends near zero and knows no labels
@@ -91,7 +101,7 @@ class Training:
         teacher = place(teacher).requires_grad_(False)
         score = discriminator = None
         if method.cycle > 1:
-            score = place(build_seeded(teacher_spec, 6, autocast=autocast))
+            score = place(build_seeded(score_spec, 6, autocast=autocast))
             discriminator = build_discriminator(method, teacher, SHAPE, 7)
         self.state = TrainState(
             model,
@@ -108,7 +118,8 @@ class Training:
         self.models = Models(model, target, teacher, distance, self.state.weighting, score, discriminator)
         pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 1), dtype=np.uint8)
         labels = np.arange(len(pixels)) % classes if classes else None
-        self.batches = Batches(pixels, labels, batch_size=self.train.batch_size, seed=3, device=CPU, flip=True)
+        options = {"batch_size": self.train.batch_size, "flip": True, "guidance_range": drawn}
+        self.batches = Batches(pixels, labels, seed=3, device=CPU, **options)
 
     def steps(self, seed=5, **options):
         return Trainer(self.state, self.method, self.models, self.batches, Noise(), seed).run(**options)

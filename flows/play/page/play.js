@@ -83,6 +83,7 @@ async function chooseModel() {
   $("factor").replaceChildren(...spec.factors.map((factor) => new Option(factor)));
   const labels = [...Array(spec.classes).keys()].map((label) => new Option(label));
   $("label").replaceChildren(new Option("all", ""), ...labels);
+  Object.assign($("guidance"), spec.guidance ?? {}, { disabled: !spec.guidance });
   for (const one of [canvas, mask]) [one.width, one.height] = [spec.width, spec.height];
   $("brush").max = Math.max(2, Math.ceil(spec.width / 2));
   $("brush").value = Math.max(1, Math.round(spec.width / 10));
@@ -116,6 +117,7 @@ async function chooseTask() {
   if (edits) for (const id of RESULTS) $(id).hidden = true; // those of another task
   $("input").hidden = !edits;
   $("labels").hidden = !spec.classes;
+  $("weights").hidden = !spec.guidance;
   $("label").options[0].disabled = now !== "sample"; // an edit needs one class
   if (now !== "sample" && $("label").value === "") $("label").value = spec.classes ? "0" : "";
   $("steps").value = spec.defaults.steps[now] ?? 1;
@@ -136,8 +138,8 @@ async function givePicture() {
 }
 
 function base(kind) {
-  const label = $("label").value;
-  return { model: $("model").value, task: kind, ...(label === "" ? {} : { label: Number(label) }) };
+  const label = $("label").value, weight = spec.guidance ? { guidance: Number($("guidance").value) } : {};
+  return { model: $("model").value, task: kind, ...(label === "" ? {} : { label: Number(label) }), ...weight };
 }
 
 async function request() {

@@ -17,6 +17,7 @@ MODELS = {
     "piecewise": {"form": "piecewise", "image_shape": (3, 8, 8)},
     "grey": {"form": "skip", "image_shape": (1, 8, 8)},
     "classes": {"form": "skip", "image_shape": (3, 8, 8), "num_classes": 3},
+    "weights": {"form": "skip", "image_shape": (3, 8, 8), "guidance_range": (1.0, 8.0), "guidance": 2.0},
     "wide": {"form": "skip", "image_shape": (3, 4, 8)},
     "unshifted": {"form": "unshifted", "image_shape": (3, 8, 8)},
     "teacher": {"form": "denoiser", "image_shape": (3, 8, 8)},
@@ -128,6 +129,15 @@ def test_stroke_starts_at_the_level_asked_for(edit):
     assert np.abs(near.astype(int) - opened("a.png")).max() < 30
     _, said = edit("stroke", "a.png", "--n", "2")
     assert "2 network calls at sigma 5.38 to 2.24;" in said
+
+
+def test_a_student_that_takes_a_weight_of_guidance_edits_at_the_one_asked_for(edit):
+    found = {}
+    for options in ((), ("--guidance", "2"), ("--guidance", "8")):
+        found[options], said = edit("stroke", "a.png", "--n", "2", "--model", "out/weights", *options)
+        assert f"guidance {'8' if '8' in options else '2'};" in said
+    own, same, other = found.values()
+    assert (own == same).all() and (own != other).any()
 
 
 def test_denoise_is_one_call_without_randomness(edit):

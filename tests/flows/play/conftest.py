@@ -11,6 +11,10 @@ MODELS = {
     "student": {"form": "skip", "image_shape": (3, 8, 8)},
     "grey": {"form": "skip", "image_shape": (1, 8, 8)},
     "classes": {"form": "piecewise", "image_shape": (3, 8, 8), "num_classes": 3},
+    "weights": {
+        **{"form": "skip", "image_shape": (3, 8, 8), "num_classes": 3},
+        **{"guidance_range": (1.0, 8.0), "guidance": 2.0},
+    },
     "odd": {"form": "unshifted", "image_shape": (1, 5, 7)},
     "teacher": {"form": "denoiser", "image_shape": (3, 8, 8)},
     "halved": {"form": "euler", "image_shape": (3, 8, 8), "euler_steps": 2},

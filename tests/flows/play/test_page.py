@@ -172,6 +172,22 @@ def test_samples_are_those_of_the_command(open_page, played, tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(saved)), shown(page))
 
 
+def test_a_student_that_takes_a_weight_of_guidance_draws_at_the_one_chosen(open_page, played, tmp_path):
+    page = open_page(model="out/weights")
+    assert page.locator("#guidance").input_value() == "2"
+    page.locator("#guidance").fill("7.5")
+    draw(page)
+    assert "--guidance 7.5" in page.locator("#command").text_content()
+    np.testing.assert_array_equal(shown(page), run_shown_command(page, played, tmp_path, 0))
+    page.locator("#guidance").fill("9")
+    page.locator("#go").click()
+    assert not page.locator("#guidance").evaluate("input => input.checkValidity()")
+    with page.expect_response("**/draw"):
+        page.locator("#model").select_option("out/student")
+    settle(page)
+    assert page.locator("#guidance").is_hidden() and "--guidance" not in page.locator("#command").text_content()
+
+
 def test_what_is_painted_over_is_invented_and_nothing_else(open_page, played, tmp_path):
     page = open_page()
     choose(page, "inpaint")

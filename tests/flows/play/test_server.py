@@ -59,6 +59,8 @@ STEPS = {"steps": 3, "seed": 5, "n": 3}
         {"task": "sample", "steps": 4, "seed": 3, "n": 2, "model": "out/odd"},
         {"task": "sample", "steps": 2, "seed": 0, "n": 4, "model": "out/classes"},
         {"task": "sample", "steps": 2, "seed": 0, "n": 4, "label": 2, "model": "out/classes"},
+        {"task": "sample", "steps": 2, "seed": 0, "n": 4, "guidance": 4.5, "model": "out/weights"},
+        {"task": "stroke", "picture": "a.png", "label": 1, "guidance": 4.5, "model": "out/weights", **STEPS},
         {"task": "sample", "steps": 18, "seed": 1, "n": 2, "model": "out/teacher"},
         {"task": "sample", "steps": 2, "seed": 1, "n": 2, "model": "out/halved"},
         {"task": "sample", "steps": 4, "seed": 1, "n": 2, "model": "out/flow_map"},
@@ -95,8 +97,16 @@ def test_a_class_is_drawn_alone(client):
     assert sum(one in (*first, *last) for one in every) == 2, "each class once"
 
 
+def test_a_weight_of_guidance_changes_what_is_drawn(client):
+    asked = {"model": "out/weights", "task": "sample", "steps": 1, "seed": 3, "n": 2}
+    own, same, other = (
+        client.post("/draw", json=asked | told).json()["images"] for told in ({}, {"guidance": 2}, {"guidance": 8})
+    )
+    assert own == same and all(one != two for one, two in zip(own, other, strict=True))
+
+
 def test_the_page_learns_what_a_model_can_do(client):
-    names = ("student", "classes", "odd", "flow_map")
+    names = ("student", "classes", "odd", "flow_map", "weights")
     told = {name: client.get("/model", params={"name": f"out/{name}"}).json() for name in names}
     assert told["student"]["refused"] == {} and told["student"]["steps"] == [1, 2, 4]
     assert told["student"]["factors"] == [2, 4, 8] and told["classes"]["classes"] == 3
@@ -109,6 +119,7 @@ def test_the_page_learns_what_a_model_can_do(client):
     teacher = client.get("/model", params={"name": "out/teacher"}).json()
     assert teacher["steps"] == [18] and len(teacher["refused"]) == 6
     assert "is a teacher" in teacher["refused"]["inpaint"]
+    assert told["weights"]["guidance"] == {"min": 1, "max": 8, "value": 2} and told["classes"]["guidance"] is None
     flow_map = told["flow_map"]
     assert flow_map["steps"] == [1, 2, 4] and len(flow_map["refused"]) == 6
     assert "is a student of MeanFlow" in flow_map["refused"]["inpaint"]
@@ -116,7 +127,7 @@ def test_the_page_learns_what_a_model_can_do(client):
 
 def test_models_of_the_workspace_are_offered(client, workspace, monkeypatch):
     assert client.get("/models").json()["models"]["out/student"] == "student of this workspace"
-    assert len(client.get("/models").json()["models"]) == 7
+    assert len(client.get("/models").json()["models"]) == 8
     assert client.get("/registered").json() == {"models": {}}
     monkeypatch.chdir(workspace / "params")
     assert "../out/student" in Studio(workspace, None).local_models()
