@@ -26,7 +26,7 @@ from flows.tracking.tracker import Tracker
 
 ROOT = Path(__file__).parents[1]
 CM = [sys.executable, "-m", "flows.cli"]
-STAGES = ("features", "teacher", "student")
+STAGES = ("features", "teacher", "base", "student")
 REPEATS = 3
 Row = tuple[Any, ...]
 

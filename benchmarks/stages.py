@@ -1,6 +1,6 @@
 """Run stages of a recipe as plain functions in a folder: no Prefect, DVC or MLflow, where these are not installed.
 
-    python -m benchmarks.stages cifar10-quick FOLDER teacher student sample evaluate --set student.train.precision=fp16
+    python -m benchmarks.stages digits-cd FOLDER teacher base student sample --set student.train.precision=fp16
 
 A stage reads what others left in FOLDER, or in the folders that --from STAGE=FOLDER names. A training goes on from its
 last saved state. Each stage's seconds, and the metrics of evaluate, are printed as JSON, a line each.

@@ -59,7 +59,8 @@ class Step:
         student = self._model(variant, device)
         teacher = self._model(variant, device).eval().requires_grad_(False) if method.needs_teacher else None
         distance = method.distance.build(shape) if hasattr(method, "distance") else None
-        self.models = Models(student.train(), student, teacher, distance)
+        base = self._model(variant, device).requires_grad_(False) if method.needs_base else None
+        self.models = Models(student.train(), student, teacher, distance, base=base)
         pixels = np.random.default_rng(0).integers(0, 256, (max(NUM_IMAGES, args.batch_size), *shape[1:], 3), np.uint8)
         batches = Batches(pixels, None, batch_size=args.batch_size, seed=0, device=device, flip=True)
         self.trainer = Trainer(TrainState(student, self.train), method, self.models, batches, NOISE, seed=0)

@@ -1,5 +1,6 @@
 """The description of a trained model, from which it can be rebuilt, and its weights."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,11 +14,13 @@ from cm_core.noise import Noise
 from cm_core.params import Params
 from cm_core.precond import AverageVelocity, Precond
 from cm_core.randomness import seeded
+from cm_core.sampling import check_levels
 
 SPEC_FILE, WEIGHTS_FILE = "model.json", "ema.safetensors"
 
 
 Form = Literal["denoiser", "skip", "unshifted", "piecewise", "euler", "average_velocity", "generator"]
+CONSISTENCY_FUNCTIONS = ("skip", "unshifted", "piecewise")
 
 
 class ModelSpec(Params):
@@ -48,6 +51,8 @@ class ModelSpec(Params):
     """Range of the guidance weight that the network takes as an input; empty: it takes none."""
     guidance: float | None = None
     """The weight that such a model samples with unless told another."""
+    truncated_at: float | None = Field(None, gt=0)
+    """The noise level below which a consistency function was not trained (TCM); empty: it was at all."""
 
     @model_validator(mode="after")
     def _names_its_weight(self) -> "ModelSpec":
@@ -66,8 +71,13 @@ class ModelSpec(Params):
 
     @property
     def is_consistency_function(self) -> bool:
-        """Whether f maps every point of a trajectory to its end: what editing and levels of one's choice need."""
-        return self.form in ("skip", "unshifted", "piecewise")
+        """Whether f maps points of a trajectory to its end: what levels of one's choice need."""
+        return self.form in CONSISTENCY_FUNCTIONS
+
+    @property
+    def edits(self) -> bool:
+        """Whether f maps every point of a trajectory to its end: what editing needs, down to small noise."""
+        return self.is_consistency_function and self.truncated_at is None
 
     @property
     def fixed_steps(self) -> int | None:
@@ -78,6 +88,14 @@ class ModelSpec(Params):
     def boundary(self) -> float:
         """The noise level at which f(x, sigma) = x."""
         return self.noise.sigma_min if self.form in ("skip", "piecewise") else 0.0
+
+    def check_levels(self, sigmas: Sequence[float]) -> None:
+        """Raise ValueError unless noise levels decrease, stay above sigma_min and lie where the model was trained."""
+        check_levels(sigmas, sigma_min=self.noise.sigma_min)
+        if self.truncated_at is not None and sigmas[-1] < self.truncated_at:
+            raise ValueError(
+                f"this model was trained at noise levels from {self.truncated_at:g} on alone (TCM), got {list(sigmas)}"
+            )
 
     def build(self, *, autocast: torch.dtype | None = None) -> Precond:
         """Return the model with fresh weights from the global generator."""

@@ -84,7 +84,7 @@ def run_title() -> str:
 # Checked by the flow, whose refusal is one line as everywhere; Prefect's would be three.
 @flow(flow_run_name=run_title, validate_parameters=False)
 def consistency(recipe: Recipe, name: str = EDITED, root: Path = Path()) -> dict[str, Any]:
-    """Prepare images, train teacher and student, sample, edit, evaluate: whatever of it is not known already.
+    """Prepare images, train teacher, base and student, sample, edit, evaluate: whatever is not known already.
 
     Args:
         recipe: Every choice of the run.
@@ -267,6 +267,7 @@ def lineage_of(
         {name: [one.name for one in upstream(stage, stages)] for name, stage in stages.items()},
         {stage: version(made) for stage, made in outs.items()},
         model=model_name(dataset),
+        has_base=recipe.base is not None,
     )
 
 

@@ -13,11 +13,13 @@ import torch
 import fused_formulas
 from cm_core.methods.base import grid_on
 from cm_core.methods.cd import CD
+from cm_core.methods.cmt import CMT
 from cm_core.methods.ct import CT
 from cm_core.methods.ect import ECT
 from cm_core.methods.edm import EDM
 from cm_core.methods.meanflow import MeanFlow
 from cm_core.methods.scm import SCM
+from cm_core.methods.tcm import TCM
 from cm_core.model import ModelSpec
 from cm_core.networks import SongUNetParams, modes
 from cm_core.noise import Noise
@@ -75,15 +77,20 @@ def test_normals_are_normal_and_a_function_of_their_place():
 
 # A forward-mode derivative takes two passes, for its value and for the tangent.
 PASSES = [(EDM(), 3), (CT(), 4), (CD(solver="heun"), 6), (CD(solver="euler"), 5), (SCM(), 5), (MeanFlow(), 5)]
+# A trajectory of CMT has as many rows as points, and the teacher sees each once, or with Heun twice.
+PASSES += [(CMT(num_steps=4), 4), (CMT(num_steps=4, solver="heun"), 5), (TCM(), 5)]
 
 
 @pytest.mark.parametrize(("method", "passes"), PASSES)
 def test_a_step_costs_as_many_forward_passes_as_the_method_makes(method, passes):
     spec = ModelSpec(form=method.form, network=NETWORKS["ddpmpp"], noise=Noise(), image_shape=(1, 8, 8))
     cost = step_cost(method, spec, num_emas=1, bytes_per_value=2)
-    forward = step_cost(EDM(), spec, num_emas=1, bytes_per_value=2).flops_per_image / 3
+    plain = step_cost(EDM(), spec, num_emas=1, bytes_per_value=2)
+    forward = plain.flops_per_image / 3
     assert cost.flops_per_image == pytest.approx(passes * forward, rel=0.01)  # the first layer needs no input gradient
     assert cost.checkpointed_image_bytes < cost.image_bytes
+    copies = (cost.state_bytes - plain.state_bytes) / cost.parameters / 4
+    assert copies == method.needs_teacher + method.keeps_target + method.needs_base
     assert type(grid_on(Noise(), 18, CPU)) is torch.Tensor  # counting left no shape without values behind
 
 
@@ -188,7 +195,7 @@ def test_plan_reckons_with_the_devices_that_divide_a_training(monkeypatch, capsy
 def test_a_profiled_training_leaves_a_trace_its_kernels_and_its_speed(tmp_path, monkeypatch):
     monkeypatch.setenv(PROFILE_VARIABLE, str(tmp_path / "profile"))
     recipe = small_recipe("digits-ct", f"student.train.num_steps={SKIPPED + 1 + RECORDED + 1}")
-    for stage in ("prepare", "teacher", "student"):
+    for stage in ("prepare", "teacher", "base", "student"):
         run_small(stage, recipe, tmp_path)
     folder = tmp_path / "profile" / "student"
     assert "aten::" in (folder / "kernels.txt").read_text()

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from cm_core.model import ModelSpec
 from cm_core.networks.modes import plain_layers
 from cm_core.precond import Precond
-from cm_core.sampling import check_levels
 from cm_core.tensors import to_pixels
 
 OUTPUT = "images"
@@ -26,7 +25,7 @@ class SamplerGraph(nn.Module):
         super().__init__()
         if not spec.is_consistency_function:
             raise ValueError(f"the model is of form {spec.form}; a sampler within a graph needs a consistency function")
-        check_levels(sigmas, sigma_min=spec.boundary)
+        spec.check_levels(sigmas)
         self.spec, self.model, self.sigmas = spec, model.eval(), list(sigmas)
 
     def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:

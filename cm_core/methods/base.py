@@ -44,6 +44,7 @@ class Models:
     weighting: nn.Module | None = None  # sigma [B] -> log-weight [B], learned with the student
     score: Precond | None = None  # the critic's denoiser, of the student's images
     discriminator: Precond | None = None  # the critic's logits of noisy images
+    base: Precond | None = None  # the student's frozen first weights
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,9 @@ class Method(Params):
 
     kind: str
     starts_from: ClassVar[Literal["teacher", "random"]] = "random"
-    """The student's default initial weights."""
+    """The student's default initial weights, where the recipe has no base."""
+    needs_base: ClassVar[bool] = False
+    """Whether the loss uses the base, the consistency function that the student starts from."""
     forward_mode: ClassVar[bool] = False
     """Whether the loss takes forward-mode derivatives of the network."""
 
@@ -102,6 +105,11 @@ class Method(Params):
     def needs_teacher(self) -> bool:
         """Whether the loss uses a teacher."""
         return False
+
+    @property
+    def batch_multiple(self) -> int:
+        """What the batch size must be a multiple of: rows that belong together."""
+        return 1
 
     def target_decay_at(self, step: int, num_steps: int) -> float:
         """Return the target EMA's decay mu after `step`; 0 means that the target is the student itself."""

@@ -24,7 +24,7 @@ FP32 = 4  # bytes per value
 HEADROOM = 3 << 30  # bytes for the libraries' workspaces, the batches and fragmentation
 MATMUL_SIZE = 8192  # side of the square matrices that measure a GPU's rate
 KEPT_BY_MP_CONV = 3  # times its input: that itself, and the inputs of the SiLU and the product or sum before it
-COUNTED_BATCH = 2  # images for counting operations, which grow in proportion
+COUNTED_BATCH = 2  # images, or a method's multiples of them, for counting operations, which grow in proportion
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def step_cost(method: Method, spec: ModelSpec, *, num_emas: int, bytes_per_value
         kept, checkpointed = (passes * values for values in _count_kept_values(models.student, spec))
         heads = 0 if models.discriminator is None else sum(p.numel() for p in models.discriminator.parameters())
     trained = 2 if method.cycle > 1 else 1  # each with weights, gradients and 2 moments; 1 for grids
-    copies = 4 * trained + num_emas + 1 + method.keeps_target + method.needs_teacher
+    copies = 4 * trained + num_emas + 1 + method.keeps_target + method.needs_teacher + method.needs_base
     return StepCost(
         parameters=parameters,
         flops_per_image=flops,
@@ -134,7 +134,7 @@ def _models(method: Method, spec: ModelSpec) -> Models:
             norm.register_parameter("bias", None)
     # LPIPS is left out: its weights may need a download, and it is a small part of a U-Net's operations.
     build = distance.build if distance is not None and distance.kind != "lpips" else lambda _: _mean_square
-    models = Models(student, student, frozen, build(spec.image_shape), method.build_weighting())
+    models = Models(student, student, frozen, build(spec.image_shape), method.build_weighting(), base=frozen)
     if method.cycle == 1:
         return models
     return replace(models, score=frozen, discriminator=method.build_discriminator(frozen, spec.image_shape))
@@ -146,27 +146,27 @@ def _mean_square(a: Tensor, b: Tensor) -> Tensor:
 
 def _count_flops(method: Method, spec: ModelSpec, models: Models) -> tuple[float, float]:
     """Return the operations per image of a step, the mean over a cycle, and of a forward pass."""
-    flops = 0.0
+    flops, images = 0.0, COUNTED_BATCH * method.batch_multiple
     for step, count in enumerate((1, method.cycle - 1)[: method.cycle]):
         trained = models if step == 0 else replace(models, score=models.student)  # of the student's size
         with FlopCounterMode(display=False) as counter:
             _loss(method, spec, trained, step).mean().backward()
-        flops += count / method.cycle * counter.get_total_flops() / COUNTED_BATCH
-    batch = _counted_batch(spec)
+        flops += count / method.cycle * counter.get_total_flops() / images
+    batch = _counted_batch(spec, images)
     with FlopCounterMode(display=False) as forward, torch.no_grad():
-        models.student(batch.x0, torch.ones(COUNTED_BATCH), *batch.conditions)
-    return flops, forward.get_total_flops() / COUNTED_BATCH
+        models.student(batch.x0, torch.ones(images), *batch.conditions)
+    return flops, forward.get_total_flops() / images
 
 
 def _loss(method: Method, spec: ModelSpec, models: Models, step: int) -> Tensor:
     context = StepContext(step, method.cycle, spec.noise, torch.Generator())
-    return method.loss(models, _counted_batch(spec), context).per_sample
+    return method.loss(models, _counted_batch(spec, COUNTED_BATCH * method.batch_multiple), context).per_sample
 
 
-def _counted_batch(spec: ModelSpec) -> Batch:
-    labels = torch.zeros(COUNTED_BATCH, dtype=torch.int64) if spec.num_classes else None
-    weights = None if spec.guidance_range is None else torch.ones(COUNTED_BATCH)
-    return Batch(torch.empty(COUNTED_BATCH, *spec.image_shape), labels, weights)
+def _counted_batch(spec: ModelSpec, images: int) -> Batch:
+    labels = torch.zeros(images, dtype=torch.int64) if spec.num_classes else None
+    weights = None if spec.guidance_range is None else torch.ones(images)
+    return Batch(torch.empty(images, *spec.image_shape), labels, weights)
 
 
 def _count_kept_passes(method: Method, spec: ModelSpec, models: Models) -> int:

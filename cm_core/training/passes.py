@@ -38,7 +38,7 @@ def compose_passes(models: Models, method: Method, train: Train, *, graphs: bool
 
     `graphs`: whether CUDA graphs are allowed, which FSDP2 does not support.
     """
-    every = (models.student, models.target, models.teacher, models.score, models.discriminator)
+    every = (models.student, models.target, models.teacher, models.score, models.discriminator, models.base)
     for model in {id(m): m for m in every if m is not None}.values():
         model.network_pass = compose(model.net, train, graphs=graphs)
     # LPIPS: a rank needs only its own rows of its loss, unless derivatives are taken through it.
@@ -73,7 +73,8 @@ def in_parts(network_pass: Pass, parts: int) -> Pass:
     """Return a pass split into `parts` by rows, each recomputed in the backward pass (1604.06174)."""
 
     def pass_in_parts(*args: Tensor | None) -> Tensor:
-        columns = [[None] * parts if arg is None else arg.tensor_split(parts) for arg in args]
+        count = min(parts, len(next(arg for arg in args if arg is not None)))  # a teacher may see fewer rows
+        columns = [[None] * count if arg is None else arg.tensor_split(count) for arg in args]
         outs, first = [], 0
         for part in zip(*columns, strict=True):
             with rows_from(first):

@@ -60,7 +60,9 @@ class Trainer:
         for learner in state.learners:
             for module in learner.modules:
                 module.train()
-        self.models.target.train()  # the target's dropout must draw the student's mask
+        for model in (self.models.target, self.models.base):
+            if model is not None:
+                model.train()  # their dropout must draw the student's mask
         while state.step < train.num_steps:
             if self.method.replaces_teacher_at(state.step, train.num_steps):
                 state.replace_teacher()

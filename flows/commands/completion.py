@@ -11,7 +11,7 @@ WORDS = {
     "RECIPE": _PAGES.format("recipes"),
     "SWEEP": _PAGES.format("sweeps"),
     "RUN": "echo champion candidate; " + _PAGES.format("recipes"),  # a recipe names its newest run
-    "STAGE": "echo prepare features teacher student sample edit evaluate",
+    "STAGE": "echo prepare features teacher base student sample edit evaluate",
 }
 FILES = ("PATH", "FOLDER", "IMAGE", "MASK")
 

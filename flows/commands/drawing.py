@@ -176,7 +176,7 @@ def at_weight(spec: "ModelSpec", weight: float | None) -> str:
 
 def _choose_sampler(spec: "ModelSpec", args: Namespace, model: str) -> "tuple[Sampler, str]":
     """Return the function from (model, noise) to images in -1..1, and its description."""
-    from cm_core.sampling import TeacherSampler, check_levels
+    from cm_core.sampling import TeacherSampler
     from flows.stages.models import few_step_sigmas, few_steps
 
     if spec.form == "denoiser":
@@ -186,7 +186,7 @@ def _choose_sampler(spec: "ModelSpec", args: Namespace, model: str) -> "tuple[Sa
         return partial(sampler.sample, levels=spec.noise), f"{sampler.solver}, {sampler.nfe} network calls"
     sigmas = few_step_sigmas(spec, _mid_sigmas(spec, args, model))
     try:
-        check_levels(sigmas, sigma_min=spec.noise.sigma_min)
+        spec.check_levels(sigmas)
     except ValueError as error:
         raise UserError(f"--mid-sigmas: {error}") from error
     calls, levels = "call" if len(sigmas) == 1 else "calls", ", ".join(f"{sigma:.4g}" for sigma in sigmas)

@@ -149,6 +149,10 @@ class Editor:
 def check_task(task: str, spec: "ModelSpec", name: str) -> None:
     """Raise UserError if a model cannot do a task, whatever the options."""
     channels, height, width = spec.image_shape
+    if spec.truncated_at is not None:
+        raise UserError(
+            f"{name}: was not trained below sigma {spec.truncated_at:g} (TCM); editing needs all noise levels"
+        )
     if not spec.is_consistency_function:
         kinds = {"denoiser": "teacher", "euler": "student of progressive distillation"}
         what = (kinds | {"average_velocity": "student of MeanFlow", "generator": "one-step generator"})[spec.form]

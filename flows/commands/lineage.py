@@ -47,14 +47,16 @@ def of_workspace(root: Path) -> list[Node]:
     from flows.recipes.naming import active_name
     from flows.recipes.recipe import load_active
 
-    dataset = load_active(root).data.source.dataset_name()
+    recipe = load_active(root)
+    dataset, has_base = recipe.data.source.dataset_name(), recipe.base is not None
     outdated = explain(root)
     reasons = [reason for story in outdated.values() for reason in story["reasons"]]
     stale = set(outdated)
     stale |= {"code"} if any(reason.startswith(CODE) for reason in reasons) else set()
     stale |= {"recipe"} if any(" -> " in reason for reason in reasons) else set()
     sources = {"data": dataset, "code": code_of(describe_code(root)), "recipe": active_name(root)}
-    return lineage(sources, _upstream(root), _versions(root), model=model_name(dataset), stale=stale)
+    model = model_name(dataset)
+    return lineage(sources, _upstream(root), _versions(root), model=model, stale=stale, has_base=has_base)
 
 
 def of_run(given: str, root: Path) -> list[Node]:
@@ -66,7 +68,9 @@ def of_run(given: str, root: Path) -> list[Node]:
     sources = {"data": dataset, "code": code_of(run.data.tags), "recipe": run.data.tags.get("recipe", "unknown")}
     stale = {stage for stage, value in made.items() if here.get(stage) != value}
     stale |= {"code"} if sources["code"] != code_of(describe_code(root)) else set()
-    return lineage(sources, _upstream(root), made, model=_registered(made.get("student"), tracker), stale=stale)
+    model = _registered(made.get("student"), tracker)
+    has_base = any(key.startswith("base.") for key in run.data.params)
+    return lineage(sources, _upstream(root), made, model=model, stale=stale, has_base=has_base)
 
 
 def _registered(student: str | None, tracker: "Tracker") -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 GPUS = {"a100": (312e12, 80 << 30), "h100": (798e12, 80 << 30), "h200": (787e12, 140 << 30)}
 EXPECTED_SHARE = 0.5  # of these products, in bf16: measured 0.47 to 0.55 (docs/performance.md)
 FP32_SHARE = 0.05  # the same in fp32
-TRAININGS = ("teacher", "student")
+TRAININGS = ("teacher", "base", "student")
 COLUMNS = ("training", "parameters", "GFLOP an image", "images a step", "GiB a GPU", "images/s", "hours", "")
 
 

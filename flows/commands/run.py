@@ -48,7 +48,9 @@ def add_parsers(commands: Any) -> None:
     parser.set_defaults(command=run)
 
     parser = commands.add_parser("stage", help="run one stage on params/active.yaml; what dvc.yaml calls")
-    parser.add_argument("stage", metavar="STAGE", help="prepare, features, teacher, student, sample, edit or evaluate")
+    parser.add_argument(
+        "stage", metavar="STAGE", help="prepare, features, teacher, base, student, sample, edit or evaluate"
+    )
     _add_profile_option(parser)
     parser.set_defaults(command=stage, in_place=True)
 

@@ -15,7 +15,7 @@ from flows.errors import UserError
 from flows.settings import Settings, variable
 
 DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
-SHARED = ("teacher", "student", "sample")  # stages that several devices share
+SHARED = ("teacher", "base", "student", "sample")  # stages that several devices share
 LOOK_EVERY = 1.0  # seconds between polls for a free device
 GPU_LINE = re.compile(r"^GPU (\d+): .*\(UUID: ([^)]+)\)$", re.M)  # of `nvidia-smi --list-gpus`; so is a MIG's
 MIG_LINE = re.compile(r"^ +MIG .*\(UUID: ([^)]+)\)$", re.M)

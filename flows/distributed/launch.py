@@ -95,8 +95,9 @@ def processes_for(stage: str, section: Any, count: int | None = None) -> int:
     count = count or devices_for(stage)
     if train is None:
         return count
-    if train.batch_size % count:
-        raise UserError(f"{said}: must divide {stage}.train.batch_size={train.batch_size}")
+    if train.batch_size % (count * section.method.batch_multiple):
+        apart = f" / method.num_steps={multiple}" if (multiple := section.method.batch_multiple) > 1 else ""
+        raise UserError(f"{said}: must divide {stage}.train.batch_size={train.batch_size}{apart}")
     obstacle = why_not_sharded(section.method, train)
     if Settings.read().shard and count > 1 and obstacle:
         raise UserError(f"{SHARD}=1: {stage}.{obstacle}; allowed there: {SHARD}=0")

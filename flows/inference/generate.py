@@ -55,9 +55,14 @@ def draw_images(
 
 
 def usual_mid_sigmas(spec: ModelSpec, count: int, known: Sequence[Sequence[float]]) -> list[float]:
-    """Return `count` noise levels after sigma_max: those of `known` with that length, else a Karras grid's."""
-    grid = spec.noise.grid(count + 2).tolist()[1:-1]
-    return next((list(mid) for mid in known if len(mid) == count), grid)
+    """Return `count` noise levels after sigma_max: those of `known` with that length, else a Karras grid's.
+
+    Of a truncated model none lies below its lowest level.
+    """
+    lowest = spec.truncated_at or spec.noise.sigma_min
+    grid = spec.noise.model_copy(update={"sigma_min": lowest}).grid(count + 2).tolist()[1:-1]
+    usable = (list(mid) for mid in known if len(mid) == count and all(sigma >= lowest for sigma in mid))
+    return next(usable, grid)
 
 
 def write_levels(folder: Path, mid_sigmas: Sequence[Sequence[float]]) -> Path:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 ORDER = """
 name recipe num_images seed conditional
-student data teacher sample features evaluate edit noise network
+student data teacher base sample features evaluate edit noise network
 kind method source train
 """.split()
 LATE = ("weights", "reference")  # in place of a training, of the training images
@@ -34,7 +34,10 @@ TITLES = {  # the field's terms, where a name and WORDS do not give them
     "anneal": "Anneal the learning rate in each halving",
     "attn_resolutions": "Attention resolutions",
     "b": "Steepness b of the mapping",
+    "base": "Base, a training before the student's",
     "beside_fid": "Metrics beside FID",
+    "boundary_share": "Share of t = t′",
+    "boundary_weight": "Weight of these pairs",
     "betas": "β1, β2",
     "c_noise": "Noise conditioning c_noise",
     "c_per_sqrt_dim": "c / √D",
@@ -59,6 +62,7 @@ TITLES = {  # the field's terms, where a name and WORDS do not give them
     "factor": "Factor of superres",
     "flip": "Horizontal flips",
     "form": "Boundary condition",
+    "freedom": "Degrees of freedom of ln t",
     "fourier_scale": "Scale of the Fourier embedding",
     "grid_every": "Steps between sample grids",
     "grid_sampler": "Sampler of the grids in training",
@@ -75,6 +79,7 @@ TITLES = {  # the field's terms, where a name and WORDS do not give them
     "k": "Height k of the mapping",
     "kid_subset_size": "KID, images of a subset",
     "kid_subsets": "KID, subsets",
+    "loc": "Location of ln t",
     "log_every": "Steps between logged metrics",
     "mapping": "Mapping n(t)",
     "mid_sigmas": "Intermediate noise levels σ",
@@ -95,6 +100,7 @@ TITLES = {  # the field's terms, where a name and WORDS do not give them
     "ramp": "Ramp of the half-life",
     "ramp_steps": "Learning-rate warmup steps",
     "repeats": "Sets of images",
+    "ratio": "Ratio r / t",
     "rho": "Curvature ρ of the grid",
     "s0": "Initial discretization steps s0",
     "s1": "Final discretization steps s1",
@@ -103,6 +109,7 @@ TITLES = {  # the field's terms, where a name and WORDS do not give them
     "s_min": "S_min",
     "s_noise": "S_noise",
     "save_every": "Steps between saved states",
+    "scale": "Scale of ln t",
     "scale_shift": "Scale and shift by the noise level",
     "schedule": "Learning-rate schedule",
     "schedule_start": "Steps before the decay",
@@ -110,6 +117,7 @@ TITLES = {  # the field's terms, where a name and WORDS do not give them
     "sigma_max": "Largest noise level σ_max",
     "sigma_min": "Smallest noise level σ_min",
     "snapshots": "Snapshots for post-hoc EMA",
+    "split": "Dividing noise level t′",
     "stroke_sigma": "σ of stroke",
     "t_mean": "Mean of logit t",
     "t_std": "Standard deviation of logit t",
@@ -137,6 +145,8 @@ TABS = {  # of a choice, by its kind; others have the title of their class
     "cm_inf": "CM∞",
     "meanflow": "MeanFlow",
     "dmd": "DMD",
+    "cmt": "CMT · mid-training",
+    "tcm": "TCM · truncated",
     "l2 or l1": "ℓ2 or ℓ1",
     "pseudo_huber": "Pseudo-Huber",
     "lpips": "LPIPS",

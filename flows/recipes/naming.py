@@ -4,6 +4,7 @@ import shlex
 from functools import lru_cache
 from pathlib import Path
 
+from cm_core.params import Params
 from flows.recipes.files import RECIPES_DIR, find_file, run_name
 from flows.recipes.recipe import (
     EDITED,
@@ -15,6 +16,10 @@ from flows.recipes.recipe import (
     recorded_name,
     yaml_text,
 )
+from flows.stages.student import Student
+from flows.stages.teacher import Teacher
+
+OPTIONAL: dict[str, type[Params]] = {"teacher": Teacher, "base": Student}  # sections that may be null
 
 
 def called(recipe: Recipe, name: str, root: Path) -> str:
@@ -34,7 +39,9 @@ def overrides(recipe: Recipe, name: str, root: Path) -> list[str]:
     kinds = [key for key in differs if key.endswith(".kind")]
     default = differs.keys() - flatten(recipe.model_dump(mode="json", exclude_defaults=True)).keys()
     unsaid = {key for key in default for kind in kinds if key != kind and key.startswith(kind.removesuffix("kind"))}
-    return [f"{key}={value}" for key, value in differs.items() if key not in unsaid]
+    said = [f"{key}={value}" for key, value in differs.items() if key not in unsaid]
+    added = [role for role in OPTIONAL if getattr(recipe, role) is not None and known[0].get(role) == "null"]
+    return said + [f"{role}={{}}" for role in added if not any(one.startswith(f"{role}.") for one in said)]
 
 
 def command(recipe: Recipe, name: str, root: Path) -> str | None:
@@ -52,7 +59,15 @@ def _values_in_file(name: str, root: Path, modified: int) -> list[dict[str, str]
 
     A flow asks twice, and a local checkpoint that the file names is hashed to be compared.
     """
-    return [_values(load_recipe(name, root=root, base=base)) for base in (None, root)]
+    found = [_values(load_recipe(name, root=root, base=base)) for base in (None, root)]
+    return [_defaults_of_absent(values) | values for values in found]
+
+
+def _defaults_of_absent(values: dict[str, str]) -> dict[str, str]:
+    """Return the values with which sections begin that the file has as null."""
+    absent = {role: section for role, section in OPTIONAL.items() if values.get(role) == "null"}
+    trees = {role: section().model_dump(mode="json") for role, section in absent.items()}
+    return {key: yaml_text(value) for key, value in flatten(trees).items()}
 
 
 def _values(recipe: Recipe) -> dict[str, str]:
@@ -60,12 +75,12 @@ def _values(recipe: Recipe) -> dict[str, str]:
 
 
 def title(recipe: Recipe, name: str) -> str:
-    """Return a readable run name such as `digits-cd · cd heun N=18`."""
-    method = recipe.student.method
+    """Return a readable run name such as `digits-cd · cd heun N=18`, or `digits-tcm · ect then tcm`."""
+    method, before = recipe.student.method, [] if recipe.base is None else [recipe.base.method.kind, "then"]
     labels = {"solver": "{}", "num_scales": "N={}", "s0": "s0={}", "s1": "s1={}"}
     chosen = {field: getattr(method, field, None) for field in labels}
     words = [label.format(chosen[field]) for field, label in labels.items() if chosen[field] is not None]
-    return " ".join(([f"{name} ·"] if name else []) + [method.kind, *words])
+    return " ".join(([f"{name} ·"] if name else []) + [*before, method.kind, *words])
 
 
 def active_name(root: Path) -> str:

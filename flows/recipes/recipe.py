@@ -19,14 +19,15 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from cm_core.distances import Lpips, check_lpips_shape
+from cm_core.guidance import WeightRange
 from cm_core.metrics.evaluation import NEEDED_FEATURES
 from cm_core.networks import Network, SongUNetParams
 from cm_core.noise import Noise
 from cm_core.params import Params
-from cm_core.sampling import check_levels
 from flows.atomic import replace_text
 from flows.errors import UserError
 from flows.recipes.files import RECIPES_DIR, find_file, names_in
+from flows.recipes.starts import check_noise_levels, check_starts
 from flows.stages.edit import Edit
 from flows.stages.evaluate import Evaluate
 from flows.stages.features import ClassifierFeatures, Features
@@ -45,12 +46,14 @@ PATH_KEYS = (  # values that may name a local file or folder
     "data.source.urls",
     "features.weights",
     "features.reference",
+    "base.method.distance.weights",
     "student.method.distance.weights",
     "teacher.weights",
+    "base.weights",
     "student.weights",
     "sample.weak_teacher.weights",
 )
-PINNED = ("teacher.weights", "student.weights", "sample.weak_teacher.weights")  # of these, whose checksum is recorded
+PINNED = tuple(f"{key}.weights" for key in ("teacher", "base", "student", "sample.weak_teacher"))  # checksum recorded
 
 
 class Recipe(Params):
@@ -70,6 +73,8 @@ class Recipe(Params):
     """The feature network of the metrics."""
     teacher: Teacher | None = Teacher()
     """Training of the diffusion model; null: none is trained."""
+    base: Student | None = None
+    """A training before the student's, whose model the student starts from; null: none."""
     student: Student = Student()
     """Training of the consistency model."""
     sample: Sample = Sample()
@@ -81,14 +86,7 @@ class Recipe(Params):
 
     @model_validator(mode="after")
     def _possible(self) -> "Recipe":
-        kind = self.student.method.kind
-        if self.teacher is None and self.student.uses_teacher and self.student.method.needs_teacher:
-            raise ValueError(f"student.method.kind={kind} distils a teacher, and teacher is null; train one or use ct")
-        if self.teacher is None and self.student.uses_teacher:
-            raise ValueError(
-                f"the student's first weights are the teacher's (kind={kind}), and teacher is null; train one, or set "
-                "student.init_from: random"
-            )
+        check_starts(self.teacher, self.students())
         if self.evaluate.needs_features and getattr(self.features, "reference", None):
             raise ValueError(
                 f"evaluate.beside_fid={list(self.evaluate.beside_fid)}: kid and precision_recall need {NEEDED_FEATURES}"
@@ -101,22 +99,23 @@ class Recipe(Params):
             raise ValueError(f"sample.emas={list(self.sample.emas)}: student.train.emas has {count}, counted from 0")
         if self.sample.widths and self.student.train.snapshots is None:
             raise ValueError(f"sample.widths={list(self.sample.widths)} needs student.train.snapshots")
-        for mid in (*self.sample.mid_sigmas, *self.student.evaluate_mid_sigmas):
-            check_levels([self.noise.sigma_max, *mid], sigma_min=self.noise.sigma_min)
-        if sigma := getattr(self.student.method, "generator_sigma", None):
-            check_levels([sigma], sigma_min=self.noise.sigma_min)
-        guidance = getattr(self.student.method, "guidance", 1.0)
-        self.sample.check_guidance(self.student.guidance_range, guidance)
+        check_noise_levels(self.noise, self.student, self.sample)
+        self.sample.check_guidance(self.student.guidance_range, getattr(self.student.method, "guidance", 1.0))
         if self.teacher is not None:
-            guided = {
+            guided: dict[str, float | WeightRange] = {
                 "sample.teacher_sampler.guidance": self.sample.label_guidance,
                 "teacher.grid_sampler.guidance": self.teacher.grid_sampler.guidance,
-                "student.method.guidance": guidance,
-                "student.method.guidance_range": self.student.guidance_range or 1.0,
             }
+            for role, section in self.students().items():
+                guided[f"{role}.method.guidance"] = getattr(section.method, "guidance", 1.0)
+                guided[f"{role}.method.guidance_range"] = section.guidance_range or 1.0
             for key, weight in guided.items():
                 self.teacher.check_guides(key, weight, conditional=self.conditional)
         return self
+
+    def students(self) -> dict[str, Student]:
+        """Return the sections that train as a student does, {name: section}."""
+        return {"student": self.student} if self.base is None else {"base": self.base, "student": self.student}
 
     def _divides_into_sets(self) -> None:
         """Refuse rows of images that are not a whole number of sets."""
@@ -130,15 +129,16 @@ class Recipe(Params):
 
     def _fits(self, shape: tuple[int, int, int]) -> None:
         """Refuse networks, distances and edits that do not fit this image shape."""
-        if isinstance(getattr(self.student.method, "distance", None), Lpips):
-            check_lpips_shape(shape)
         self.edit.check(shape, self.noise)
-        for name in ("dropout", "dropout_resolution"):
-            value = getattr(self.student, name)
-            if value is not None and name not in type(self.network).model_fields:
-                raise ValueError(f"student.{name}={value}, and network.kind={self.network.kind} has no dropout")
-        with torch.device("meta"):  # shapes without weights
-            self.student.method.check_network(self.network.build(shape, 0))
+        for role, section in self.students().items():
+            if isinstance(getattr(section.method, "distance", None), Lpips):
+                check_lpips_shape(shape)
+            for name in ("dropout", "dropout_resolution"):
+                value = getattr(section, name)
+                if value is not None and name not in type(self.network).model_fields:
+                    raise ValueError(f"{role}.{name}={value}, and network.kind={self.network.kind} has no dropout")
+            with torch.device("meta"):  # shapes without weights
+                section.method.check_network(self.network.build(shape, 0))
 
 
 def recipe_names(root: Path) -> list[str]:

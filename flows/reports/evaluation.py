@@ -14,6 +14,7 @@ from flows.reports.sections import loss_curve, sections
 
 TEMPLATE = "templates/report.html"
 METHODS = {"ict": "iCT", "scm": "sCM", "cm_inf": "CM∞"}  # in papers; others are written in capitals
+ABSENT = "none"  # in place of the description of a model that the recipe has not
 PUBLISHED = "inception"  # features whose FIDs compare with those of papers
 
 
@@ -27,9 +28,9 @@ def write_report(rows: Sequence[Row], artifacts: Artifacts, protocol: Mapping[st
     write_page(
         plots.with_name("report.html"),
         TEMPLATE,
-        title=f"{artifacts.dataset.name}: {sentence(rows, _method(artifacts.student_dir))}",
+        title=f"{artifacts.dataset.name}: {sentence(rows, _method(artifacts.models['Student']))}",
         dataset=artifacts.dataset.name,
-        sentence=sentence(rows, _method(artifacts.student_dir)),
+        sentence=sentence(rows, _method(artifacts.models["Student"])),
         scale=_scale(rows, artifacts),
         facts=_facts(artifacts),
         tables=tables,
@@ -74,13 +75,14 @@ def _facts(artifacts: Artifacts) -> dict[str, str]:
     facts = {
         "Data": f"{dataset.name}, {channels} × {height} × {width}",
         "Images": f"{len(dataset.train_images):,} to train, {len(dataset.heldout_images):,} held out",
-        "Student": _describe_model(artifacts.student_dir),
-        "Teacher": _describe_model(artifacts.teacher_dir),
+        "Student": _describe_model(artifacts.models["Student"]),
+        **({"Base": base} if (base := _describe_model(artifacts.models["Base"])) != ABSENT else {}),
+        "Teacher": _describe_model(artifacts.models["Teacher"]),
         "Feature network": files.kind,
     }
     if files.accuracy is not None:
         facts["Its accuracy"] = f"{files.accuracy:.1%} of the held-out images"
-    if spec := _read_spec(artifacts.student_dir):
+    if spec := _read_spec(artifacts.models["Student"]):
         low, high, spread = (spec["noise"][name] for name in ("sigma_min", "sigma_max", "sigma_data"))
         facts["Noise levels"] = f"{low:g} to {high:g}, data {spread:g}"
     return facts
@@ -90,7 +92,7 @@ def _describe_model(folder: Path) -> str:
     """Describe the model in `folder`: network, parameters, length of training."""
     spec = _read_spec(folder)
     if spec is None:
-        return "none"
+        return ABSENT
     words = [spec["network"]["kind"]]
     weights = folder / "ema.safetensors"
     if weights.exists():

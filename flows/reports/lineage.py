@@ -7,6 +7,7 @@ from typing import NamedTuple
 WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 138, 44, 44, 18, 8  # pixels, of boxes and between them
 INK, LINE, PLAIN, STALE = "#222222", "#8a8f98", "#f4f6fa", "#fde8d7"
 SHORT = 8  # characters of a version
+BASE = "base"  # the stage that a recipe may do without
 
 
 class Node(NamedTuple):
@@ -30,12 +31,15 @@ def lineage(
     *,
     model: str,
     stale: Collection[str] = (),
+    has_base: bool = True,
 ) -> list[Node]:
-    """Return the nodes, each after those it is made of.
+    """Return the nodes, each after those it is made of; without a base its stage has made nothing, and is left out.
 
     `sources` are {data, code, recipe: version}; they go into every stage, and are drawn before the first. `upstream`
     are {stage: the stages it reads} in order, `versions` those of what they made, `model` is the student's name.
     """
+    if not has_base:
+        upstream = {name: [one for one in inputs if one != BASE] for name, inputs in upstream.items() if name != BASE}
     nodes = [Node(name, version, stale=name in stale) for name, version in sources.items()]
     for stage, inputs in upstream.items():
         made = versions.get(stage, "")[:SHORT] or "not made yet"

@@ -46,7 +46,7 @@ class Card(Params):
     protocol: dict[str, Any] = {}
     """protocol.json."""
     trainings: dict[str, Training] = {}
-    """By role: teacher, student."""
+    """By role: teacher, base, student."""
     origins: dict[str, dict[str, str]] = {}
     """By role, the imported checkpoints: weights, sha256, format, licence."""
     licence: str = ""
@@ -167,6 +167,8 @@ def describe(spec: ModelSpec) -> str:
         "generator": "one-step generator",
     }
     kind = others.get(spec.form, f"consistency function {spec.form} with f(x, {spec.boundary:g}) = x")
+    if spec.truncated_at is not None:
+        kind = f"truncated consistency function {spec.form}, trained at noise levels from {spec.truncated_at:g} on"
     channels, height, width = spec.image_shape
     classes = f"{spec.num_classes} classes" if spec.num_classes else "unconditional"
     inputs = f", {spec.augment_dim} augmentation labels" if spec.augment_dim else ""

@@ -77,8 +77,7 @@ class Artifacts:
     files: FeatureFiles
     samples: Mapping[str, Any]  # samples.json
     sample_dir: Path
-    teacher_dir: Path
-    student_dir: Path
+    models: Mapping[str, Path]  # Student, Base, Teacher: their artifacts, without a model if the recipe has none
     edit_dir: Path
     edits: Mapping[str, Any]  # edit.json
     over_training: Mapping[int, Mapping[str, float]]  # steps -> row -> FID

@@ -70,16 +70,15 @@ class Section:
 
 def sections(rows: Sequence[Row], artifacts: Artifacts, plots: Path) -> list[Section]:
     """Draw the plots into the folder `plots`; return the page's sections."""
-    trainings = {"Student": artifacts.student_dir, "Teacher": artifacts.teacher_dir}
     charts = [_plot_fid(rows, artifacts, plots), *_plot_over_training(artifacts, plots)]
     charts += _plot_over("width", "relative width of the EMA", _by_width(rows), artifacts, plots)
     charts += _plot_over("guidance", "weight of guidance", _by_guidance(rows, artifacts), artifacts, plots)
-    charts += _plot_losses(trainings, plots)
+    charts += _plot_losses(artifacts.models, plots)
     found = [
         Section("Samples", pictures=_sample_grids(rows, artifacts, plots)),
         Section("Curves", charts=charts),
         _show_neighbours(rows, artifacts),
-        Section("Samples over training", pictures=_training_grids(trainings, plots)),
+        Section("Samples over training", pictures=_training_grids(artifacts.models, plots)),
         Section("Denoising", pictures=_strips(artifacts, plots)),
         Section("Editing", pictures=_edits(artifacts)),
     ]
@@ -258,7 +257,7 @@ def _plot_over_training(artifacts: Artifacts, plots: Path) -> list[str]:
 
 
 def _plot_losses(folders: Mapping[str, Path], plots: Path) -> list[str]:
-    """Draw the loss curves of teacher and student, over steps and over noise levels; skip an absent model.
+    """Draw the loss curves of all trainings, over steps and over noise levels; skip an absent model.
 
     The student's curve is a table too, loss.csv, which `dvc plots diff` lays over that of other commits.
     """

@@ -53,7 +53,7 @@ from flows.workspace.integrity import damaged_inputs, read_inputs, recorded_md5
 from flows.workspace.locations import cache_of, shared_root
 
 PREPARED, FACTS_FILE = "out/prepare", "dataset.json"
-TRAINS = ("features", "teacher", "student")
+TRAINS = ("features", "teacher", "base", "student")
 
 
 def start_stage(name: str, root: Path) -> None:

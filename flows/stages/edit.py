@@ -118,8 +118,8 @@ def edit(edit: Edit, prepare_dir: Path, student_dir: Path, out_dir: Path, monito
 
 
 def _possible(edit: Edit, spec: ModelSpec, monitor: Monitor) -> list[str]:
-    if not spec.is_consistency_function:
-        monitor.remark("no gallery: the student is no consistency model")
+    if not spec.edits:
+        monitor.remark("no gallery: the student is no consistency model of all noise levels")
         return []
     if "colorize" in edit.tasks and spec.image_shape[0] != 3:
         monitor.remark("colorize is left out: the images are grey")

@@ -53,6 +53,7 @@ def evaluate(
     prepare_dir: Path,
     features_dir: Path,
     teacher_dir: Path,
+    base_dir: Path,
     student_dir: Path,
     sample_dir: Path,
     edit_dir: Path,
@@ -73,7 +74,8 @@ def evaluate(
     rows = _measure(rows, dataset, files, extractor, evaluate, device, monitor)
     over_training = _measure_over_training(student_dir / SETS, files, extractor, evaluate, device)
     protocol = _protocol(rows, dataset, files, samples, evaluate)
-    artifacts = Artifacts(dataset, files, samples, sample_dir, teacher_dir, student_dir, edit_dir, edits, over_training)
+    models = {"Student": student_dir, "Base": base_dir, "Teacher": teacher_dir}
+    artifacts = Artifacts(dataset, files, samples, sample_dir, models, edit_dir, edits, over_training)
     plots, by_row = out_dir / "plots", out_dir / "rows"
     for folder in (plots, by_row):
         folder.mkdir(parents=True, exist_ok=True)

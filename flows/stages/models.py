@@ -1,22 +1,23 @@
-"""Shared code of the stages with networks: the device, the student's initial weights, labels of samples."""
+"""Shared code of the stages with networks: the device, absent models, initial weights, labels of samples."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cm_core.model import ModelSpec, build_seeded, load_weights
+from cm_core.model import WEIGHTS_FILE, ModelSpec, build_seeded, load_spec, load_weights
 from cm_core.networks.guided import LAYER
 from cm_core.precond import Precond
 from cm_core.randomness import make_generator
 from cm_core.sampling import ImageNoise, euler_steps, flow_map_steps, multistep
 from cm_core.solvers import Denoiser
 from flows.data.dataset import Dataset
+from flows.monitor import Monitor
 
-ABSENT_FILE = "none.json"  # marks the teacher's folder of a recipe without teacher
+ABSENT_FILE = "none.json"  # marks the folder of a teacher or base that the recipe has not
 ORIGIN_FILE = "origin.json"  # the source of a model: of its first weights, or the checkpoint it was read from
 GRID_IMAGES = 64  # images per training grid
 
@@ -43,15 +44,28 @@ def write_origin(out_dir: Path, *, method: str, init_from: str, seed: int) -> No
     (out_dir / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n")
 
 
-def initial_student(spec: ModelSpec, *, init_from: str, seed: int, teacher_dir: Path) -> Precond:
-    """Return the student before training, on the CPU: the teacher's weights, or random ones from `seed`.
+def write_absent(out_dir: Path, role: str, monitor: Monitor) -> None:
+    """Mark the artifact of a teacher or base that the recipe has not."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / ABSENT_FILE).write_text(json.dumps({role: None}) + "\n")
+    monitor.remark(f"this recipe has no {role}")
 
-    A layer of guidance weights, which no teacher has, starts at zero: the student computes the teacher's function.
+
+def present(**folders: Path) -> dict[str, Path]:
+    """Return those of the folders {role: artifact} that hold a model, by the recipe."""
+    return {role: folder for role, folder in folders.items() if not (folder / ABSENT_FILE).exists()}
+
+
+def initial_student(spec: ModelSpec, *, init_from: str, seed: int, earlier: Mapping[str, Path]) -> Precond:
+    """Return the student before training, on the CPU: weights of an `earlier` model, or random ones from `seed`.
+
+    A layer of guidance weights that the earlier model lacks starts at zero: the student computes the same function.
     """
     model = build_seeded(spec, seed)
-    if init_from == "teacher":
-        added = frozenset(name for name in model.state_dict() if LAYER in name)
-        load_weights(model, teacher_dir / "ema.safetensors", added=added)
+    if init_from != "random":
+        lacks = load_spec(earlier[init_from]).guidance_range is None
+        added = frozenset(name for name in model.state_dict() if lacks and LAYER in name)
+        load_weights(model, earlier[init_from] / WEIGHTS_FILE, added=added)
     return model
 
 

@@ -1,7 +1,7 @@
 """Stage `sample`: images from the student at one and more steps, the untrained student and the teacher."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from cm_core.parallel.graphs import with_cuda_graphs
 from cm_core.params import Params
 from cm_core.precision import Precision, autocast_dtype, set_float32_products
 from cm_core.precond import Precond
-from cm_core.sampling import ImageNoise, TeacherSampler, check_levels
+from cm_core.sampling import ImageNoise, TeacherSampler
 from cm_core.tensors import from_pixels, to_pixels
 from cm_core.training.posthoc import FOLDER, WIDEST, rebuild
 from flows.data.dataset import Dataset, load_dataset
@@ -28,7 +28,6 @@ from flows.errors import UserError
 from flows.monitor import Monitor
 from flows.reports.figures import save_grid, save_rows
 from flows.stages.models import (
-    ABSENT_FILE,
     ORIGIN_FILE,
     class_counts,
     ema_suffix,
@@ -37,6 +36,7 @@ from flows.stages.models import (
     fixed_labels,
     initial_student,
     pick_device,
+    present,
     to_device,
 )
 from flows.stages.weak_teacher import WeakTeacher
@@ -126,13 +126,19 @@ class Row:
 
 
 def sample(
-    sample: Sample, prepare_dir: Path, teacher_dir: Path, student_dir: Path, out_dir: Path, monitor: Monitor
+    sample: Sample,
+    prepare_dir: Path,
+    teacher_dir: Path,
+    base_dir: Path,
+    student_dir: Path,
+    out_dir: Path,
+    monitor: Monitor,
 ) -> None:
     """Draw every row of images; write arrays, grids and denoising strips, and samples.json last."""
     device = pick_device()
     autocast = autocast_dtype(sample.precision)
     set_float32_products(sample.precision)
-    spec = load_spec(student_dir)
+    spec, earlier = load_spec(student_dir), present(teacher=teacher_dir, base=base_dir)
     _check_levels(sample, spec)
     chosen = _chosen_emas(sample, student_dir).items()
     students = {ema: _load(folder, device, autocast)[1] for ema, folder in chosen}
@@ -143,9 +149,9 @@ def sample(
         f = _place(load_rebuilt(student_dir, width, autocast=autocast)[1], device)
         rows += _student_rows(sample, spec, f, 0, width)
     if "init_from" in (origin := json.loads((student_dir / ORIGIN_FILE).read_text())):  # trained here
-        untrained = _untrained(spec, origin, teacher_dir, device, autocast)
+        untrained = _untrained(spec, origin, earlier, device, autocast)
         rows.append(_student_row("untrained", "untrained", sample, spec, untrained))
-    if not (teacher_dir / ABSENT_FILE).exists() and sample.teacher_images != 0:
+    if "teacher" in earlier and sample.teacher_images != 0:
         weak = sample.weak_teacher.load(load_spec(teacher_dir), autocast, monitor)
         weak = weak and _place(weak, device)
         for ema, folder in _chosen_emas(sample, teacher_dir).items():
@@ -216,7 +222,7 @@ def _place(model: Precond, device: torch.device) -> Precond:
 def _check_levels(sample: Sample, spec: ModelSpec) -> None:
     for mid in sample.mid_sigmas:
         try:
-            check_levels([spec.noise.sigma_max, *mid], sigma_min=spec.noise.sigma_min)
+            spec.check_levels([spec.noise.sigma_max, *mid])
         except ValueError as error:
             raise UserError(f"sample.mid_sigmas: {error}") from error
 
@@ -259,9 +265,13 @@ def _student_row(
 
 
 def _untrained(
-    spec: ModelSpec, origin: dict[str, Any], teacher_dir: Path, device: torch.device, autocast: torch.dtype | None
+    spec: ModelSpec,
+    origin: dict[str, Any],
+    earlier: Mapping[str, Path],
+    device: torch.device,
+    autocast: torch.dtype | None,
 ) -> Precond:
-    first = initial_student(spec, init_from=origin["init_from"], seed=origin["seed"], teacher_dir=teacher_dir)
+    first = initial_student(spec, init_from=origin["init_from"], seed=origin["seed"], earlier=earlier)
     first.autocast = autocast
     return _place(first.eval().requires_grad_(False), device)
 
@@ -357,7 +367,7 @@ def _save_strips(spec: ModelSpec, f: Precond, dataset: Dataset, device: torch.de
     if spec.num_classes:
         labels = torch.from_numpy(np.array(classes[:STRIP_IMAGES])).to(device)
     rows = {split: pixels.cpu().numpy()}
-    for sigma in STRIP_SIGMAS:
+    for sigma in (sigma for sigma in STRIP_SIGMAS if sigma >= (spec.truncated_at or 0)):
         x_t = x0 + sigma * eps
         rows[f"noised, sigma {sigma:g}"] = to_pixels(x_t / max(1.0, sigma)).cpu().numpy()
         x0_hat = f(x_t, torch.full((len(x0),), sigma, device=device), labels)

@@ -1,6 +1,7 @@
-"""Stage `student`: train the consistency model, distilled from the teacher or in isolation."""
+"""Stage `student`: train the consistency model, distilled or in isolation, from a base or not; `base` trains as it."""
 
 import copy
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from cm_core.guidance import WeightRange
 from cm_core.methods.base import Method, Models
 from cm_core.methods.cd import CD
 from cm_core.methods.cm_inf import CMInf
+from cm_core.methods.cmt import CMT
 from cm_core.methods.ct import CT
 from cm_core.methods.dmd import DMD
 from cm_core.methods.ect import ECT
@@ -22,6 +24,7 @@ from cm_core.methods.ict import ICT
 from cm_core.methods.meanflow import MeanFlow
 from cm_core.methods.pd import PD
 from cm_core.methods.scm import SCM
+from cm_core.methods.tcm import TCM
 from cm_core.model import ModelSpec, load_model, load_spec
 from cm_core.networks import Network
 from cm_core.noise import Noise
@@ -36,7 +39,6 @@ from flows.data.dataset import Dataset, load_dataset
 from flows.errors import UserError
 from flows.monitor import Monitor
 from flows.stages.models import (
-    ABSENT_FILE,
     GRID_IMAGES,
     class_counts,
     few_step_sigmas,
@@ -44,6 +46,7 @@ from flows.stages.models import (
     fixed_labels,
     initial_student,
     pick_device,
+    present,
     to_device,
     write_origin,
 )
@@ -53,16 +56,17 @@ from flows.storage.fetch import fetch
 
 SET_BATCH = 250  # images at a time; does not affect them
 GRID_STEPS = 16  # at most, for progressive distillation: a grid interrupts the training
-StudentMethod = CD | CT | ICT | ECT | SCM | PD | CMInf | MeanFlow | DMD  # choices of student.method
+StudentMethod = CD | CT | ICT | ECT | SCM | PD | CMInf | MeanFlow | DMD | CMT | TCM  # choices of student.method
 
 
 class Student(Weights):
-    """Training settings of the consistency model, or a checkpoint in place of a training."""
+    """Training settings of the consistency model, or of its base, or a checkpoint in place of a training."""
 
     method: StudentMethod = CD()
     """The training method, with its paper's hyperparameters."""
     init_from: Literal["teacher", "random"] | None = None
-    """Initial weights; empty: as the method's paper does (ct and ict: random, the others: the teacher's)."""
+    """Initial weights, where the recipe has no base, which is then the start; empty: as the method's paper does (ct and
+    ict: random, the others: the teacher's)."""
     dropout: float | None = Field(None, ge=0, lt=1)
     """Dropout of the student, the same mask in student and target; empty: the network's (CM: 0, iCT: 0.3)."""
     dropout_resolution: int | None = Field(None, ge=1)
@@ -80,11 +84,16 @@ class Student(Weights):
 
     @model_validator(mode="after")
     def _possible(self) -> "Student":
-        if self.method.form == "average_velocity" and self.initial_weights == "teacher":
+        if self.method.form == "average_velocity" and self.init_from == "teacher":
             raise ValueError(f"init_from=teacher: kind={self.method.kind} trains a network of two times from scratch")
         if self.evaluate_every % self.train.log_every:
             raise ValueError(
                 f"evaluate_every={self.evaluate_every} must be a multiple of train.log_every={self.train.log_every}"
+            )
+        if self.train.batch_size % (multiple := self.method.batch_multiple):
+            raise ValueError(
+                f"train.batch_size={self.train.batch_size} must be a multiple of method.num_steps={multiple}: the "
+                "points of a trajectory are rows of one batch"
             )
         if self.train.compile and self.method.cycle > 1:
             raise ValueError(
@@ -101,7 +110,11 @@ class Student(Weights):
     def sampling(self) -> dict[str, Any]:
         """Return what the method fixes of the student's sampling, as values of its ModelSpec."""
         steps = self.method.euler_steps_at(self.train.num_steps, self.train.num_steps)
-        fixed = {"euler_steps": steps, "generator_sigma": getattr(self.method, "generator_sigma", None)}
+        fixed = {
+            "euler_steps": steps,
+            "generator_sigma": getattr(self.method, "generator_sigma", None),
+            "truncated_at": getattr(self.method, "split", None),
+        }
         if self.guidance_range is None:
             return fixed
         return fixed | {"guidance_range": self.guidance_range, "guidance": getattr(self.method, "guidance", None)}
@@ -111,15 +124,19 @@ class Student(Weights):
         """The range of the weights of guidance that the student takes as an input; None: it takes none."""
         return getattr(self.method, "guidance_range", None)
 
-    @property
-    def initial_weights(self) -> str:
-        """The source of the initial weights, resolved from the method's default."""
-        return self.init_from or self.method.starts_from
+    def initial_weights(self, *, has_base: bool) -> str:
+        """Return the source of the initial weights: the base if there is one, else as asked or by the method."""
+        return "base" if has_base else self.init_from or self.method.starts_from
+
+    def uses_teacher(self, *, has_base: bool) -> bool:
+        """Whether there is a training that needs a teacher."""
+        starts = self.initial_weights(has_base=has_base)
+        return not self.is_imported and (self.method.needs_teacher or starts == "teacher")
 
     @property
-    def uses_teacher(self) -> bool:
-        """Whether there is a training that needs a teacher."""
-        return not self.is_imported and (self.method.needs_teacher or self.initial_weights == "teacher")
+    def needs_base(self) -> bool:
+        """Whether there is a training that needs a base."""
+        return not self.is_imported and self.method.needs_base
 
 
 def student(
@@ -130,34 +147,58 @@ def student(
     student: Student,
     prepare_dir: Path,
     teacher_dir: Path,
+    base_dir: Path,
     out_dir: Path,
     state_dir: Path,
     monitor: Monitor,
 ) -> None:
-    """Train or import the student and write its EMA weights. Raises UserError if a needed teacher is absent."""
-    dataset, device, seed = load_dataset(prepare_dir), pick_device(), derive_seed(seed, "student")
-    teacher_spec = _teacher_spec(student, teacher_dir)
+    """Train or import the student and write its EMA weights. Raises UserError if a needed teacher or base is absent."""
+    shared, earlier = (seed, conditional, noise, network), present(teacher=teacher_dir, base=base_dir)
+    train_student("student", *shared, student, prepare_dir, earlier, out_dir, state_dir, monitor)
+
+
+def train_student(
+    role: Literal["student", "base"],
+    seed: int,
+    conditional: bool,
+    noise: Noise,
+    network: Network,
+    student: Student,
+    prepare_dir: Path,
+    earlier: Mapping[str, Path],
+    out_dir: Path,
+    state_dir: Path,
+    monitor: Monitor,
+) -> None:
+    """Train or import the model of a section and write its EMA weights.
+
+    `earlier` are the models at hand, {teacher or base: folder}. Raises UserError if a needed one is absent.
+    """
+    dataset, device, seed = load_dataset(prepare_dir), pick_device(), derive_seed(seed, role)
+    starts_from = student.initial_weights(has_base="base" in earlier)
+    start = _spec_of_start(role, student, starts_from, earlier)
     spec = ModelSpec(
         form=student.method.form,
         network=student.network(network),
         noise=noise,
         image_shape=dataset.image_shape,
         num_classes=dataset.num_classes if conditional else 0,
-        augment_dim=_augment_dim(student.method, teacher_spec),
-        noise_scale=teacher_spec.noise_scale if teacher_spec else 1.0,
+        augment_dim=_augment_dim(student.method, start),
+        noise_scale=start.noise_scale if start else 1.0,
         **student.sampling(),
     )
     if student.is_imported:
-        write_imported(student, "student", spec, out_dir, state_dir, monitor)
+        write_imported(student, role, spec, out_dir, state_dir, monitor)
         return
     options: dict[str, Any] = {"conditional": conditional, "guidance_range": student.guidance_range}
     batches = make_batches(dataset, student.train, seed=seed, device=device, **options)
-    origin: dict[str, Any] = {"init_from": student.initial_weights, "seed": derive_seed(seed, "init")}
+    origin: dict[str, Any] = {"init_from": starts_from, "seed": derive_seed(seed, "init")}
     monitor.remark(f"first weights: {origin['init_from']}")
-    model = _first_weights(spec, student.train, origin, teacher_dir)
+    model = _first_weights(spec, student.train, origin, earlier)
     target = place(copy.deepcopy(model), device) if student.method.keeps_target else None
-    model, teacher = place(model, device), _load_teacher(spec, student, origin, teacher_dir, device)
-    score, discriminator = _build_critic(spec, student, origin, teacher, teacher_dir)
+    base = place(copy.deepcopy(model).requires_grad_(False), device) if student.method.needs_base else None
+    model, teacher = place(model, device), _load_teacher(spec, student, origin, earlier, device)
+    score, discriminator = _build_critic(spec, student, origin, teacher, earlier)
     state = TrainState(
         model,
         student.train,
@@ -168,8 +209,8 @@ def student(
         discriminator=discriminator,
         cycle=student.method.cycle,
     )
-    distance = _build_distance(student, dataset, state_dir, device, monitor)
-    models = Models(model, target or model, teacher, distance, state.weighting, score, discriminator)
+    distance = _build_distance(role, student, dataset, state_dir, device, monitor)
+    models = Models(model, target or model, teacher, distance, state.weighting, score, discriminator, base)
     out_dir.mkdir(parents=True, exist_ok=True)
     run_training(
         Trainer(state, student.method, models, batches, noise, seed),
@@ -184,52 +225,57 @@ def student(
     write_origin(out_dir, method=student.method.kind, **origin)
 
 
-def _teacher_spec(student: Student, teacher_dir: Path) -> ModelSpec | None:
-    if not student.uses_teacher:
+def _spec_of_start(role: str, student: Student, starts_from: str, earlier: Mapping[str, Path]) -> ModelSpec | None:
+    """Return the spec of the model whose conventions hold: the start, else the teacher; None without either."""
+    for needed, name in ((student.uses_teacher(has_base="base" in earlier), "teacher"), (student.needs_base, "base")):
+        if needed and name not in earlier:
+            kind = student.method.kind
+            raise UserError(f"{role}.method.kind={kind} needs a {name}, and the recipe has {name}: null")
+    if student.is_imported:
         return None
-    if (teacher_dir / ABSENT_FILE).exists():
-        raise UserError(f"student.method.kind={student.method.kind} needs a teacher, and the recipe has teacher: null")
-    return load_spec(teacher_dir)
+    if starts_from != "random":
+        return load_spec(earlier[starts_from])
+    return load_spec(earlier["teacher"]) if student.method.needs_teacher else None
 
 
-def _augment_dim(method: Method, teacher_spec: ModelSpec | None) -> int:
-    """Return the length of the augmentation vector: of the method's own augmentation, or the teacher's."""
+def _augment_dim(method: Method, start: ModelSpec | None) -> int:
+    """Return the length of the augmentation vector: of the method's own augmentation, or the start's."""
     if getattr(method, "augment", None):
         return LABEL_DIM
-    return teacher_spec.augment_dim if teacher_spec else 0
+    return start.augment_dim if start else 0
 
 
 def _load_teacher(
-    spec: ModelSpec, student: Student, origin: dict[str, Any], teacher_dir: Path, device: torch.device
+    spec: ModelSpec, student: Student, origin: dict[str, Any], earlier: Mapping[str, Path], device: torch.device
 ) -> Precond | None:
     """Return the teacher if the loss uses one; initial weights alone do not keep it in memory."""
     if not student.method.needs_teacher:
         return None
     if student.method.replaces_teacher and student.guidance_range is not None:  # its successors take weights
-        return place(_denoiser(spec, student, origin, teacher_dir).eval().requires_grad_(False), device)
-    return place(load_model(teacher_dir, autocast=student.train.autocast)[1], device)
+        return place(_denoiser(spec, student, origin, earlier).eval().requires_grad_(False), device)
+    return place(load_model(earlier["teacher"], autocast=student.train.autocast)[1], device)
 
 
-def _denoiser(spec: ModelSpec, student: Student, origin: dict[str, Any], teacher_dir: Path) -> Precond:
+def _denoiser(spec: ModelSpec, student: Student, origin: dict[str, Any], earlier: Mapping[str, Path]) -> Precond:
     """Return a denoiser with the teacher's weights and the student's inputs."""
     denoiser = spec.model_copy(update={"form": "denoiser"})
-    return _first_weights(denoiser, student.train, origin | {"init_from": "teacher"}, teacher_dir)
+    return _first_weights(denoiser, student.train, origin | {"init_from": "teacher"}, earlier)
 
 
-def _first_weights(spec: ModelSpec, train: Train, origin: dict[str, Any], teacher_dir: Path) -> Precond:
-    model = initial_student(spec, **origin, teacher_dir=teacher_dir)
+def _first_weights(spec: ModelSpec, train: Train, origin: dict[str, Any], earlier: Mapping[str, Path]) -> Precond:
+    model = initial_student(spec, **origin, earlier=earlier)
     model.autocast = train.autocast
     return model
 
 
 def _build_critic(
-    spec: ModelSpec, student: Student, origin: dict[str, Any], teacher: Precond | None, teacher_dir: Path
+    spec: ModelSpec, student: Student, origin: dict[str, Any], teacher: Precond | None, earlier: Mapping[str, Path]
 ) -> tuple[Precond | None, Precond | None]:
     """Return the score, with the teacher's weights, and the discriminator, if the method trains them."""
     if student.method.cycle == 1 or teacher is None:
         return None, None
     device = next(teacher.parameters()).device
-    score = place(_denoiser(spec, student, origin, teacher_dir), device)
+    score = place(_denoiser(spec, student, origin, earlier), device)
     return score, build_discriminator(student.method, teacher, spec.image_shape, origin["seed"])
 
 
@@ -242,7 +288,7 @@ def build_discriminator(method: Method, teacher: Precond, image_shape: tuple[int
 
 
 def _build_distance(
-    student: Student, dataset: Dataset, state_dir: Path, device: torch.device, monitor: Monitor
+    role: str, student: Student, dataset: Dataset, state_dir: Path, device: torch.device, monitor: Monitor
 ) -> Distance | None:
     distance = getattr(student.method, "distance", None)
     if distance is None:
@@ -255,7 +301,7 @@ def _build_distance(
     try:
         return distance.build(dataset.image_shape, vgg16).to(device)
     except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"student.method.distance: {error}") from error
+        raise UserError(f"{role}.method.distance: {error}") from error
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Stage `teacher`: train the diffusion model that consistency distillation starts from."""
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from cm_core.training.state import TrainState
 from cm_core.training.trainer import Trainer
 from flows.data.dataset import load_dataset
 from flows.monitor import Monitor
-from flows.stages.models import ABSENT_FILE, GRID_IMAGES, fixed_labels, pick_device
+from flows.stages.models import GRID_IMAGES, fixed_labels, pick_device, write_absent
 from flows.stages.training import build_weighting, make_batches, place, run_training
 from flows.stages.weights import Weights, write_imported
 
@@ -65,11 +64,10 @@ def teacher(
     monitor: Monitor,
 ) -> None:
     """Train or import the teacher and write its EMA weights; for a recipe without teacher write a marker file."""
-    out_dir.mkdir(parents=True, exist_ok=True)
     if teacher is None:
-        (out_dir / ABSENT_FILE).write_text(json.dumps({"teacher": None}) + "\n")
-        monitor.remark("this recipe has no teacher")
+        write_absent(out_dir, "teacher", monitor)
         return
+    out_dir.mkdir(parents=True, exist_ok=True)
     dataset, device, seed = load_dataset(prepare_dir), pick_device(), derive_seed(seed, "teacher")
     spec = ModelSpec(
         form=teacher.method.form,

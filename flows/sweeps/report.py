@@ -39,8 +39,10 @@ def calibrations(outcomes: Sequence[Outcome]) -> Rows:
     for outcome in outcomes:
         for name, row in outcome.rows.items():
             if not name.startswith("nfe_"):
-                teachers = name == "untrained" and outcome.point.recipe.student.initial_weights == "teacher"
-                same = found.setdefault(f"{name} (the teacher's weights)" if teachers else name, {})
+                recipe = outcome.point.recipe
+                start = recipe.student.initial_weights(has_base=recipe.base is not None)
+                whose = f" (the {start}'s weights)" if name == "untrained" and start != "random" else ""
+                same = found.setdefault(name + whose, {})
                 if row not in same.values():
                     same[outcome.point.name] = row
     order = sorted(found, key=lambda label: next(i for i, word in enumerate(ORDER) if label.startswith(word)))

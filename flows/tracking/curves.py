@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flows.reports.metrics_table import CURVES, Metrics, fid_against_nfe
 
-TRAININGS = ("teacher", "student")
+TRAININGS = ("teacher", "base", "student")
 Curves = dict[str, list[tuple[int, float]]]  # key -> (step, value)
 
 

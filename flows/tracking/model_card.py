@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flows.tracking.tracker import Tracker
 
 FOLDER, CARD_FILE, FACTS_FILE = "model_card", "model_card.md", "card.json"
-ROLES = ("teacher", "student")
+ROLES = ("teacher", "base", "student")
 LONGEST = 5000  # characters of a version's description in MLflow's databases
 HARDWARE, SPEED = "hardware", "images_per_s"  # tag and metric of a training's run
 

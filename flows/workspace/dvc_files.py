@@ -156,9 +156,14 @@ def training_key(root: Path, stage: Stage, known: Mapping[str, str]) -> str:
 def stage_facts(root: Path, stage: Stage, known: Mapping[str, str]) -> list[Any]:
     """Return the inputs that determine a stage's results: command, dependencies, params, names of outputs.
 
-    `known` gives hashes of input artifacts, which are then not read from the workspace.
+    `known` gives hashes of input artifacts, which are then not read from the workspace. Raises UserError for a params
+    file that lacks a section.
     """
     params = load_yaml(root / PARAMS_FILE)
+    if missing := [section for section in stage.params if section not in params]:
+        raise UserError(
+            f"{PARAMS_FILE}: has no section {missing[0]}, which came with a newer version; `cm use` a recipe"
+        )
     deps = {path: known.get(path) or dvc_md5(root / path) for path in stage.deps}
     return [stage.cmd, deps, {section: params[section] for section in stage.params}, stage.outs]
 

@@ -6,6 +6,7 @@ from pydantic import ValidationError
 from cm_core.distances import Lpips, Pixelwise, PseudoHuber
 from cm_core.methods.cd import CD
 from cm_core.methods.cm_inf import CMInf
+from cm_core.methods.cmt import CMT
 from cm_core.methods.ct import CT
 from cm_core.methods.dmd import DMD
 from cm_core.methods.ect import ECT
@@ -14,6 +15,7 @@ from cm_core.methods.ict import ICT
 from cm_core.methods.meanflow import MeanFlow
 from cm_core.methods.pd import PD
 from cm_core.methods.scm import SCM
+from cm_core.methods.tcm import TCM
 from cm_core.metrics.evaluation import MetricParams
 from cm_core.noise import Noise
 from cm_core.sampling import TeacherSampler
@@ -80,6 +82,14 @@ DEFAULTS = {
         **{"kind": "dmd", "objective": "vsd", "alpha": 1.2, "generator_sigma": None, "student_every": 5, "guidance": 1},
         **{"u_min": 0.02, "u_max": 0.98, "score_loss": "plain", "gan_weight": 1e-3, "guidance_range": None},
     },
+    CMT: {
+        **{"kind": "cmt", "num_steps": 16, "solver": "dpmpp", "guidance": 1, "distance": Pixelwise()},
+        "form": "unshifted",
+    },
+    TCM: {
+        **{"kind": "tcm", "split": 1, "loc": 0, "scale": 0.2, "freedom": 0.01, "ratio": 0.999, "boundary_share": 0.25},
+        **{"boundary_weight": 0.1, "distance": PseudoHuber(c_per_sqrt_dim=1e-8), "form": "unshifted"},
+    },
 }
 
 
@@ -142,7 +152,11 @@ BOUNDS = [  # class, field, the smallest or largest values allowed, the nearest 
     (DMD, "u_min", [0, 0.97], [-1e-9, 0.98]),
     (DMD, "u_max", [0.03, 1], [0.02, 1.0001]),
     (DMD, "gan_weight", [0], [-1e-9]),
-    *((kind, "guidance", [0], [-1e-9]) for kind in (TeacherSampler, CD, ECT, PD, SCM, CMInf, DMD)),
+    (CMT, "num_steps", [2], [1]),
+    *((TCM, field, [1e-9], [0]) for field in ("split", "scale", "freedom", "boundary_weight")),
+    (TCM, "ratio", [1e-9, 0.999999], [0, 1]),
+    (TCM, "boundary_share", [0, 0.999999], [-1e-9, 1]),
+    *((kind, "guidance", [0], [-1e-9]) for kind in (TeacherSampler, CD, ECT, PD, SCM, CMInf, DMD, CMT)),
 ]
 
 

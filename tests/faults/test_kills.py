@@ -33,9 +33,9 @@ TRAINING = (
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder, recipe = tmp_path_factory.mktemp("inputs"), small_recipe("digits-cd")
-    for stage in ("prepare", "teacher"):
+    for stage in ("prepare", "teacher", "base"):
         run_small(stage, recipe, folder)
-    return {f"{stage}_dir": folder / stage for stage in ("prepare", "teacher")}
+    return {f"{stage}_dir": folder / stage for stage in ("prepare", "teacher", "base")}
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def test_stages_side_by_side_share_the_cores(pipeline, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     threads = {name: pipeline.threads_for(stage, stages) for name, stage in stages.items()}
-    alone, halved = ("prepare", "student", "evaluate"), ("features", "teacher", "sample", "edit")
+    alone, halved = ("prepare", "base", "student", "evaluate"), ("features", "teacher", "sample", "edit")
     assert threads == {**dict.fromkeys(alone, 8), **dict.fromkeys(halved, 4)}
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert pipeline.threads_for(stages["teacher"], stages) == 3

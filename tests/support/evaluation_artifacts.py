@@ -74,6 +74,6 @@ def write_training(folder, digits, steps):
 
 
 def run_evaluate(artifacts, out_dir, monitor=None, repeats=1, **folders):
-    names = ("prepare", "features", "teacher", "student", "sample", "edit")
+    names = ("prepare", "features", "teacher", "base", "student", "sample", "edit")
     paths = {f"{name}_dir": folders.get(name, artifacts / name) for name in names}
     evaluate(Evaluate(kid_subsets=5, repeats=repeats), **paths, out_dir=out_dir, monitor=monitor or Monitor())

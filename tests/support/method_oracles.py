@@ -7,6 +7,7 @@ from cm_core.distances import Pixelwise, PseudoHuber
 from cm_core.methods.base import Batch, Models, StepContext
 from cm_core.methods.cd import CD
 from cm_core.methods.cm_inf import CMInf
+from cm_core.methods.cmt import CMT
 from cm_core.methods.ct import CT
 from cm_core.methods.dmd import DMD
 from cm_core.methods.ect import ECT
@@ -14,6 +15,7 @@ from cm_core.methods.ict import ICT
 from cm_core.methods.meanflow import MeanFlow
 from cm_core.methods.pd import PD
 from cm_core.methods.scm import SCM
+from cm_core.methods.tcm import TCM
 from cm_core.model import ModelSpec, build_seeded
 from cm_core.networks import MLPParams
 from cm_core.noise import Noise
@@ -40,6 +42,10 @@ STUDENT_METHODS = {
     "meanflow-predicted": MeanFlow(tangent="predicted"),
     "dmd": DMD(gan_weight=0),
     "sid": DMD(objective="sid", gan_weight=0, generator_sigma=2.5),
+    "cmt": CMT(num_steps=8),
+    "cmt-heun": CMT(num_steps=4, solver="heun", form="skip"),
+    "tcm": TCM(),
+    "tcm-gap": TCM(ratio=0.5, distance=Pixelwise()),
 }
 
 
@@ -57,7 +63,7 @@ def gaussian_batch(size=4096, shape=(1, 2, 2), dtype=torch.float64):
 
 def oracle_models(method):
     exact = GaussianConsistency(NOISE)
-    return Models(exact, exact, GaussianDenoiser(), method.distance.build((1, 2, 2)))
+    return Models(exact, exact, GaussianDenoiser(), method.distance.build((1, 2, 2)), base=exact)
 
 
 def distance_of(method, shape=(1, 2, 2)):

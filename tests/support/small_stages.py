@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flows.monitor import Monitor
 from flows.recipes.recipe import load_recipe
+from flows.stages.models import write_absent
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -37,6 +38,8 @@ def run_small(stage, recipe, folder, monitor=None, **places):
         elif name not in values:
             values[name] = getattr(recipe, name)
     values |= places
+    if not values.get("base_dir", folder).exists():  # as the stage leaves it for a recipe without base
+        write_absent(values["base_dir"], "base", Monitor())
     values["out_dir"].mkdir(parents=True, exist_ok=True)
     function(**{name: values[name] for name in inspect.signature(function).parameters})
     return values["out_dir"]

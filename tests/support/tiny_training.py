@@ -6,6 +6,7 @@ import torch
 from cm_core.methods.base import Models
 from cm_core.methods.cd import CD
 from cm_core.methods.cm_inf import CMInf
+from cm_core.methods.cmt import CMT
 from cm_core.methods.ct import CT
 from cm_core.methods.dmd import DMD
 from cm_core.methods.ect import ECT
@@ -14,6 +15,7 @@ from cm_core.methods.ict import ICT
 from cm_core.methods.meanflow import MeanFlow
 from cm_core.methods.pd import PD
 from cm_core.methods.scm import SCM
+from cm_core.methods.tcm import TCM
 from cm_core.model import ModelSpec, build_seeded
 from cm_core.networks import EDM2Params, SongUNetParams
 from cm_core.noise import Noise
@@ -51,6 +53,9 @@ METHODS = {
     "dmd-guided": DMD(student_every=3, gan_weight=0, guidance=3.0),
     "dmd-weights": DMD(student_every=2, guidance=2.0, guidance_range=(1.0, 4.0)),
     "sid": DMD(objective="sid", student_every=2, gan_weight=0, generator_sigma=2.5, score_loss="edm", u_max=0.8),
+    "cmt": CMT(num_steps=2),
+    "cmt-guided": CMT(num_steps=4, solver="heun", guidance=3.0, form="skip"),
+    "tcm": TCM(ratio=0.8),
     "edm2": EDM(p_std=1.0),
     "edm2-weighted": EDM(adaptive_weight=True),
     "scm-edm2": SCM(warmup_steps=4, p_std=1.6),
@@ -99,6 +104,7 @@ class Training:
             for p in teacher.parameters():
                 p.data += 0.1 * torch.randn(p.shape, generator=generator)
         teacher = place(teacher).requires_grad_(False)
+        base = place(build_seeded(self.spec, 8, autocast=autocast)).requires_grad_(False) if method.needs_base else None
         score = discriminator = None
         if method.cycle > 1:
             score = place(build_seeded(score_spec, 6, autocast=autocast))
@@ -115,7 +121,7 @@ class Training:
         )
         distance = method.distance.build(SHAPE) if hasattr(method, "distance") else None
         target = target if method.keeps_target else model
-        self.models = Models(model, target, teacher, distance, self.state.weighting, score, discriminator)
+        self.models = Models(model, target, teacher, distance, self.state.weighting, score, discriminator, base)
         pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 1), dtype=np.uint8)
         labels = np.arange(len(pixels)) % classes if classes else None
         options = {"batch_size": self.train.batch_size, "flip": True, "guidance_range": drawn}

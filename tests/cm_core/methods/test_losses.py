@@ -16,6 +16,7 @@ from cm_core.distances import Pixelwise, PseudoHuber
 from cm_core.methods.base import Batch, LogWeight, Method, Models, derivative, draw_eps, grid_on, teacher_of
 from cm_core.methods.cd import CD
 from cm_core.methods.cm_inf import CMInf, hessian_product, warp
+from cm_core.methods.cmt import CMT
 from cm_core.methods.ct import CT
 from cm_core.methods.dmd import DMD
 from cm_core.methods.ect import ECT
@@ -24,6 +25,7 @@ from cm_core.methods.ict import ICT
 from cm_core.methods.meanflow import MeanFlow
 from cm_core.methods.pd import PD
 from cm_core.methods.scm import SCM
+from cm_core.methods.tcm import TCM
 from method_oracles import CPU, NOISE, STUDENT_METHODS, context, every_method
 from toy_networks import SHAPE, SIZE, Toy, is_unit_noise, spread, the_batch
 
@@ -366,6 +368,10 @@ HOOKS = {  # starts from, forward mode, needs a teacher, keeps a target, replace
     "meanflow-predicted": ("random", True, False, False, False),
     "dmd": ("teacher", False, True, False, False),
     "sid": ("teacher", False, True, False, False),
+    "cmt": ("teacher", False, True, False, False),
+    "cmt-heun": ("teacher", False, True, False, False),
+    "tcm": ("random", False, False, False, False),
+    "tcm-gap": ("random", False, False, False, False),
 }
 
 
@@ -373,7 +379,8 @@ HOOKS = {  # starts from, forward mode, needs a teacher, keeps a target, replace
 def test_what_a_method_asks_of_its_training(name):
     method = STUDENT_METHODS[name]
     asked = method.starts_from, method.forward_mode, method.needs_teacher, method.keeps_target, method.replaces_teacher
-    assert asked == HOOKS[name]
+    assert asked == HOOKS[name] and method.needs_base == name.startswith("tcm")
+    assert method.batch_multiple == {"cmt": 8, "cmt-heun": 4}.get(name, 1)
     decay = {"cd-ema": 0.9, "ct": pytest.approx(0.9 ** (2 / 14))}.get(name, 0.0)
     assert method.target_decay_at(50, 100) == decay
     if name != "pd":
@@ -384,10 +391,11 @@ def test_what_a_method_asks_of_its_training(name):
 
 
 def test_forms_are_those_of_the_papers():
-    forms = {kind().kind: kind().form for kind in (EDM, CD, CT, ICT, ECT, PD, SCM, CMInf, MeanFlow, DMD)}
+    forms = {kind().kind: kind().form for kind in (EDM, CD, CT, ICT, ECT, PD, SCM, CMInf, MeanFlow, DMD, CMT, TCM)}
     assert forms == {
         **{"edm": "denoiser", "cd": "skip", "ct": "skip", "ict": "skip", "ect": "unshifted", "pd": "euler"},
         **{"scm": "unshifted", "cm_inf": "skip", "meanflow": "average_velocity", "dmd": "generator"},
+        **{"cmt": "unshifted", "tcm": "unshifted"},
     }
     assert EDM().starts_from == "random" and not EDM().needs_teacher and not EDM().keeps_target
 
@@ -449,7 +457,7 @@ def test_losses_need_no_labels(method):
 
 
 def networks(distance):
-    return Models(Toy(0.9), Toy(0.7), Toy(0.5), distance, score=Toy(0.4))
+    return Models(Toy(0.9), Toy(0.7), Toy(0.5), distance, score=Toy(0.4), base=Toy(0.3))
 
 
 @pytest.mark.parametrize("name", [*STUDENT_METHODS, "edm"])

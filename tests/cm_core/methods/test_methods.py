@@ -11,6 +11,7 @@ from cm_core.distances import Pixelwise, PseudoHuber
 from cm_core.methods.base import Batch, LogWeight, Models, draw_eps
 from cm_core.methods.cd import CD
 from cm_core.methods.cm_inf import CMInf, hessian_product, warp
+from cm_core.methods.cmt import CMT
 from cm_core.methods.ct import CT
 from cm_core.methods.ect import ECT
 from cm_core.methods.edm import EDM
@@ -87,13 +88,14 @@ def test_ict_weights_are_the_inverse_gaps():
 def test_gradients_reach_the_student_alone(method):
     student, target, teacher = (precond(seed, form) for seed, form in enumerate([method.form, method.form, "denoiser"]))
     score = precond(3, "denoiser").requires_grad_(False)  # as the loop leaves it at a step of the student
+    base = precond(4, method.form).requires_grad_(False)
     models = Models(
-        student, target, teacher.requires_grad_(False), distance_of(method), method.build_weighting(), score
+        student, target, teacher.requires_grad_(False), distance_of(method), method.build_weighting(), score, base=base
     )
     method.loss(models, gaussian_batch(64, dtype=torch.float32), context()).per_sample.mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters() if p.requires_grad)
     assert any(p.grad.abs().sum() > 0 for p in student.parameters())
-    assert all(p.grad is None for network in (target, teacher) for p in network.parameters())
+    assert all(p.grad is None for network in (target, teacher, base) for p in network.parameters())
 
 
 @every_method
@@ -102,13 +104,15 @@ def test_student_and_target_drop_the_same_activations(method):
     wrapper = AverageVelocity if method.form == "average_velocity" else Precond
     model = wrapper(DropoutNet(), sigma_min=NOISE.sigma_min, sigma_data=NOISE.sigma_data).train()
     model.net.register_forward_hook(lambda module, args, out: seen.append(out.detach() == 0))
-    models = Models(model, model, GaussianDenoiser(), distance_of(method, (1, 8, 8)), score=GaussianDenoiser())
+    distance, denoiser = distance_of(method, (1, 8, 8)), GaussianDenoiser()
+    models = Models(model, model, denoiser, distance, score=denoiser, base=model)
     seed_dropout(0, torch.device("cpu"))
     method.loss(models, gaussian_batch(16, (1, 8, 8), torch.float32), context())
     assert all(torch.equal(mask, seen[0]) for mask in seen)
     passes = len(seen)
     once = method.form in ("euler", "generator") or getattr(method, "stop_gradient", None) is False
-    assert passes == (1 if once else 3 if getattr(method, "tangent", None) == "predicted" else 2)
+    thrice = getattr(method, "tangent", None) == "predicted" or method.needs_base
+    assert passes == (1 if once or method.kind == "cmt" else 3 if thrice else 2)
     seed_dropout(5, torch.device("cpu"))
     method.loss(models, gaussian_batch(16, (1, 8, 8), torch.float32), context())
     assert not torch.equal(seen[0], seen[passes])
@@ -128,6 +132,7 @@ GUIDED = {
     "pd": PD(start_steps=8, guidance=3),
     "scm": SCM(distil=True, guidance=3),
     "cm_inf": CMInf(guidance=3),
+    "cmt": CMT(guidance=3),
 }
 
 

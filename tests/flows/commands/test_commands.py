@@ -58,8 +58,10 @@ def prepared(tmp_path_factory):
     prepare(recipe.data, root / "out/prepare", Monitor())
     (root / "out/features").mkdir()
     features(0, recipe.features, root / "out/prepare", root / "out/features", Monitor())
-    for name, form in (("student", "skip"), ("teacher", "denoiser"), ("generator", "generator")):
-        spec = ModelSpec(form=form, network=MLPParams(), noise=Noise(), image_shape=(1, 8, 8))
+    forms = {"student": "skip", "teacher": "denoiser", "generator": "generator", "truncated": "unshifted"}
+    for name, form in forms.items():
+        split = 1.0 if name == "truncated" else None
+        spec = ModelSpec(form=form, network=MLPParams(), noise=Noise(), image_shape=(1, 8, 8), truncated_at=split)
         (root / "out" / name).mkdir()
         torch.manual_seed(0)
         model = spec.build()
@@ -120,6 +122,7 @@ def test_sample_writes_a_folder_of_pictures_and_a_grid_beside_it(root, tmp_path,
         (("--model", "out/generator", "--steps", "2"), ["distilled to --steps 1", "no --mid-sigmas"]),
         (("--model", "out/generator", "--mid-sigmas", "1"), ["distilled to --steps 1", "no --mid-sigmas"]),
         (("--mid-sigmas", "90"), ["--mid-sigmas", "90"]),
+        (("--model", "out/truncated", "--mid-sigmas", "0.9"), ["--mid-sigmas", "trained at noise levels from 1 on"]),
         (("--steps", "3", "--mid-sigmas", "1"), ["--steps 3", "2 --mid-sigmas"]),
     ],
 )

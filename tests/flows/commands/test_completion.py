@@ -40,7 +40,7 @@ def test_the_script_is_one_that_the_shell_can_read(shell, script):
     ("words", "offered"),
     [
         (["ru"], {"run", "runs"}),
-        (["run", "digits-c"], {"digits-cd", "digits-ct"}),
+        (["run", "digits-c"], {"digits-cd", "digits-cmt", "digits-ct"}),
         (["sweep", "digits-m"], {"digits-methods"}),
         (["stage", "t"], {"teacher"}),
         (["runs", "compare", "digits-cd", "ch"], {"champion"}),

@@ -24,6 +24,7 @@ MODELS = {
     "halved": {"form": "euler", "image_shape": (3, 8, 8)},
     "flow_map": {"form": "average_velocity", "image_shape": (3, 8, 8)},
     "generator": {"form": "generator", "image_shape": (3, 8, 8)},
+    "truncated": {"form": "unshifted", "image_shape": (3, 8, 8), "truncated_at": 1.0},
 }
 
 
@@ -233,6 +234,7 @@ def test_options_speak_of_what_there_is():
             ["out/flow_map", "a student of MeanFlow", "consistency model"],
         ),
         (("stroke", "a.png", "--model", "out/generator"), ["out/generator", "one-step generator", "consistency model"]),
+        (("stroke", "a.png", "--model", "out/truncated"), ["out/truncated", "not trained below sigma 1 (TCM)"]),
         (("stroke", "a.png", "--model", "nowhere"), ["nowhere", "model.json"]),
         (("stroke", "a.png", "--sigma", "90"), ["--sigma 90", "80"]),
         (("stroke", "a.png", "--sigma", "nan"), ["--sigma nan"]),

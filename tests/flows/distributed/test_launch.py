@@ -55,6 +55,9 @@ def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused(tmp_pat
     with pytest.raises(UserError, match="^CM_DEVICES=2: must divide student.train.batch_size=9"):
         processes_for("student", small_recipe("digits-cd", "student.train.batch_size=9").student)
     assert processes_for("student", None) == processes_for("evaluate", object()) == 1
+    points = small_recipe("digits-cd", "student.method={kind: cmt, num_steps: 8}").student  # of one trajectory, a batch
+    with pytest.raises(UserError, match="must divide student.train.batch_size=8 / method.num_steps=8"):
+        processes_for("student", points)
 
 
 def waits_for_a_late_main(folder):

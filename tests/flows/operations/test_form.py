@@ -39,7 +39,7 @@ def sections(form):
 def test_sections_come_in_the_order_of_need_and_the_method_first(sections):
     shown = {name: sorted(one["properties"], key=lambda key: one["properties"][key]["position"])
              for name, one in sections.items()}  # fmt: skip
-    need = ["student", "data", "teacher", "sample", "features", "evaluate", "edit", "noise", "network"]
+    need = ["student", "data", "teacher", "base", "sample", "features", "evaluate", "edit", "noise", "network"]
     assert shown[""] == ["name", "recipe"] and shown["Recipe"] == ["seed", "conditional", *need]
     assert shown["Student"][:2] == ["method", "train"] and shown["Student"][-1] == "weights"
 

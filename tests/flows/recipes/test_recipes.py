@@ -25,6 +25,8 @@ from flows.recipes.recipe import (
     vary,
     write_active,
 )
+from flows.workspace.dvc_files import read_stages
+from miniature import REPOSITORY
 from schemas import unions
 
 ROOT = Path(__file__).parents[3]
@@ -227,15 +229,18 @@ def test_a_paper_recipe_compares_itself_with_the_paper(name):
     assert table[0] == ["student", "paper", "here"]
     here = {row: cell for row, _, cell in table[1:]}
     recipe = load_recipe(name, root=ROOT)
-    student, train = recipe.student, recipe.student.train
+    student = recipe.student
     if student.is_imported:
         assert here["weights"] == student.weights.rpartition("/")[2]
         assert here["precision"] == f"samples {recipe.sample.precision}"
         return
-    assert here["batch"] == f"{train.batch_size:,}" and here["steps"] == f"{train.num_steps:,}"
-    kind, rate = here["learning rate"].replace(",", "").split()[:2]
-    assert kind.lower() == train.optimizer.kind and float(rate) == train.optimizer.learning_rate
-    assert ("inverse root" in here["learning rate"]) == (train.schedule == "inverse_sqrt")
+    for before, section in recipe.students().items():
+        start, train = "base " if before == "base" else "", section.train
+        assert here[f"{start}batch"] == f"{train.batch_size:,}" and here[f"{start}steps"] == f"{train.num_steps:,}"
+        kind, rate = here[f"{start}learning rate"].replace(",", "").split()[:2]
+        assert kind.lower() == train.optimizer.kind and float(rate) == train.optimizer.learning_rate
+        assert ("inverse root" in here[f"{start}learning rate"]) == (train.schedule == "inverse_sqrt")
+        assert ("linear" in here[f"{start}learning rate"]) == (train.schedule == "linear")
     dropout = recipe.network.dropout if student.dropout is None else student.dropout
     assert float(here["dropout"].split()[0]) == dropout
     assert (" at 16 pixels and below" in here["dropout"]) == (student.dropout_resolution == 16)
@@ -282,6 +287,75 @@ def test_resolved_values_say_where_they_come_from(root):
     assert rows["network.channels"][0] == 8 and rows["network.channels"][1].endswith("tiny.yaml")
     assert rows["data.source.kind"][1].endswith("tiny.yaml")
     assert rows["noise.sigma_max"] == (80.0, "default")
+
+
+TCM = ["base.method=ect", "student.method=tcm", "sample.mid_sigmas=[[], [1.0]]"]
+UNFIT_BASES = [  # overrides after which a recipe of CD is refused, and why
+    (["student.method=tcm"], "student.method.kind=tcm trains on from a consistency function, and base is null"),
+    ([*TCM, "base.method=pd"], "base.method.kind=pd makes no consistency function"),
+    ([*TCM, "base.method={kind: dmd, gan_weight: 0}"], "base.method.kind=dmd makes no consistency function"),
+    ([*TCM, "base={method: meanflow}"], "the network of only one of them has two times"),
+    ([*TCM, "base.method=tcm"], "base.method.kind=tcm needs a base itself; train base with ect, ict, cd or cmt"),
+    ([*TCM, "base.method=ict"], "student.method.form=unshifted, and the base's is skip; set it to skip"),
+    ([*TCM, "sample.mid_sigmas=[[], [0.8]]"], "sample.mid_sigmas: 0.8 lies below student.method.split=1"),
+    ([*TCM, "student.evaluate_every=100"], "student.evaluate_mid_sigmas: 0.821 lies below student.method.split=1"),
+    ([*TCM, "student.method.split=90"], "split=90 must lie between sigma_min=0.002 and sigma_max=80"),
+    ([*TCM, "base.evaluate_every=100"], "base.evaluate_every=100: only the student's images are measured"),
+    ([*TCM, "student.init_from=random"], "student.init_from=random, and the student starts from the base"),
+    (["base.method=ect", "student.weights=a.pkl"], "student.weights is set: nothing is trained from the base"),
+    (["base.method=cmt", "teacher=null"], "base.method.kind=cmt distils a teacher, and teacher is null"),
+    (["base.method=ect", "teacher=null", "student.method=ct"], "the base's first weights are the teacher's (kind=ect)"),
+    (
+        ["base={method: ect, init_from: random}", "teacher=null"],
+        "student.method.kind=cd distils a teacher, and teacher is null",
+    ),
+    (["student.method=cmt", "student.train.batch_size=100"], "must be a multiple of method.num_steps=16"),
+    (["base={method: {kind: cd, guidance: 2.0}}"], "base.method.guidance=2 needs labels, and conditional is false"),
+    (["base={method: {kind: ect, distance: lpips}}"], "lpips needs RGB images of at least 16x16, got 1x8x8"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "reason"), UNFIT_BASES)
+def test_a_base_that_does_not_fit_is_refused_in_one_line(root, overrides, reason):
+    with pytest.raises(UserError) as refused:
+        load_recipe("tiny", overrides, root=root)
+    assert reason in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        TCM,
+        [*TCM, "base.method=ict", "student.method.form=skip", "teacher=null"],
+        [*TCM, "base.weights=a.pkl", "teacher=null"],
+        ["base.method=cmt", "student.method=ect", "student.init_from=null"],
+        ["base={method: {kind: cd, form: piecewise}}", "student.method=scm"],
+        ["base={method: meanflow}", "student.method=meanflow"],
+        ["student={method: tcm, weights: a.pkl}", "sample.mid_sigmas=[[], [1.0]]", "teacher=null"],
+        ["base={method: dmd}", "base.method.gan_weight=0", "student.method=ect"],
+    ],
+)
+def test_a_base_that_fits_is_read_and_written(root, overrides):
+    recipe = load_recipe("tiny", overrides, root=root)
+    write_active(recipe, root)
+    assert load_active(root) == recipe
+
+
+def test_a_recipe_without_base_is_as_it_was(root):
+    """What enters the keys of its stages: the sections, of which none but `base` knows of it."""
+    recipe = load_recipe("tiny", root=root)
+    assert recipe.base is None and recipe.model_dump(mode="json")["base"] is None
+    assert "base" not in (root / "params/recipes/tiny.yaml").read_text()
+    fields = "weights sha256 drop_classes method init_from dropout dropout_resolution evaluate_every evaluate_images"
+    assert recipe.student.model_dump().keys() == {*fields.split(), "evaluate_mid_sigmas", "train"}
+    declared = read_stages(REPOSITORY)
+    assert [name for name, stage in declared.items() if "base" in stage.params] == ["base"]
+
+
+def test_a_local_checkpoint_of_a_base_is_pinned_and_absolute(root):
+    (root / "a.pkl").write_bytes(b"weights")
+    recipe = load_recipe("tiny", [*TCM, "base.weights=a.pkl"], root=root, base=root)
+    assert (recipe.base.weights, len(recipe.base.sha256)) == (str(root / "a.pkl"), 64)
 
 
 def test_active_recipe_round_trips(root):

@@ -25,10 +25,16 @@ def test_what_a_model_is_made_of_comes_before_it(nodes):
     for place, node in enumerate(nodes):
         assert {one.name for one in nodes[:place]} >= set(node.after)
     assert made["prepare"].after == ("data", "code", "recipe")
-    assert made["student"].after == ("teacher",), "which has read what prepare made"
+    assert made["student"].after == ("base",) and made["base"].after == ("teacher",), "which has read what prepare made"
     assert set(made["evaluate"].after) == {"features", "sample", "edit"}
     assert made["edit"].version == "not made yet" and made["prepare"].version == "00000000"
     assert {node.name for node in nodes if node.stale} == {"code", "student", "evaluate", "model"}
+
+
+def test_a_base_that_the_recipe_has_not_is_no_part_of_it():
+    stages = {"prepare": [], "teacher": ["prepare"], "base": ["prepare", "teacher"], "student": ["teacher", "base"]}
+    made = {one.name: one.after for one in lineage({"data": "digits"}, stages, {}, model="cm-digits", has_base=False)}
+    assert "base" not in made and made["student"] == ("teacher",)
 
 
 def test_its_picture_has_a_box_a_node_and_a_line_an_edge(nodes):
@@ -44,7 +50,7 @@ def test_its_picture_has_a_box_a_node_and_a_line_an_edge(nodes):
 
 def test_its_flowchart_quotes_what_mermaid_would_read(nodes):
     lines = mermaid(nodes).splitlines()
-    assert lines[0] == "flowchart LR" and lines[-1] == "  class n1,n6,n9,n10 stale"
+    assert lines[0] == "flowchart LR" and lines[-1] == "  class n1,n7,n10,n11 stale"
     assert '  n2["recipe<br>a #quot;#lt;&#35;> ] recipe with quite a long name"]' in lines
 
 

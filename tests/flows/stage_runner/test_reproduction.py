@@ -10,7 +10,7 @@ from flows.tracking.tracker import PARENT_TAG, Tracker
 from live import environment, make_live_workspace
 
 SMALL = "teacher=null", "student.method=ect", "student.init_from=random", "student.train.num_steps=10"
-STAGES = ["edit", "evaluate", "features", "prepare", "sample", "student", "teacher"]
+STAGES = ["base", "edit", "evaluate", "features", "prepare", "sample", "student", "teacher"]
 
 
 @pytest.mark.slow

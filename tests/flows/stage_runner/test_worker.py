@@ -125,7 +125,7 @@ def made(tmp_path_factory):
     """A folder as `cm stage student` finds it: a recipe in force, images and a teacher."""
     root = tmp_path_factory.mktemp("made")
     write_active(recipe(), root)
-    for stage in ("prepare", "teacher"):
+    for stage in ("prepare", "teacher", "base"):
         run_small(stage, recipe(), root / "out")
     return root
 

@@ -473,7 +473,7 @@ def test_memorised_images_lie_at_distance_zero_beside_themselves(artifacts, tmp_
 def test_published_statistics_have_no_neighbours_and_the_page_does_without(artifacts, tmp_path):
     folder = copy_of(artifacts / "features", tmp_path / "features")
     (folder / "reference_features.npy").unlink()
-    names = ("prepare", "teacher", "student", "sample", "edit")
+    names = ("prepare", "teacher", "base", "student", "sample", "edit")
     paths = {f"{name}_dir": artifacts / name for name in names}
     settings = Evaluate(beside_fid=("is",))
     evaluate(settings, **paths, features_dir=folder, out_dir=tmp_path / "out", monitor=Monitor())

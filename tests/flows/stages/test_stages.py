@@ -315,7 +315,7 @@ def test_lpips_without_its_weights_names_file_and_alternatives(tmp_path):
     student = Student.model_validate({"method": {"kind": "cd", "distance": {"kind": "lpips", "weights": "none.pth"}}})
     assert isinstance(student.method.distance, Lpips)
     with pytest.raises(UserError, match=r"none\.pth"):
-        _build_distance(student, None, tmp_path, None, Monitor())
+        _build_distance("student", student, None, tmp_path, None, Monitor())
 
 
 def test_strips_come_from_training_images_where_none_are_held_out(made, tmp_path):

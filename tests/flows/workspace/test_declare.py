@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from flows.errors import UserError
 from flows.recipes.recipe import Recipe
 from flows.workspace import declare, import_closure
 from flows.workspace.dvc_files import PARAMS_FILE, dvc_md5, files_in, load_yaml, read_lock, read_stages, stage_key
 from miniature import make_workspace
 
 ROOT = Path(__file__).parents[3]
-STAGES = ["prepare", "features", "teacher", "student", "sample", "edit", "evaluate"]
+STAGES = ["prepare", "features", "teacher", "base", "student", "sample", "edit", "evaluate"]
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +142,13 @@ def test_a_folder_is_named_only_where_all_its_files_are_meant(tmp_path):
     assert declare.whole_folders(tmp_path, ["a/b/one.py"]) == ["a/b/one.py"]
     write_tree(tmp_path, {"a/b/table.json": "{}"})
     assert declare.whole_folders(tmp_path, inside) == ["a/b/c", "a/b/one.py"]
+
+
+def test_params_of_an_older_version_are_named(tmp_path):
+    root = make_workspace(tmp_path)
+    (root / PARAMS_FILE).write_text("seed: 0\n")
+    with pytest.raises(UserError, match="params/active.yaml: has no section teacher, .*; `cm use` a recipe"):
+        stage_key(root, read_stages(root)["teacher"], {})
 
 
 def test_dvc_and_the_stage_key_agree_on_a_folder_of_code(tmp_path):
