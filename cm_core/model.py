@@ -7,6 +7,7 @@ import torch
 from pydantic import Field
 
 from cm_core.checkpoint import load_tensors, save_tensors
+from cm_core.latents import Latents
 from cm_core.networks import Network
 from cm_core.noise import Noise
 from cm_core.params import Params
@@ -32,7 +33,7 @@ class ModelSpec(Params):
     noise: Noise
     """Range of noise levels and sigma_data."""
     image_shape: tuple[int, int, int]
-    """Channels, height, width."""
+    """Channels, height, width of what the network sees: images, or latents of images."""
     num_classes: int = Field(0, ge=0)
     """Classes the network is conditioned on; 0: unconditional."""
     augment_dim: int = Field(0, ge=0)
@@ -43,6 +44,13 @@ class ModelSpec(Params):
     """Steps that a model of form euler was distilled to; it samples with exactly that many."""
     generator_sigma: float | None = Field(None, gt=0)
     """The only noise level of a model of form generator; empty: noise.sigma_max."""
+    latents: Latents | None = None
+    """How latents that the network sees become images; empty: it sees images."""
+
+    @property
+    def pixel_shape(self) -> tuple[int, int, int]:
+        """Channels, height, width of the images."""
+        return self.latents.pixel_shape if self.latents else self.image_shape
 
     @property
     def is_consistency_function(self) -> bool:

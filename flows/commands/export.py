@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.drawing import MODEL, load, usual_mid_sigmas
+from flows.commands.drawing import MODEL, load, refuse_latents, usual_mid_sigmas
 from flows.commands.hub import export_to_hub
 from flows.errors import UserError
 
@@ -52,6 +52,7 @@ def export(args: Namespace) -> None:
     if args.push or args.licence:
         raise UserError(f"--push and --licence are for --to hub, not --to {args.to}")
     spec, model = load(args.model)
+    refuse_latents(spec, args.model, f"--to {args.to}")
     write, suffix = TARGETS[args.to]
     if args.steps is not None:
         args.mid_sigmas = usual_mid_sigmas(spec, args.steps - 1, args.model)

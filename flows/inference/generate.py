@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cm_core.latents import ToPixels
 from cm_core.model import ModelSpec
 from cm_core.precond import Precond
 from cm_core.sampling import ImageNoise
@@ -33,11 +34,12 @@ def draw_images(
     device: torch.device,
     labels: Sequence[int] | None = None,
     batch_size: int = BATCH,
+    decode: ToPixels = to_pixels,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
     """Return images, uint8 [N, H, W, C]; image i is drawn from (seed, i).
 
-    Without `labels` a conditional model draws every class equally often.
+    Without `labels` a conditional model draws every class equally often. `decode` is for latents.
     """
     model, batches = to_device(model, device), []
     for start in range(0, n, batch_size):
@@ -46,7 +48,7 @@ def draw_images(
         if labels is not None:
             chosen = torch.tensor(labels[start : indices.stop], device=device)
         noise = ImageNoise(seed, indices, spec.image_shape, device)
-        batches.append(to_pixels(sampler(partial(model, labels=chosen), noise)).cpu().numpy())
+        batches.append(decode(sampler(partial(model, labels=chosen), noise)).cpu().numpy())
         on_batch(indices.stop, n)
     return np.concatenate(batches)
 

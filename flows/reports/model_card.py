@@ -167,10 +167,11 @@ def describe(spec: ModelSpec) -> str:
         "generator": "one-step generator",
     }
     kind = others.get(spec.form, f"consistency function {spec.form} with f(x, {spec.boundary:g}) = x")
-    channels, height, width = spec.image_shape
+    channels, height, width = spec.pixel_shape
+    latents = ", by latents of {}x{}x{}".format(*spec.image_shape[::-1]) if spec.latents else ""
     classes = f"{spec.num_classes} classes" if spec.num_classes else "unconditional"
     augment = f", {spec.augment_dim} augmentation labels" if spec.augment_dim else ""
     return (
-        f"{kind}, {spec.network.kind}, {width}x{height}x{channels}, {classes}{augment}, "
+        f"{kind}, {spec.network.kind}, {width}x{height}x{channels}{latents}, {classes}{augment}, "
         f"c_noise {spec.noise_scale:g} {'t, t - r' if spec.form == 'average_velocity' else 'ln(sigma) / 4'}"
     )

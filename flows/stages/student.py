@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from cm_core.augment import LABEL_DIM
 from cm_core.distances import Distance, Lpips
+from cm_core.latents import ToPixels
 from cm_core.methods.base import Method, Models
 from cm_core.methods.cd import CD
 from cm_core.methods.cm_inf import CMInf
@@ -27,7 +28,6 @@ from cm_core.noise import Noise
 from cm_core.precond import Precond
 from cm_core.randomness import derive_seed, seeded
 from cm_core.sampling import ImageNoise
-from cm_core.tensors import to_pixels
 from cm_core.training.config import Train
 from cm_core.training.state import TrainState
 from cm_core.training.trainer import Trainer
@@ -38,11 +38,13 @@ from flows.stages.models import (
     ABSENT_FILE,
     GRID_IMAGES,
     class_counts,
+    copy_decoder,
     few_step_sigmas,
     few_steps,
     fixed_labels,
     initial_student,
     pick_device,
+    pixels_of,
     to_device,
     write_origin,
 )
@@ -132,12 +134,12 @@ def student(
         form=student.method.form,
         network=student.network(network),
         noise=noise,
-        image_shape=dataset.image_shape,
-        num_classes=dataset.num_classes if conditional else 0,
+        **dataset.facts(conditional),
         augment_dim=_augment_dim(student.method, teacher_spec),
         noise_scale=teacher_spec.noise_scale if teacher_spec else 1.0,
         **student.sampling(),
     )
+    copy_decoder(spec, prepare_dir, out_dir)
     if student.is_imported:
         write_imported(student, "student", spec, out_dir, state_dir, monitor)
         return
@@ -161,14 +163,15 @@ def student(
     distance = _build_distance(student, dataset, state_dir, device, monitor)
     models = Models(model, target or model, teacher, distance, state.weighting, score, discriminator)
     out_dir.mkdir(parents=True, exist_ok=True)
+    draw = partial(draw_samples, spec=spec, student=student, device=device, decode=pixels_of(spec, prepare_dir, device))
     run_training(
         Trainer(state, student.method, models, batches, noise, seed),
         spec=spec,
-        draw=partial(draw_samples, spec=spec, student=student, device=device),
+        draw=draw,
         out_dir=out_dir,
         state_dir=state_dir,
         monitor=monitor,
-        draw_sets=partial(draw_sets, spec=spec, student=student, device=device, counts=class_counts(dataset)),
+        draw_sets=partial(draw_sets, **draw.keywords, counts=class_counts(dataset)),
         sets_every=student.evaluate_every,
     )
     write_origin(out_dir, method=student.method.kind, **origin)
@@ -229,18 +232,20 @@ def _build_distance(
     if distance is None:
         return None
     if not isinstance(distance, Lpips):
-        return distance.build(dataset.image_shape)
+        return distance.build(dataset.input_shape)
     vgg16 = None
     if distance.weights is not None:
         vgg16 = fetch(distance.weights, state_dir / "weights", sha256=distance.sha256, monitor=monitor)
     try:
-        return distance.build(dataset.image_shape, vgg16).to(device)
+        return distance.build(dataset.input_shape, vgg16).to(device)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"student.method.distance: {error}") from error
 
 
 @torch.no_grad()
-def draw_samples(model: Precond, step: int, *, spec: ModelSpec, student: Student, device: torch.device) -> np.ndarray:
+def draw_samples(
+    model: Precond, step: int, *, spec: ModelSpec, student: Student, device: torch.device, decode: ToPixels
+) -> np.ndarray:
     """Return one-step samples for a training grid, with fixed noise, uint8 [N, H, W, C].
 
     A student of form euler takes its current number of steps, GRID_STEPS at most.
@@ -248,7 +253,7 @@ def draw_samples(model: Precond, step: int, *, spec: ModelSpec, student: Student
     spec, indices = _spec_at(step, spec, student), range(GRID_IMAGES)
     f = partial(model, labels=fixed_labels(spec, indices, 0, device))
     noise = ImageNoise(0, indices, spec.image_shape, device)
-    return to_pixels(few_steps(spec, f, noise)).cpu().numpy()
+    return decode(few_steps(spec, f, noise)).cpu().numpy()
 
 
 def _spec_at(step: int, spec: ModelSpec, student: Student) -> ModelSpec:
@@ -258,7 +263,14 @@ def _spec_at(step: int, spec: ModelSpec, student: Student) -> ModelSpec:
 
 @torch.no_grad()
 def draw_sets(
-    model: Precond, step: int, *, spec: ModelSpec, student: Student, device: torch.device, counts: np.ndarray
+    model: Precond,
+    step: int,
+    *,
+    spec: ModelSpec,
+    student: Student,
+    device: torch.device,
+    decode: ToPixels,
+    counts: np.ndarray,
 ) -> dict[str, np.ndarray]:
     """Return {nfe_N: images, uint8 [N, H, W, C]} for the curve of FID over training, always from the same noise.
 
@@ -271,6 +283,6 @@ def draw_sets(
             indices = range(start, min(start + SET_BATCH, student.evaluate_images))
             f = partial(model, labels=fixed_labels(spec, indices, seed, device, counts))
             images = few_steps(spec, f, ImageNoise(seed, indices, spec.image_shape, device), mid)
-            batches.append(to_pixels(images).cpu().numpy())
+            batches.append(decode(images).cpu().numpy())
         found[f"nfe_{len(few_step_sigmas(spec, mid))}"] = np.concatenate(batches)
     return found

@@ -61,7 +61,8 @@ def make_batches(dataset: Dataset, train: Train, *, conditional: bool, seed: int
             " raise data.max_images or lower data.heldout_fraction, or set conditional: false"
         )
     labels = np.asarray(dataset.train_labels) if conditional else None
-    return Batches(dataset.train_images, labels, batch_size=train.batch_size, seed=seed, device=device, flip=train.flip)
+    images = dataset.inputs("train")
+    return Batches(images, labels, batch_size=train.batch_size, seed=seed, device=device, flip=train.flip)
 
 
 def build_weighting(method: Method, seed: int, device: torch.device) -> nn.Module | None:
