@@ -256,7 +256,8 @@ class Tracker:
         model = self.client.create_logged_model(
             self.experiment_id, name, source_run_id=run_id, tags=tags, params=params
         )
-        weights = {name: files[name] for name in (*MODEL_FILES, *LATENT_FILES) if name in {*MODEL_FILES, *files}}
+        weights = {name: files[name] for name in MODEL_FILES}
+        weights |= {name: files[name] for name in LATENT_FILES if name in files}
         with packaged_student(weights, recipe.sample.mid_sigmas, model.model_id) as folder:
             self.client.log_model_artifacts(model.model_id, str(folder))
         self.client.finalize_logged_model(model.model_id, "READY")

@@ -25,6 +25,10 @@ pytest.importorskip("diffusers")
 CPU = torch.device("cpu")
 L2 = "student.method.distance=l2"
 SMALLER = ("evaluate.kid_subset_size=6", "student.evaluate_every=2", "student.evaluate_images=6")
+EMAS = (
+    "student.train.emas=[{kind: power, width: 0.05}, {kind: power, width: 0.1}]",
+    "student.train.snapshots={count: 2}",
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,7 @@ def autoencoder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe(autoencoder):
-    return latent_recipe(autoencoder, "features.num_steps=20", *SMALLER)
+    return latent_recipe(autoencoder, "features.num_steps=20", *SMALLER, *EMAS)
 
 
 def latent_recipe(autoencoder, *overrides):
@@ -138,6 +142,11 @@ def test_other_commands_carry_the_decoder_or_refuse_in_one_line(made, tmp_path, 
     code, out, _ = run(capsys, "import", model, "--out", "imported")
     assert code == 0 and "8x8x1, by latents of 4x4x2" in out
     assert (tmp_path / "imported" / DECODER_FILE).is_file()
+    code, _, _ = run(capsys, "ema", model, "--width", "0.07", "--out", "average")
+    assert code == 0
+    for folder in ("average", f"{model}/ema1"):
+        code, out, _ = run(capsys, "sample", "--model", folder, "--n", "2", "--out", "drawn.npy")
+        assert code == 0 and np.load("drawn.npy").shape == (2, 8, 8, 1)
     for to in ("safetensors", "diffusers", "torch-export", "hub"):
         code, _, error = run(capsys, "export", model, "--to", to)
         assert (
@@ -297,3 +306,22 @@ def test_a_distance_that_depends_on_the_size_takes_that_of_the_latents(made, aut
     places = {name: made / name.removesuffix("_dir") for name in ("prepare_dir", "teacher_dir")}
     run_small("student", recipe, tmp_path, **places)
     assert set(shapes) == {(2, 4, 4)}
+
+
+def test_a_search_measures_decoded_images(made, recipe, tmp_path):
+    from flows.commands.search import Scorer
+
+    (tmp_path / "out").symlink_to(made)
+    scorer = Scorer(recipe, tmp_path, 6)
+    assert np.isfinite(scorer.fid([80.0, 1.0], "one candidate"))
+
+
+def test_the_page_shows_images_and_offers_no_edit(made, tmp_path):
+    from flows.play.studio import EDITS, Studio
+
+    model = str(made / "student")
+    studio = Studio(tmp_path, model)
+    studio.local_models()
+    found = studio.describe(model)
+    assert (found["channels"], found["height"], found["width"]) == (1, 8, 8)
+    assert found["refused"].keys() == set(EDITS)
