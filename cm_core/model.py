@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from cm_core.checkpoint import load_tensors, save_tensors
 from cm_core.guidance import WeightRange, check_weight
+from cm_core.latents import Latents
 from cm_core.networks import Network
 from cm_core.noise import Noise
 from cm_core.params import Params
@@ -36,7 +37,7 @@ class ModelSpec(Params):
     noise: Noise
     """Range of noise levels and sigma_data."""
     image_shape: tuple[int, int, int]
-    """Channels, height, width."""
+    """Channels, height, width of what the network sees: images, or latents of images."""
     num_classes: int = Field(0, ge=0)
     """Classes the network is conditioned on; 0: unconditional."""
     augment_dim: int = Field(0, ge=0)
@@ -53,6 +54,8 @@ class ModelSpec(Params):
     """The weight that such a model samples with unless told another."""
     truncated_at: float | None = Field(None, gt=0)
     """The noise level below which a consistency function was not trained (TCM); empty: it was at all."""
+    latents: Latents | None = None
+    """How latents that the network sees become images; empty: it sees images."""
 
     @model_validator(mode="after")
     def _names_its_weight(self) -> "ModelSpec":
@@ -68,6 +71,11 @@ class ModelSpec(Params):
             raise ValueError("this model takes no weight of guidance as an input; train one with guidance_range")
         check_weight(weight, self.guidance_range)
         return weight
+
+    @property
+    def pixel_shape(self) -> tuple[int, int, int]:
+        """Channels, height, width of the images."""
+        return self.latents.pixel_shape if self.latents else self.image_shape
 
     @property
     def is_consistency_function(self) -> bool:

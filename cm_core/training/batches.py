@@ -1,4 +1,4 @@
-"""Training batches from uint8 images: all on the device if they fit, else prefetched by a thread.
+"""Training batches from images or latents: all on the device if they fit, else prefetched by a thread.
 
 The order is a pure function of (seed, epoch), a batch of (seed, step): a resumed run sees the same batches.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from cm_core.guidance import WeightRange
 from cm_core.methods.base import Batch
 from cm_core.randomness import derive_seed, make_generator
-from cm_core.tensors import from_pixels
+from cm_core.tensors import to_inputs
 
 ON_DEVICE_BYTES = 4 << 30  # CIFAR-10 needs 154 MB; beyond this the set is streamed
 
@@ -23,7 +23,7 @@ class Batches:
 
     def __init__(
         self,
-        images: np.ndarray,  # uint8 [N, H, W, C], memory-mapped or not
+        images: np.ndarray,  # uint8 [N, H, W, C], or latents, float32 [N, 2, C, h, w]; memory-mapped or not
         labels: np.ndarray | None,  # int64 [N], None for unconditional training
         *,
         batch_size: int,
@@ -42,10 +42,11 @@ class Batches:
         self._order = functools.lru_cache(maxsize=2)(self._epoch_order)
 
     def at(self, step: int) -> Batch:
-        """Return batch `step`, randomly flipped if requested, as float32 in -1..1 on the device."""
+        """Return batch `step`, randomly flipped if requested, as float32 on the device: pixels reach from -1 to 1."""
         indices = self.indices(step)
         pixels = self._resident(indices) if self.resident is not None else self._streamed(step)
-        x0 = from_pixels(pixels)
+        latents = self.images.dtype != np.uint8
+        x0 = to_inputs(pixels, make_generator(self.device, self.seed, "posterior", step) if latents else None)
         if self.flip:
             generator = make_generator(self.device, self.seed, "flip", step)
             flipped = torch.rand(len(x0), generator=generator, device=self.device) < 0.5

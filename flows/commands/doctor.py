@@ -274,10 +274,12 @@ def _prefect_results() -> str:
 
 def _data() -> str:
     """Check the images of the recipe in force."""
-    from flows.data.check import check_source
+    from flows.data.check import check_latents, check_source
     from flows.recipes.recipe import load_active
 
-    return check_source(load_active(workspace_root()).data.source, workspace_root())
+    data = load_active(workspace_root()).data
+    check_latents(data.latents, workspace_root())
+    return check_source(data.source, workspace_root())
 
 
 def _formats() -> str:

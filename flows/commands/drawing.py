@@ -142,11 +142,20 @@ class Context(NamedTuple):
 
 def draw(model: str, args: Namespace, context: Context) -> Drawn:
     """Return images of a model. Raises UserError for options that it does not take."""
+    from flows.stages.models import pick_device, pixels_of
+
     spec, net = context.load(model)
     check_label(spec, args.label, model)
     check_guidance(spec, args.guidance, model)
     sampler, how = _choose_sampler(spec, args, model)
-    return Drawn(*context.draw(spec, net, sampler, args), how + at_weight(spec, args.guidance))
+    decode = pixels_of(spec, locate(model), pick_device())
+    return Drawn(*context.draw(spec, net, sampler, args, decode=decode), how + at_weight(spec, args.guidance))
+
+
+def refuse_latents(spec: "ModelSpec", model: str, what: str) -> None:
+    """Raise UserError for a model of latents, with which `what` is not possible."""
+    if spec.latents:
+        raise UserError(f"{model}: draws latents, which a decoder makes images of; {what} needs a model of pixels")
 
 
 def check_label(spec: "ModelSpec", label: int | None, model: str, *, needed: bool = False) -> None:

@@ -5,7 +5,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.drawing import Context, Drawn, at_weight, check_guidance, check_label, save_images
+from flows.commands.drawing import (
+    Context,
+    Drawn,
+    at_weight,
+    check_guidance,
+    check_label,
+    refuse_latents,
+    save_images,
+)
 from flows.errors import UserError
 from flows.workspace.locations import workspace_root
 
@@ -157,6 +165,7 @@ def check_task(task: str, spec: "ModelSpec", name: str) -> None:
         kinds = {"denoiser": "teacher", "euler": "student of progressive distillation"}
         what = (kinds | {"average_velocity": "student of MeanFlow", "generator": "one-step generator"})[spec.form]
         raise UserError(f"{name}: is a {what}; editing needs a consistency model")
+    refuse_latents(spec, name, "editing")
     if task == "colorize" and channels != 3:
         raise UserError(f"{name}: makes images of {channels} channel; colorize needs a model of RGB images")
     if task == "superres" and not factors(spec):

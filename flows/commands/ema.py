@@ -30,7 +30,7 @@ def ema(args: Namespace) -> None:
     import json
 
     from cm_core.model import save_model
-    from flows.stages.models import ORIGIN_FILE
+    from flows.stages.models import ORIGIN_FILE, copy_decoder
     from flows.stages.sample import load_rebuilt
 
     folder = locate(args.model)
@@ -42,6 +42,7 @@ def ema(args: Namespace) -> None:
     facts = {"snapshots_of": args.model, "width": args.width, "profile_error": round(error, 6)}
     try:
         out.mkdir(parents=True, exist_ok=True)
+        copy_decoder(spec, folder, out)
         save_model(out, spec, model.state_dict())
         (out / ORIGIN_FILE).write_text(json.dumps(facts, indent=2) + "\n")
     except OSError as problem:

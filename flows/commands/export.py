@@ -5,7 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.drawing import MODEL, add_guidance_option, check_guidance, load, usual_mid_sigmas
+from flows.commands.drawing import (
+    MODEL,
+    add_guidance_option,
+    check_guidance,
+    load,
+    refuse_latents,
+    usual_mid_sigmas,
+)
 from flows.commands.hub import export_to_hub
 from flows.errors import UserError
 
@@ -57,6 +64,7 @@ def export(args: Namespace) -> None:
     if args.push or args.licence:
         raise UserError(f"--push and --licence are for --to hub, not --to {args.to}")
     spec, model = load(args.model)
+    refuse_latents(spec, args.model, f"--to {args.to}")
     check_guidance(spec, args.guidance, args.model)
     if args.guidance is not None:  # the exported model's own weight
         spec, model.guidance = spec.model_copy(update={"guidance": args.guidance}), args.guidance

@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.commands.drawing import LOGGED, Context, add_sampling_options, draw, load, locate
+from flows.commands.drawing import LOGGED, Context, add_sampling_options, draw, load, locate, refuse_latents
 from flows.commands.runs import tracker_of
 from flows.errors import UserError
 from flows.workspace.locations import workspace_root
@@ -29,6 +29,7 @@ def export_to_hub(args: Namespace) -> None:
     if args.push:
         _refuse_without_token(args.push)
     spec, model = load(args.model)
+    refuse_latents(spec, args.model, "--to hub")
     card, logged = _find_card(args.model)
     card = card.model_copy(update={"licence": args.licence or card.licence})
     try:

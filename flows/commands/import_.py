@@ -45,19 +45,21 @@ def import_(args: Namespace) -> None:
     from cm_core.model import count_parameters, save_model
     from flows.reports.model_card import describe
     from flows.stages import weights
-    from flows.stages.models import ORIGIN_FILE
+    from flows.stages.models import ORIGIN_FILE, copy_decoder
+    from flows.storage.locate import locate as locate_weights
 
     name = PurePosixPath(urlsplit(args.source).path).stem
     out = args.out or Path("out/imported") / name
     source = str(locate(args.source)) if args.source.startswith(LOGGED) else args.source
     with tempfile.TemporaryDirectory(prefix="cm-import-") as scratch, Bar(f"reading {name}") as bar:
-        path, sha256 = weights.locate(source, Path(scratch), args.sha256, bar)
+        path, sha256 = locate_weights(source, Path(scratch), args.sha256, bar)
         try:
             found = read_checkpoint(path, Hints(args.form, args.resolution, args.channels_per_head))
         except UnreadableCheckpoint as error:
             raise UserError(f"{public_uri(args.source)}: {str(error).partition(': ')[2]}") from error
         try:
             out.mkdir(parents=True, exist_ok=True)
+            copy_decoder(found.spec, path if path.is_dir() else path.parent, out)
             save_model(out, found.spec, found.weights)
         except OSError as error:
             raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error

@@ -92,9 +92,10 @@ def _row(role: str, recipe: "Recipe", rate: float, memory: int, count: int) -> d
     from cm_core.model import ModelSpec, count_parameters
     from cm_core.training.cost import FP32, advice, step_cost
 
-    section, shape = getattr(recipe, role), recipe.data.image_shape()
+    section, shape = getattr(recipe, role), recipe.data.input_shape()
     if shape is None:
-        raise UserError("data.resolution is empty: the size of the images, and so the cost, is known after `prepare`")
+        missing = "data.latents.autoencoder: not here" if recipe.data.image_shape() else "data.resolution is empty"
+        raise UserError(f"{missing}: the size of what networks see, and so the cost, is known after `prepare`")
     method, train = section.method, section.train
     classes = int(recipe.conditional)  # how many is known after `prepare`; each costs nothing
     told = {"image_shape": shape, "num_classes": classes, **(recipe.student.sampling() if role == "student" else {})}

@@ -108,9 +108,10 @@ def _in_words(result: Mapping[str, Any]) -> str:
 
 def run_pipeline(recipe: "Recipe", root: Path, *, name: str, keep: bool) -> dict[str, Any]:
     """Run the flow in this process; with `keep`, update the workspace's recipe and results afterwards."""
-    from flows.data.check import check_source
+    from flows.data.check import check_latents, check_source
 
     check_source(recipe.data.source, root)
+    check_latents(recipe.data.latents, root)
     prepare_for_cancelling()
     use_running(root)
     check_before_a_run()  # imports Prefect, which reads its variables once

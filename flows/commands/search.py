@@ -166,7 +166,7 @@ class Scorer:
         from cm_core.randomness import derive_seed
         from flows.data.dataset import load_dataset
         from flows.data.feature_files import load_feature_files
-        from flows.stages.models import pick_device
+        from flows.stages.models import pick_device, pixels_of
 
         files, self.sample, self.device = load_feature_files(root / "out" / "features"), recipe.sample, pick_device()
         self.batch_size, self.seed = recipe.evaluate.batch_size, derive_seed(recipe.sample.seed, "search")
@@ -191,6 +191,7 @@ class Scorer:
         set_float32_products(self.sample.precision)
         autocast = autocast_dtype(self.sample.precision)
         self.spec, self.f = load_model(root / "out" / "student", autocast=autocast)
+        self.decode = pixels_of(self.spec, root / "out" / "student", self.device)
 
     def fid(self, sigmas: Sequence[float], title: str) -> float:
         """Return the FID of images drawn at these levels, with the same noise each time."""
@@ -208,6 +209,7 @@ class Scorer:
                 seed=self.seed,
                 device=self.device,
                 batch_size=self.sample.batch_size,
+                decode=self.decode,
                 on_batch=bar.progress,
             )
             found = extract_features(images, self.extractor, batch_size=self.batch_size, device=self.device)

@@ -4,6 +4,7 @@ import zipfile
 from pathlib import Path
 
 from flows.data.formats import PLUGINS, missing_plugins
+from flows.data.latents import Encoding
 from flows.data.sources import FileSource, Source
 from flows.data.sources.image_files import Images
 from flows.errors import UserError
@@ -32,6 +33,17 @@ def check_source(source: Source, root: Path) -> str:
     contents = listed.read(Path("/nonexistent"), Monitor())  # nothing is unpacked
     images, classes = len(contents.train) + len(contents.heldout or ()), len(contents.class_names)
     return f"{source.origin()}: {images} images, {classes or 'no'} classes, {len(contents.ignored)} other files"
+
+
+def check_latents(latents: Encoding | None, root: Path) -> None:
+    """Raise UserError for an autoencoder that is not there or cannot be used, or lacks the package that it needs."""
+    if latents is None or not is_local(latents.autoencoder):
+        return
+    folder = root / local_path(latents.autoencoder)
+    if folder.is_dir():
+        latents.model_copy(update={"autoencoder": str(folder)}).find(Path("/nonexistent"), Monitor())
+    elif not (root / f"{latents.autoencoder}.dvc").is_file():
+        raise UserError(f"data.latents.autoencoder: {latents.autoencoder}: no such folder")
 
 
 def check_formats() -> str:

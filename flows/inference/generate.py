@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cm_core.latents import ToPixels
 from cm_core.model import ModelSpec
 from cm_core.precond import Precond
 from cm_core.sampling import ImageNoise
@@ -34,12 +35,13 @@ def draw_images(
     labels: Sequence[int] | None = None,
     guidance: float | None = None,
     batch_size: int = BATCH,
+    decode: ToPixels = to_pixels,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
     """Return images, uint8 [N, H, W, C]; image i is drawn from (seed, i).
 
     Without `labels` a conditional model draws every class equally often; without `guidance` a model that takes such a
-    weight draws with its own.
+    weight draws with its own. `decode` is for latents.
     """
     model, batches = to_device(model, device), []
     told = {} if guidance is None else {"guidance": guidance}
@@ -49,7 +51,7 @@ def draw_images(
         if labels is not None:
             chosen = torch.tensor(labels[start : indices.stop], device=device)
         noise = ImageNoise(seed, indices, spec.image_shape, device)
-        batches.append(to_pixels(sampler(partial(model, labels=chosen, **told), noise)).cpu().numpy())
+        batches.append(decode(sampler(partial(model, labels=chosen, **told), noise)).cpu().numpy())
         on_batch(indices.stop, n)
     return np.concatenate(batches)
 

@@ -12,6 +12,7 @@ from flows.inference.generate import write_levels
 from flows.workspace.import_closure import PACKAGES, import_closure
 
 MODULE, WEIGHTS = "flows.inference.server", "student"
+DECODER_FILE = "decoder.safetensors"  # of a model of latents, which diffusers decodes
 REQUIRED = ("mlflow", "numpy", "pillow", "pydantic", "pyyaml", "safetensors", "torch")  # what the packed code imports
 
 
@@ -21,6 +22,7 @@ def packaged_student(files: Mapping[str, Path], mid_sigmas: Sequence[Sequence[fl
 
     `mid_sigmas` are the sampling levels of its recipe, one entry per number of steps.
     """
+    required = (*REQUIRED, *(["diffusers"] if DECODER_FILE in files else []))
     from mlflow import pyfunc
     from mlflow.models import Model
 
@@ -39,7 +41,7 @@ def packaged_student(files: Mapping[str, Path], mid_sigmas: Sequence[Sequence[fl
             python_model=str(code.joinpath(*MODULE.split(".")).with_suffix(".py")),
             artifacts={WEIGHTS: str(weights)},
             code_paths=[str(code / package) for package in PACKAGES],
-            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIRED],
+            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in required],
             mlflow_model=Model(model_id=model_id),
         )
         yield Path(scratch) / "model"

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cm_core.model import load_model
 from flows.inference.generate import draw_images, read_levels, usual_mid_sigmas
-from flows.stages.models import few_steps, pick_device
+from flows.stages.models import few_steps, pick_device, pixels_of
 
 WEIGHTS = "student"  # the artifact that holds ema.safetensors and model.json
 MAX_IMAGES, MAX_STEPS = 1024, 64  # per request
@@ -51,6 +51,7 @@ class ServedStudent(PythonModel):
         folder = Path(context.artifacts[WEIGHTS])
         self._device, self._levels = pick_device(), read_levels(folder)
         self._spec, self._model = load_model(folder)
+        self._decode = pixels_of(self._spec, folder, self._device)
 
     def predict(self, context, model_input: list[Request], params=None) -> list[Images]:
         """Return the images of every request. Raises MlflowException with code 400 for invalid requests."""
@@ -61,7 +62,14 @@ class ServedStudent(PythonModel):
         sampler = partial(few_steps, self._spec, mid_sigmas=self._mid_sigmas(request.steps))
         told: dict[str, Any] = {"labels": labels, "guidance": self._checked_guidance(request.guidance)}
         return draw_images(
-            self._spec, self._model, sampler, n=request.n, seed=request.seed, device=self._device, **told
+            self._spec,
+            self._model,
+            sampler,
+            n=request.n,
+            seed=request.seed,
+            device=self._device,
+            decode=self._decode,
+            **told,
         )
 
     def _mid_sigmas(self, steps: int | None) -> list[float]:

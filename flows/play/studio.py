@@ -146,7 +146,7 @@ class Studio:
         """Load a model; return its shape, classes and what can be done with it, for what cannot the reason."""
         with self._drawing:
             spec, _ = self._load(model)
-        channels, height, width = spec.image_shape
+        channels, height, width = spec.pixel_shape
         fixed = TEACHER_STEPS if spec.form == "denoiser" else spec.fixed_steps
         steps = list(FEW_STEPS) if fixed is None else [fixed]
         low, high = spec.guidance_range or (None, None)

@@ -27,6 +27,8 @@ from cm_core.params import Params
 from flows.atomic import replace_text
 from flows.errors import UserError
 from flows.recipes.files import RECIPES_DIR, find_file, names_in
+from flows.recipes.latents import check_latents
+from flows.recipes.paths import absolute_paths
 from flows.recipes.starts import check_noise_levels, check_starts
 from flows.stages.edit import Edit
 from flows.stages.evaluate import Evaluate
@@ -35,25 +37,9 @@ from flows.stages.prepare import Data
 from flows.stages.sample import Sample
 from flows.stages.student import Student
 from flows.stages.teacher import Teacher
-from flows.stages.weights import checksum
-from flows.storage.fetch import is_local, local_path
 
 ACTIVE_FILE = Path("params/active.yaml")
 EDITED = "edited"  # the name of a recipe without a file
-PATH_KEYS = (  # values that may name a local file or folder
-    "data.source.path",
-    "data.source.heldout_path",
-    "data.source.urls",
-    "features.weights",
-    "features.reference",
-    "base.method.distance.weights",
-    "student.method.distance.weights",
-    "teacher.weights",
-    "base.weights",
-    "student.weights",
-    "sample.weak_teacher.weights",
-)
-PINNED = tuple(f"{key}.weights" for key in ("teacher", "base", "student", "sample.weak_teacher"))  # checksum recorded
 
 
 class Recipe(Params):
@@ -92,7 +78,8 @@ class Recipe(Params):
                 f"evaluate.beside_fid={list(self.evaluate.beside_fid)}: kid and precision_recall need {NEEDED_FEATURES}"
                 " (features.reference); set evaluate.beside_fid to [is] or []"
             )
-        if (shape := self.data.image_shape()) is not None:
+        check_latents(self)
+        if (shape := self.data.input_shape()) is not None:
             self._fits(shape)
         self._divides_into_sets()
         if self.sample.emas is not None and max(self.sample.emas) >= (count := len(self.student.train.emas)):
@@ -129,7 +116,8 @@ class Recipe(Params):
 
     def _fits(self, shape: tuple[int, int, int]) -> None:
         """Refuse networks, distances and edits that do not fit this image shape."""
-        self.edit.check(shape, self.noise)
+        if self.data.latents is None:
+            self.edit.check(shape, self.noise)
         for role, section in self.students().items():
             if isinstance(getattr(section.method, "distance", None), Lpips):
                 check_lpips_shape(shape)
@@ -153,7 +141,7 @@ def load_recipe(name: str, overrides: Sequence[str] = (), *, root: Path, base: P
     """
     path = find_file(name, root / RECIPES_DIR)
     written, layers = read_yaml(path), [parse_override(override) for override in overrides]
-    tree = _absolute_paths(reduce(merge, layers, written), base)
+    tree = absolute_paths(reduce(merge, layers, written), base)
     if not layers:
         return validate(tree, source=path)
     try:
@@ -170,38 +158,7 @@ def vary(name: str, values: Iterable[Mapping[str, Any]], *, root: Path, source: 
     """
     layers = (nested(key, value) for layer in values for key, value in layer.items())
     tree = reduce(merge, layers, read_yaml(find_file(name, root / RECIPES_DIR)))
-    return validate(_absolute_paths(tree, root), source=source)
-
-
-def _absolute_paths(tree: Any, base: Path | None) -> Any:
-    """Make local paths absolute and expand `~`: a flow run works in a clone, far from `base`.
-
-    A path with a .dvc file beside it stays: every clone can restore that file. Malformed values are left to `validate`.
-    """
-    for key in PATH_KEYS:
-        *sections, name = key.split(".")
-        section: Any = reduce(lambda at, part: at.get(part) if isinstance(at, dict) else None, sections, tree)
-        if base and isinstance(section, dict) and section.get(name):
-            section[name] = _absolute(section[name], base)
-            if key in PINNED:
-                _pin(section)
-    return tree
-
-
-def _pin(section: dict[str, Any]) -> None:
-    """Add the checksum of a local checkpoint: another file under the same path is another model, and not cached."""
-    weights = section["weights"]
-    unknown = not section.get("sha256") and isinstance(weights, str) and is_local(weights)
-    if unknown and (path := local_path(weights)).exists():
-        section["sha256"] = checksum(path)
-
-
-def _absolute(path: Any, base: Path) -> Any:
-    if isinstance(path, list):
-        return [_absolute(one, base) for one in path]
-    if not isinstance(path, str) or ":/" in path or (base / f"{path}.dvc").is_file():
-        return path
-    return str(base / Path(path).expanduser())
+    return validate(absolute_paths(tree, root), source=source)
 
 
 def load_active(root: Path) -> Recipe:

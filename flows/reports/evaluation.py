@@ -84,6 +84,8 @@ def _facts(artifacts: Artifacts) -> dict[str, str]:
         facts["Its accuracy"] = f"{files.accuracy:.1%} of the held-out images"
     if spec := _read_spec(artifacts.models["Student"]):
         low, high, spread = (spec["noise"][name] for name in ("sigma_min", "sigma_max", "sigma_data"))
+        if spec.get("latents"):
+            facts["Latents"] = " × ".join(map(str, spec["image_shape"]))
         facts["Noise levels"] = f"{low:g} to {high:g}, data {spread:g}"
     return facts
 

@@ -169,13 +169,14 @@ def describe(spec: ModelSpec) -> str:
     kind = others.get(spec.form, f"consistency function {spec.form} with f(x, {spec.boundary:g}) = x")
     if spec.truncated_at is not None:
         kind = f"truncated consistency function {spec.form}, trained at noise levels from {spec.truncated_at:g} on"
-    channels, height, width = spec.image_shape
+    channels, height, width = spec.pixel_shape
+    latents = ", by latents of {}x{}x{}".format(*spec.image_shape[::-1]) if spec.latents else ""
     classes = f"{spec.num_classes} classes" if spec.num_classes else "unconditional"
     inputs = f", {spec.augment_dim} augmentation labels" if spec.augment_dim else ""
     if spec.guidance_range is not None:
         low, high = spec.guidance_range
         inputs += f", guidance {low:g} to {high:g} as an input, {spec.guidance:g} unless told"
     return (
-        f"{kind}, {spec.network.kind}, {width}x{height}x{channels}, {classes}{inputs}, "
+        f"{kind}, {spec.network.kind}, {width}x{height}x{channels}{latents}, {classes}{inputs}, "
         f"c_noise {spec.noise_scale:g} {'t, t - r' if spec.form == 'average_velocity' else 'ln(sigma) / 4'}"
     )

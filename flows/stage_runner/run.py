@@ -45,7 +45,7 @@ from flows.tracking.gpu_usage import GpuUsage
 from flows.tracking.model_card import HARDWARE
 from flows.tracking.person import person
 from flows.tracking.stage_run import StageRun
-from flows.tracking.tracker import MODEL_FILES, MODEL_NAME, Tracker, shown_files
+from flows.tracking.tracker import MODEL_NAME, Tracker, shown_files
 from flows.workspace.data_versions import fetch_versioned
 from flows.workspace.dvc_files import GPU, Stage, dvc_md5, files_in, read_stages, stage_facts, training_key, version
 from flows.workspace.git import describe_code
@@ -224,7 +224,7 @@ def _log_outputs(
         if PREPARED in outs:
             tracker.log_dataset(run_id, folder / FACTS_FILE, outs[PREPARED], "preparation")
         if stage.name == MODEL_NAME:
-            model_id = tracker.log_student(run_id, recipe, {name: folder / name for name in MODEL_FILES}, version(outs))
+            model_id = tracker.log_student(run_id, recipe, files_in(folder), version(outs))
             tracker.client.set_logged_model_tags(model_id, imported)
 
     run.submit(log_outputs)

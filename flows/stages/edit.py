@@ -95,13 +95,14 @@ def edit(edit: Edit, prepare_dir: Path, student_dir: Path, out_dir: Path, monito
     """
     device = pick_device()
     spec, f = load_model(student_dir, device=device)
+    f, names = to_device(f, device), _possible(edit, spec, monitor)
     try:
-        edit.check(spec.image_shape, spec.noise)
+        if spec.latents is None:
+            edit.check(spec.image_shape, spec.noise)
     except ValueError as error:
         raise UserError(str(error)) from error
-    f, names = to_device(f, device), _possible(edit, spec, monitor)
     images = _some_images(load_dataset(prepare_dir), edit.num_images, device)
-    tasks = _tasks(edit, spec, device)
+    tasks = {} if spec.latents else _tasks(edit, spec, device)
     out_dir.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}
     for done, name in enumerate(names):
@@ -120,6 +121,9 @@ def edit(edit: Edit, prepare_dir: Path, student_dir: Path, out_dir: Path, monito
 def _possible(edit: Edit, spec: ModelSpec, monitor: Monitor) -> list[str]:
     if not spec.edits:
         monitor.remark("no gallery: the student is no consistency model of all noise levels")
+        return []
+    if spec.latents:
+        monitor.remark("no gallery: edits are made to pixels, and the student draws latents")
         return []
     if "colorize" in edit.tasks and spec.image_shape[0] != 3:
         monitor.remark("colorize is left out: the images are grey")

@@ -1,6 +1,7 @@
 """Shared code of the stages with networks: the device, absent models, initial weights, labels of samples."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,13 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cm_core.latents import ToPixels, find_decoder, load_decoder
 from cm_core.model import WEIGHTS_FILE, ModelSpec, build_seeded, load_spec, load_weights
 from cm_core.networks.guided import LAYER
+from cm_core.parallel import ranks
 from cm_core.precond import Precond
 from cm_core.randomness import make_generator
 from cm_core.sampling import ImageNoise, euler_steps, flow_map_steps, multistep
 from cm_core.solvers import Denoiser
+from cm_core.tensors import to_pixels
 from flows.data.dataset import Dataset
+from flows.errors import UserError
 from flows.monitor import Monitor
 
 ABSENT_FILE = "none.json"  # marks the folder of a teacher or base that the recipe has not
@@ -36,6 +41,31 @@ def to_device(model: Precond, device: torch.device) -> Precond:
     if device.type == "cuda":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not among torch's overloads
     return model
+
+
+def pixels_of(spec: ModelSpec, folder: Path, device: torch.device) -> ToPixels:
+    """Return what makes images, uint8 [B, H, W, C], of a model's output; of latents by the decoder in its folder.
+
+    Raises UserError if a model of latents has no decoder there, another one, or lacks the package diffusers.
+    """
+    if spec.latents is None:
+        return to_pixels
+    try:
+        return load_decoder(folder, spec.latents, device)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def copy_decoder(spec: ModelSpec, source: Path, folder: Path) -> None:
+    """Put the decoder of `source` beside a model of latents, which can then be moved; raise UserError without one."""
+    if spec.latents is None or not ranks.is_main():
+        return
+    try:
+        decoder = find_decoder(source)
+    except FileNotFoundError as error:
+        raise UserError(str(error)) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(decoder, folder / decoder.name)
 
 
 def write_origin(out_dir: Path, *, method: str, init_from: str, seed: int) -> None:
@@ -79,7 +109,7 @@ def few_step_sigmas(spec: ModelSpec, mid_sigmas: Sequence[float] = ()) -> list[f
 
 
 def few_steps(spec: ModelSpec, f: Denoiser, noise: ImageNoise, mid_sigmas: Sequence[float] = ()) -> Tensor:
-    """Return a student's images, [B, C, H, W] in -1..1, one network call for each of `few_step_sigmas`."""
+    """Return a student's images in -1..1, or latents, [B, C, H, W]; one network call for each of `few_step_sigmas`."""
     sigmas = few_step_sigmas(spec, mid_sigmas)
     if spec.form == "euler":
         return euler_steps(f, noise, [*sigmas, spec.noise.sigma_min])

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from cm_core.params import Params
 from flows.data.decoding import list_faults, map_images
 from flows.data.images import TRAITS, convert, is_grey, upright_size
+from flows.data.latents import Encoding, write_latents
 from flows.data.new_array import new_array
 from flows.data.sources import Contents, Item
 from flows.data.sources.array import ArrayFile
@@ -50,6 +51,8 @@ class Data(Params):
     """Part of each class held out from training, chosen by a hash of the names, where the source has no such split."""
     max_images: int | None = Field(None, ge=1)
     """At most this many images of each split, chosen by a hash of the names; null takes all."""
+    latents: Encoding | None = None
+    """An autoencoder whose latents of the images networks learn; null: they learn pixels."""
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:
@@ -70,25 +73,36 @@ class Data(Params):
         height, width = (self.resolution, self.resolution) if self.resolution else native[1:]
         return (channels, height, width) if channels and height and width else None
 
+    def input_shape(self) -> tuple[int, int, int] | None:
+        """Return [C, H, W] of what networks see, images or latents, if it is known before `prepare`, else None.
+
+        Raises ValueError for an autoencoder that does not take the images.
+        """
+        shape = self.image_shape()
+        return self.latents.shape_of(shape) if shape and self.latents else shape
+
 
 def prepare(data: Data, out_dir: Path, monitor: Monitor) -> None:
-    """Write both splits, preview.png and, last, dataset.json, which marks the data set complete.
+    """Write both splits, preview.png, latents if asked for, and last dataset.json, which marks the data set complete.
     Raises UserError, naming the file, if images are unavailable, unreadable or cannot be brought to one shape.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "dataset.json").unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="cm-prepare-") as scratch:
+        autoencoder = data.latents.find(Path(scratch) / "autoencoder", monitor) if data.latents else None
         contents = data.source.read(Path(scratch), monitor)
         splits = _choose_splits(contents, data)
         shape = _common_shape(splits["train"] + splits["heldout"], data, monitor)
-        _refuse_full_disk(out_dir, sum(map(len, splits.values())) * math.prod(shape))
+        each = math.prod(shape) + (autoencoder.stored_bytes((shape[2], *shape[:2])) if autoencoder else 0)
+        _refuse_full_disk(out_dir, sum(map(len, splits.values())) * each)
         written = {split: _write_split(split, splits[split], shape, data, out_dir, monitor) for split in splits}
-    skipped = _skipped(written, data)
+        skipped = _skipped(written, data)
+        latents = write_latents(autoencoder, out_dir, monitor) if autoencoder else None
     counts = {split: len(one.kept) for split, one in written.items()}
     counts |= {trait: sum(one.traits[trait] for one in written.values()) for trait in TRAITS}
     counts |= {"skipped": len(skipped), "ignored_files": len(contents.ignored)}
     facts = _facts(data, contents, shape, counts) | {"skipped": list(map(str, skipped))}
-    facts["sha256"] = {split: _sha256(out_dir, split) for split in splits}
+    facts |= {"sha256": {split: _sha256(out_dir, split) for split in splits}, "latents": latents}
     names = [f"{split}: {item.name}" for split, one in written.items() for item in one.kept]
     originals = {"sizes": Counter[str](), "modes": Counter[str]()}
     for one in written.values():

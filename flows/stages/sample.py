@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from cm_core.guidance import WeightRange
+from cm_core.latents import ToPixels
 from cm_core.model import ModelSpec, load_model, load_spec
 from cm_core.parallel import ranks
 from cm_core.parallel.graphs import with_cuda_graphs
@@ -20,7 +21,7 @@ from cm_core.params import Params
 from cm_core.precision import Precision, autocast_dtype, set_float32_products
 from cm_core.precond import Precond
 from cm_core.sampling import ImageNoise, TeacherSampler
-from cm_core.tensors import from_pixels, to_pixels
+from cm_core.tensors import to_inputs, to_pixels
 from cm_core.training.posthoc import FOLDER, WIDEST, rebuild
 from flows.data.dataset import Dataset, load_dataset
 from flows.data.new_array import new_array
@@ -36,6 +37,7 @@ from flows.stages.models import (
     fixed_labels,
     initial_student,
     pick_device,
+    pixels_of,
     present,
     to_device,
 )
@@ -142,7 +144,7 @@ def sample(
     _check_levels(sample, spec)
     chosen = _chosen_emas(sample, student_dir).items()
     students = {ema: _load(folder, device, autocast)[1] for ema, folder in chosen}
-    dataset = load_dataset(prepare_dir)
+    dataset, decode = load_dataset(prepare_dir), pixels_of(spec, student_dir, device)
     counts = class_counts(dataset) if spec.num_classes and sample.labels == "data" else None
     rows = [row for ema, f in students.items() for row in _student_rows(sample, spec, f, ema)]
     for width in sample.widths:
@@ -168,7 +170,7 @@ def sample(
             monitor.progress(before + drawn, total, "images")
 
         path, grid = out_dir / f"{row.name}.npy", out_dir / f"{row.name}_grid.png"
-        write_images(path, draw, row.num_images, spec, batch_size=sample.batch_size, progress=progress)
+        write_images(path, draw, row.num_images, spec, batch_size=sample.batch_size, decode=decode, progress=progress)
         done += row.num_images
         if ranks.is_main():
             save_grid(np.load(path, mmap_mode="r")[:GRID_IMAGES], grid)
@@ -178,7 +180,7 @@ def sample(
         if labels is not None:
             np.save(out_dir / LABELS_FILE, labels.numpy())
         if spec.form != "generator":  # which is trained at no other level
-            _save_strips(spec, next(iter(students.values())), dataset, device, out_dir / STRIPS_FILE)
+            _save_strips(spec, next(iter(students.values())), dataset, decode, device, out_dir / STRIPS_FILE)
         _write_index(sample, spec, rows, out_dir)
 
 
@@ -293,18 +295,19 @@ def _teacher_row(sample: Sample, spec: ModelSpec, denoiser: Precond, ema: int, w
 @torch.no_grad()
 def write_images(
     path: Path,
-    draw: Callable[[range], Tensor],  # indices of images -> float [B, C, H, W] in -1..1
+    draw: Callable[[range], Tensor],  # indices of images -> float [B, C, H, W] in -1..1, or latents
     num_images: int,
     spec: ModelSpec,
     *,
     batch_size: int,
+    decode: ToPixels = to_pixels,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Draw images into one array, uint8 [N, H, W, C]; write a batch while the next is computed.
 
     Ranks take the batches in turn and return once the array is complete. Images do not depend on the world size.
     """
-    channels, height, width = spec.image_shape
+    channels, height, width = spec.pixel_shape
     shape = (num_images, height, width, channels)
     if ranks.is_main():
         new_array(path, shape)
@@ -316,7 +319,7 @@ def write_images(
     pending: tuple[range, Tensor, torch.cuda.Event | None] | None = None
     for start in range(0, num_images, batch_size)[ranks.rank() :: ranks.world_size()]:
         indices = range(start, min(start + batch_size, num_images))
-        ready = indices, *_to_host(to_pixels(draw(indices)))
+        ready = indices, *_to_host(decode(draw(indices)))
         if pending:
             _write_batch(images, *pending, progress)
         pending = ready
@@ -356,22 +359,23 @@ def _write_batch(
 
 
 @torch.no_grad()
-def _save_strips(spec: ModelSpec, f: Precond, dataset: Dataset, device: torch.device, path: Path) -> None:
+def _save_strips(
+    spec: ModelSpec, f: Precond, dataset: Dataset, decode: ToPixels, device: torch.device, path: Path
+) -> None:
     """Held-out images (training images if none are held out) at increasing noise, and f of each."""
     split = "heldout" if len(dataset.heldout_images) else "train"
     images, classes = getattr(dataset, f"{split}_images"), getattr(dataset, f"{split}_labels")
-    pixels = torch.from_numpy(np.array(images[:STRIP_IMAGES])).to(device)
-    x0 = from_pixels(pixels)
+    x0 = to_inputs(torch.from_numpy(np.array(dataset.inputs(split)[:STRIP_IMAGES])).to(device))
     eps = ImageNoise(0, range(len(x0)), spec.image_shape, device).draw()
     labels = None
     if spec.num_classes:
         labels = torch.from_numpy(np.array(classes[:STRIP_IMAGES])).to(device)
-    rows = {split: pixels.cpu().numpy()}
+    rows = {split: np.array(images[:STRIP_IMAGES])}
     for sigma in (sigma for sigma in STRIP_SIGMAS if sigma >= (spec.truncated_at or 0)):
         x_t = x0 + sigma * eps
-        rows[f"noised, sigma {sigma:g}"] = to_pixels(x_t / max(1.0, sigma)).cpu().numpy()
+        rows[f"noised, sigma {sigma:g}"] = decode(x_t / max(1.0, sigma)).cpu().numpy()
         x0_hat = f(x_t, torch.full((len(x0),), sigma, device=device), labels)
-        rows[f"denoised, sigma {sigma:g}"] = to_pixels(x0_hat).cpu().numpy()
+        rows[f"denoised, sigma {sigma:g}"] = decode(x0_hat).cpu().numpy()
     save_rows(rows, path)
 
 

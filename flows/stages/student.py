@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from cm_core.augment import LABEL_DIM
 from cm_core.distances import Distance, Lpips
 from cm_core.guidance import WeightRange
+from cm_core.latents import ToPixels
 from cm_core.methods.base import Method, Models
 from cm_core.methods.cd import CD
 from cm_core.methods.cm_inf import CMInf
@@ -31,7 +32,6 @@ from cm_core.noise import Noise
 from cm_core.precond import Precond
 from cm_core.randomness import derive_seed, seeded
 from cm_core.sampling import ImageNoise
-from cm_core.tensors import to_pixels
 from cm_core.training.config import Train
 from cm_core.training.state import TrainState
 from cm_core.training.trainer import Trainer
@@ -41,11 +41,13 @@ from flows.monitor import Monitor
 from flows.stages.models import (
     GRID_IMAGES,
     class_counts,
+    copy_decoder,
     few_step_sigmas,
     few_steps,
     fixed_labels,
     initial_student,
     pick_device,
+    pixels_of,
     present,
     to_device,
     write_origin,
@@ -181,12 +183,12 @@ def train_student(
         form=student.method.form,
         network=student.network(network),
         noise=noise,
-        image_shape=dataset.image_shape,
-        num_classes=dataset.num_classes if conditional else 0,
+        **dataset.facts(conditional),
         augment_dim=_augment_dim(student.method, start),
         noise_scale=start.noise_scale if start else 1.0,
         **student.sampling(),
     )
+    copy_decoder(spec, prepare_dir, out_dir)
     if student.is_imported:
         write_imported(student, role, spec, out_dir, state_dir, monitor)
         return
@@ -212,14 +214,15 @@ def train_student(
     distance = _build_distance(role, student, dataset, state_dir, device, monitor)
     models = Models(model, target or model, teacher, distance, state.weighting, score, discriminator, base)
     out_dir.mkdir(parents=True, exist_ok=True)
+    draw = partial(draw_samples, spec=spec, student=student, device=device, decode=pixels_of(spec, prepare_dir, device))
     run_training(
         Trainer(state, student.method, models, batches, noise, seed),
         spec=spec,
-        draw=partial(draw_samples, spec=spec, student=student, device=device),
+        draw=draw,
         out_dir=out_dir,
         state_dir=state_dir,
         monitor=monitor,
-        draw_sets=partial(draw_sets, spec=spec, student=student, device=device, counts=class_counts(dataset)),
+        draw_sets=partial(draw_sets, **draw.keywords, counts=class_counts(dataset)),
         sets_every=student.evaluate_every,
     )
     write_origin(out_dir, method=student.method.kind, **origin)
@@ -294,18 +297,20 @@ def _build_distance(
     if distance is None:
         return None
     if not isinstance(distance, Lpips):
-        return distance.build(dataset.image_shape)
+        return distance.build(dataset.input_shape)
     vgg16 = None
     if distance.weights is not None:
         vgg16 = fetch(distance.weights, state_dir / "weights", sha256=distance.sha256, monitor=monitor)
     try:
-        return distance.build(dataset.image_shape, vgg16).to(device)
+        return distance.build(dataset.input_shape, vgg16).to(device)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"{role}.method.distance: {error}") from error
 
 
 @torch.no_grad()
-def draw_samples(model: Precond, step: int, *, spec: ModelSpec, student: Student, device: torch.device) -> np.ndarray:
+def draw_samples(
+    model: Precond, step: int, *, spec: ModelSpec, student: Student, device: torch.device, decode: ToPixels
+) -> np.ndarray:
     """Return one-step samples for a training grid, with fixed noise, uint8 [N, H, W, C].
 
     A student of form euler takes its current number of steps, GRID_STEPS at most.
@@ -313,7 +318,7 @@ def draw_samples(model: Precond, step: int, *, spec: ModelSpec, student: Student
     spec, indices = _spec_at(step, spec, student), range(GRID_IMAGES)
     f = partial(model, labels=fixed_labels(spec, indices, 0, device))
     noise = ImageNoise(0, indices, spec.image_shape, device)
-    return to_pixels(few_steps(spec, f, noise)).cpu().numpy()
+    return decode(few_steps(spec, f, noise)).cpu().numpy()
 
 
 def _spec_at(step: int, spec: ModelSpec, student: Student) -> ModelSpec:
@@ -323,7 +328,14 @@ def _spec_at(step: int, spec: ModelSpec, student: Student) -> ModelSpec:
 
 @torch.no_grad()
 def draw_sets(
-    model: Precond, step: int, *, spec: ModelSpec, student: Student, device: torch.device, counts: np.ndarray
+    model: Precond,
+    step: int,
+    *,
+    spec: ModelSpec,
+    student: Student,
+    device: torch.device,
+    decode: ToPixels,
+    counts: np.ndarray,
 ) -> dict[str, np.ndarray]:
     """Return {nfe_N: images, uint8 [N, H, W, C]} for the curve of FID over training, always from the same noise.
 
@@ -336,6 +348,6 @@ def draw_sets(
             indices = range(start, min(start + SET_BATCH, student.evaluate_images))
             f = partial(model, labels=fixed_labels(spec, indices, seed, device, counts))
             images = few_steps(spec, f, ImageNoise(seed, indices, spec.image_shape, device), mid)
-            batches.append(to_pixels(images).cpu().numpy())
+            batches.append(decode(images).cpu().numpy())
         found[f"nfe_{len(few_step_sigmas(spec, mid))}"] = np.concatenate(batches)
     return found

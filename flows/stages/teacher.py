@@ -8,6 +8,7 @@ import torch
 
 from cm_core.augment import LABEL_DIM
 from cm_core.guidance import WeightRange
+from cm_core.latents import ToPixels
 from cm_core.methods.base import Models
 from cm_core.methods.edm import EDM
 from cm_core.model import ModelSpec, build_seeded
@@ -16,14 +17,13 @@ from cm_core.noise import Noise
 from cm_core.precond import Precond
 from cm_core.randomness import derive_seed
 from cm_core.sampling import ImageNoise, TeacherSampler
-from cm_core.tensors import to_pixels
 from cm_core.training.config import Train
 from cm_core.training.optimizers import Optimizer
 from cm_core.training.state import TrainState
 from cm_core.training.trainer import Trainer
 from flows.data.dataset import load_dataset
 from flows.monitor import Monitor
-from flows.stages.models import GRID_IMAGES, fixed_labels, pick_device, write_absent
+from flows.stages.models import GRID_IMAGES, copy_decoder, fixed_labels, pick_device, pixels_of, write_absent
 from flows.stages.training import build_weighting, make_batches, place, run_training
 from flows.stages.weights import Weights, write_imported
 
@@ -73,10 +73,10 @@ def teacher(
         form=teacher.method.form,
         network=network,
         noise=noise,
-        image_shape=dataset.image_shape,
-        num_classes=dataset.num_classes if conditional else 0,
+        **dataset.facts(conditional),
         augment_dim=LABEL_DIM if teacher.method.augment else 0,
     )
+    copy_decoder(spec, prepare_dir, out_dir)
     if teacher.is_imported:
         write_imported(teacher, "teacher", spec, out_dir, state_dir, monitor)
         return
@@ -85,10 +85,11 @@ def teacher(
     weighting = build_weighting(teacher.method, seed, device)
     state = TrainState(model, teacher.train, weighting=weighting)
     models = Models(student=model, target=model, weighting=weighting)
+    decode = pixels_of(spec, prepare_dir, device)
     run_training(
         Trainer(state, teacher.method, models, batches, noise, seed),
         spec=spec,
-        draw=partial(draw_samples, spec=spec, sampler=teacher.grid_sampler, device=device),
+        draw=partial(draw_samples, spec=spec, sampler=teacher.grid_sampler, device=device, decode=decode),
         out_dir=out_dir,
         state_dir=state_dir,
         monitor=monitor,
@@ -97,9 +98,9 @@ def teacher(
 
 @torch.no_grad()
 def draw_samples(
-    model: Precond, _step: int, *, spec: ModelSpec, sampler: TeacherSampler, device: torch.device
+    model: Precond, _step: int, *, spec: ModelSpec, sampler: TeacherSampler, device: torch.device, decode: ToPixels
 ) -> np.ndarray:
     """Return the images of a training grid, with fixed noise, uint8 [N, H, W, C]."""
     indices = range(GRID_IMAGES)
     noise = ImageNoise(0, indices, spec.image_shape, device)
-    return to_pixels(sampler.sample(model, noise, spec.noise, fixed_labels(spec, indices, 0, device))).cpu().numpy()
+    return decode(sampler.sample(model, noise, spec.noise, fixed_labels(spec, indices, 0, device))).cpu().numpy()

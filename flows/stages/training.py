@@ -72,7 +72,7 @@ def make_batches(
         )
     labels = np.asarray(dataset.train_labels) if conditional else None
     options: dict[str, Any] = {"batch_size": train.batch_size, "flip": train.flip, "guidance_range": guidance_range}
-    return Batches(dataset.train_images, labels, seed=seed, device=device, **options)
+    return Batches(dataset.inputs("train"), labels, seed=seed, device=device, **options)
 
 
 def build_weighting(method: Method, seed: int, device: torch.device) -> nn.Module | None:

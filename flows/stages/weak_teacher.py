@@ -12,8 +12,8 @@ from cm_core.params import Params
 from cm_core.precond import Precond
 from flows.errors import UserError
 from flows.monitor import Monitor
-from flows.stages.weights import locate
 from flows.storage.fetch import download_dir, is_local
+from flows.storage.locate import locate
 
 
 class WeakTeacher(Params):

@@ -1,6 +1,5 @@
 """A teacher or student read from a public checkpoint instead of trained: the same artifact, with its origin."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ from cm_core.params import Params
 from flows.errors import UserError
 from flows.monitor import Monitor
 from flows.stages.models import ORIGIN_FILE
-from flows.storage.allowed import refuse_foreign
-from flows.storage.fetch import download_dir, fetch, fetch_prefix, file_digest, is_local, local_path
-from flows.storage.s3 import public_uri
+from flows.storage.fetch import download_dir
+from flows.storage.locate import locate
 
 SHARED = ("form", "image_shape", "num_classes", "guidance_range")  # by the file's model and the recipe's
 TRAINING_ONLY = ("dropout", "dropout_resolution")  # of a network; sampling ignores them
@@ -60,35 +58,6 @@ def write_imported(section: Weights, role: str, wanted: ModelSpec, out_dir: Path
     m.remark(f"imported, not trained: {found.format}, licence {found.licence}, SHA-256 {sha256}")
 
 
-def locate(uri: str, into: Path, sha256: str | None, monitor: Monitor) -> tuple[Path, str]:
-    """Return the local file or folder of a checkpoint, and its `checksum`.
-
-    A folder is local, or s3://.../ with a slash at the end. Raises UserError as `fetch` does.
-    """
-    if uri.startswith(("models:/", "runs:/")):
-        raise UserError(f"{uri}: `cm import {uri}` makes a folder of it that a recipe can name")
-    if is_local(uri) and local_path(uri).is_dir():
-        path = local_path(uri).resolve()
-        refuse_foreign(path)
-    elif uri.startswith("s3://") and uri.endswith("/"):
-        path = fetch_prefix(uri, into, monitor=monitor)
-    else:
-        path = fetch(uri, into, monitor=monitor, sha256=sha256)
-    found = checksum(path)
-    if sha256 not in (None, found):
-        raise UserError(f"{public_uri(uri)}: sha256 of its files is {found}, expected {sha256}")
-    return path, found
-
-
-def checksum(path: Path) -> str:
-    """Return the SHA-256 of a file; of a folder, that of its files' names and sums."""
-    if path.is_file():
-        return file_digest(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    sums = "".join(f"{file_digest(file)}  {file.relative_to(path).as_posix()}\n" for file in files)
-    return hashlib.sha256(sums.encode()).hexdigest()
-
-
 def origin(sha256: str, found: Checkpoint) -> dict[str, str]:
     """Return what an artifact records of the checkpoint; not its address, under which the same file is another one."""
     return {"sha256": sha256, "format": found.format, "licence": found.licence}
@@ -113,6 +82,8 @@ def _facts(found: ModelSpec, wanted: ModelSpec) -> list[tuple[str, Any, Any]]:
     facts.append(("network.kind", *kinds))
     if kinds[0] == kinds[1]:
         facts += [(f"network.{key}", value, networks[1][key]) for key, value in networks[0].items()]
+    if found.latents:  # other formats do not say
+        facts += [(f"latents.{key}", value, getattr(wanted.latents, key, None)) for key, value in found.latents]
     told = ("sigma_data", "c_noise", *(["sigma_min"] if found.form in ("skip", "piecewise") else []))
     facts += [(f"noise.{key}", getattr(found.noise, key), getattr(wanted.noise, key)) for key in told]
     return facts + [("euler_steps", found.euler_steps, wanted.euler_steps)]

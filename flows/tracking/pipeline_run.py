@@ -11,7 +11,7 @@ from flows.settings import Settings, variable
 from flows.tracking.curves import curves_of
 from flows.tracking.description import describe_run, picture_of_run, results_in_markdown
 from flows.tracking.run_queries import FEATURES, RESULT
-from flows.tracking.tracker import COLOUR, MODEL_FILES, MODEL_NAME, PARENT_TAG, Tracker
+from flows.tracking.tracker import COLOUR, MODEL_NAME, PARENT_TAG, Tracker
 from flows.workspace.dvc_files import version
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ class PipelineRun:
 
         `run_id` is the run that trained it, if this MLflow has one.
         """
-        weights = {name: files[f"{MODEL_NAME}/{name}"] for name in MODEL_FILES}
+        own = f"{MODEL_NAME}/"
+        weights = {name.removeprefix(own): path for name, path in files.items() if name.startswith(own)}
         model_id = self.tracker.log_student(run_id or self.run_id, recipe, weights, version(outs))
         self.tracker.link_model(self.run_id, model_id)
         self.tracker.log_numbers(self.run_id, of_student(metrics), model_id=model_id)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 EXPERIMENT = "consistency-models"
 PARENT_TAG = "mlflow.parentRunId"
 MODEL_NAME, MODEL_FILES = "student", ("ema.safetensors", "model.json")
+LATENT_FILES = ("decoder.safetensors",)  # and of a model of latents
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
@@ -256,6 +257,7 @@ class Tracker:
             self.experiment_id, name, source_run_id=run_id, tags=tags, params=params
         )
         weights = {name: files[name] for name in MODEL_FILES}
+        weights |= {name: files[name] for name in LATENT_FILES if name in files}
         with packaged_student(weights, recipe.sample.mid_sigmas, model.model_id) as folder:
             self.client.log_model_artifacts(model.model_id, str(folder))
         self.client.finalize_logged_model(model.model_id, "READY")

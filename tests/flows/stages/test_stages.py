@@ -14,6 +14,7 @@ from cm_core.methods.pd import PD
 from cm_core.model import ModelSpec, load_model
 from cm_core.networks.mlp import MLPParams
 from cm_core.noise import Noise
+from cm_core.tensors import to_pixels
 from cm_core.training import loss_scale
 from cm_core.training.config import Train
 from flows.errors import UserError
@@ -204,7 +205,7 @@ def test_a_grid_of_progressive_distillation_takes_the_steps_of_its_halving():
     model.register_forward_hook(lambda *_: calls.append(1))
     taken = []
     for step in (1, 10, 11, 30, 40, 41, 80):
-        draw_samples(model, step, spec=spec, student=student, device=torch.device("cpu"))
+        draw_samples(model, step, spec=spec, student=student, device=torch.device("cpu"), decode=to_pixels)
         taken.append(len(calls))
         calls.clear()
     assert taken == [16, 16, 16, 8, 4, 2, 1], "rounds of 32, 16, 8, 4, 2 and 1; a grid takes 16 at most"

@@ -186,6 +186,7 @@ def test_an_imported_student_is_named_with_its_origin(root, tracker, monkeypatch
     def imported(seed, student, teacher_dir, out_dir, state_dir, monitor):
         save_model(out_dir, SPEC, build_seeded(SPEC, 2).state_dict())
         (out_dir / "origin.json").write_text(json.dumps(origin))
+        (out_dir / "decoder.safetensors").write_bytes(b"of a model of latents")
 
     monkeypatch.setitem(sys.modules, "flows.stages.student", types.SimpleNamespace(student=imported))
     for stage in ("prepare", "teacher"):
@@ -200,6 +201,7 @@ def test_an_imported_student_is_named_with_its_origin(root, tracker, monkeypatch
     query = f"tags.`dvc.out` = '{dvc_md5(root / 'out/student')}'"
     (model,) = tracker.client.search_logged_models([tracker.experiment_id], query)
     assert model.tags.items() >= tags.items()
+    assert (fetch_student(f"models:/{model.model_id}", root) / "decoder.safetensors").is_file()
 
 
 def test_a_stopped_training_goes_on_and_its_state_goes_when_dvc_has_the_result(root, tracker, monkeypatch, tmp_path):
