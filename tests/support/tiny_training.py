@@ -54,7 +54,7 @@ METHODS = {
     "dmd-weights": DMD(student_every=2, guidance=2.0, guidance_range=(1.0, 4.0)),
     "sid": DMD(objective="sid", student_every=2, gan_weight=0, generator_sigma=2.5, score_loss="edm", u_max=0.8),
     "cmt": CMT(num_steps=2),
-    "cmt-guided": CMT(num_steps=4, solver="heun", guidance=3.0, form="skip"),
+    "cmt-guided": CMT(num_steps=2, solver="heun", guidance=3.0, form="skip"),
     "tcm": TCM(ratio=0.8),
     "edm2": EDM(p_std=1.0),
     "edm2-weighted": EDM(adaptive_weight=True),

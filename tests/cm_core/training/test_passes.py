@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cm_core.training.config import Train
-from cm_core.training.passes import compose, compose_passes
+from cm_core.training.passes import compose, compose_passes, in_parts
 from small_networks import build_shaken, pass_through, small_networks
 from tiny_training import METHODS, Training
 
@@ -53,6 +53,13 @@ def test_a_batch_in_parts_gives_the_gradients_of_the_whole(parts):
     in_parts = compose(net, Train(batch_size=6, accumulate=parts, checkpoint_activations=True), graphs=False)
     for found, true in zip(pass_through(net, in_parts), expected, strict=True):
         torch.testing.assert_close(found, true, rtol=1e-3, atol=1e-6)
+
+
+def test_a_pass_of_fewer_rows_than_parts_has_no_empty_part():
+    """A teacher sees one row for each trajectory of CMT, and kernels take no empty batch."""
+    seen = []
+    rows = in_parts(lambda x, t: seen.append(len(x)) or x, 4)(torch.arange(3.0)[:, None], None)
+    assert seen == [1, 1, 1] and torch.equal(rows, torch.arange(3.0)[:, None])
 
 
 def test_parts_keep_the_activations_of_one_part_only():
