@@ -325,3 +325,10 @@ def test_the_page_shows_images_and_offers_no_edit(made, tmp_path):
     found = studio.describe(model)
     assert (found["channels"], found["height"], found["width"]) == (1, 8, 8)
     assert found["refused"].keys() == set(EDITS)
+
+
+def test_settings_of_the_gallery_do_not_bind_latents_that_have_none(made, autoencoder, tmp_path):
+    recipe = latent_recipe(autoencoder, "edit.factor=8")  # more than a side of the latents
+    places = {name: made / name.removesuffix("_dir") for name in ("prepare_dir", "student_dir")}
+    out = run_small("edit", recipe, tmp_path, **places)
+    assert json.loads((out / "edit.json").read_text())["tasks"] == {}
