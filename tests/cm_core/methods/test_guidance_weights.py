@@ -53,7 +53,7 @@ def started(network, folder):
         for p in teacher.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     save_model(folder, teacher_spec, teacher.state_dict())
-    student = initial_student(spec_of(network), init_from="teacher", seed=1, teacher_dir=folder)
+    student = initial_student(spec_of(network), init_from="teacher", seed=1, earlier={"teacher": folder})
     return teacher.eval(), student.eval()
 
 

@@ -63,7 +63,7 @@ def test_it_starts_from_the_teacher_and_moves_its_new_layer(made):
     origin = json.loads((made / "student" / ORIGIN_FILE).read_text())
     spec, trained = load_model(made / "student")
     first = initial_student(
-        spec, init_from=origin["init_from"], seed=origin["seed"], teacher_dir=made / "teacher"
+        spec, init_from=origin["init_from"], seed=origin["seed"], earlier={"teacher": made / "teacher"}
     ).state_dict()
     teacher, layer = load_model(made / "teacher")[1].state_dict(), "net.embed.guidance.weight"
     assert first.keys() - teacher.keys() == {layer} and all(torch.equal(first[n], one) for n, one in teacher.items())
