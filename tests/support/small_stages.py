@@ -38,7 +38,7 @@ def run_small(stage, recipe, folder, monitor=None, **places):
         elif name not in values:
             values[name] = getattr(recipe, name)
     values |= places
-    if not values.get("base_dir", folder).exists():  # as the stage leaves it for a recipe without base
+    if "base_dir" in values and not values["base_dir"].exists():  # as the stage leaves it for a recipe without base
         write_absent(values["base_dir"], "base", Monitor())
     values["out_dir"].mkdir(parents=True, exist_ok=True)
     function(**{name: values[name] for name in inspect.signature(function).parameters})

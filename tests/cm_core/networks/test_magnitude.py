@@ -97,8 +97,10 @@ def test_the_embedding_has_unit_variance_with_and_without_augmentation(changes):
     params = SMALL.model_copy(update={"channels": 256, **changes})
     with torch.no_grad():
         noise = torch.linspace(0, 1.6, 64)
-        found = Embedding(params, 1024, 10, 0)(noise, torch.arange(64) % 10, None)
-        features = math.sqrt(2) * (noise[:, None] * (e := Embedding(params, 1024, 0, 0)).frequencies + e.phases).cos()
+        found = Embedding(params, 1024, 10, 0, False)(noise, torch.arange(64) % 10, None)
+        features = (
+            math.sqrt(2) * (noise[:, None] * (e := Embedding(params, 1024, 0, 0, False)).frequencies + e.phases).cos()
+        )
     assert rms(features) == pytest.approx(1, abs=0.1)
     assert rms(found) == pytest.approx(1, abs=0.1)
 
@@ -149,7 +151,7 @@ def test_the_network_keeps_unit_variance_from_end_to_end():
 def test_positional_features_are_slower_than_random_ones():
     """The derivative of a feature with respect to the noise level is its frequency."""
     slow, fast = (
-        Embedding(SMALL.model_copy(update={"embedding": kind, "channels": 256}), 16, 0, 0).frequencies.max()
+        Embedding(SMALL.model_copy(update={"embedding": kind, "channels": 256}), 16, 0, 0, False).frequencies.max()
         for kind in ("positional", "fourier")
     )
     assert slow == 1 and fast > 10

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from flows.distributed.devices import devices_for, hold_devices, refuse_unusable
 from flows.errors import RunEnding, UserError
 from flows.operations import service_environment, services, stop_flag
 from flows.operations.process_trees import end_trees, still_runs
+from flows.recipes.recipe import load_recipe, write_active
 from flows.workspace.dvc_files import load_yaml, read_stages
 from live import Up, cm, environment, make_live_workspace
 from miniature import REPOSITORY
@@ -25,10 +27,16 @@ from processes import WAIT, command_line, wait_until
 from servers import client, http_server
 
 
-def test_every_stage_says_what_it_needs():
-    said = {name: entry["meta"]["needs"] for name, entry in load_yaml(REPOSITORY / "dvc.yaml")["stages"].items()}
-    assert said == {name: stage.needs for name, stage in read_stages(REPOSITORY).items()}
-    assert set(said.values()) == {"gpu", "cpu"} and said["student"] == "gpu" and said["prepare"] == "cpu"
+@pytest.mark.parametrize(
+    ("recipe", "idle"), [("digits-cd", {"base"}), ("digits-ct", {"teacher", "base"}), ("digits-tcm", set())]
+)
+def test_every_stage_says_what_it_needs_and_one_that_a_recipe_lacks_needs_no_gpu(tmp_path, recipe, idle):
+    entries = load_yaml(REPOSITORY / "dvc.yaml")["stages"]
+    assert all(entry["meta"]["needs"] in ("cpu", "gpu") for entry in entries.values())
+    shutil.copyfile(REPOSITORY / "dvc.yaml", tmp_path / "dvc.yaml")
+    write_active(load_recipe(recipe, root=REPOSITORY), tmp_path)
+    needs = {name: stage.needs for name, stage in read_stages(tmp_path).items()}
+    assert {name for name, need in needs.items() if need == "cpu"} == {"prepare", *idle}
 
 
 def test_devices_are_those_that_the_environment_shows(monkeypatch, tmp_path):

@@ -404,4 +404,4 @@ def test_a_student_that_is_no_consistency_model_has_no_gallery(made, tmp_path):
     monitor = Listen()
     out = run_small("edit", recipe, tmp_path, monitor, prepare_dir=made / "prepare")
     assert json.loads((out / "edit.json").read_text())["tasks"] == {}
-    assert monitor.remarks == ["no gallery: the student is no consistency model"]
+    assert monitor.remarks == ["no gallery: the student is no consistency model of all noise levels"]
