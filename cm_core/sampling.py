@@ -47,10 +47,13 @@ def _normals_for(device: torch.device) -> Callable[[Tensor, int, int, int], Tens
     return normals_by_kernel
 
 
-def multistep(f: Denoiser, noise: ImageNoise, sigmas: Sequence[float], *, sigma_min: float) -> Tensor:
-    """Sample a consistency model at decreasing `sigmas`, one network call each, [B, C, H, W] in -1..1 (CM, Alg. 1).
+def multistep(
+    f: Denoiser, noise: ImageNoise, sigmas: Sequence[float], *, sigma_min: float, clip: bool = True
+) -> Tensor:
+    """Sample a consistency model at decreasing `sigmas`, one network call each, [B, C, H, W] (CM, Alg. 1).
 
-    One level is one-step sampling. Raises ValueError unless the levels decrease and stay above sigma_min.
+    One level is one-step sampling. Estimates are clipped to -1..1 unless they are latents, which have no such bounds:
+    then `clip` is off. Raises ValueError unless the levels decrease and stay above sigma_min.
     """
     check_levels(sigmas, sigma_min=sigma_min)
     x = torch.zeros(len(noise), *noise.image_shape, device=noise.device)
@@ -58,29 +61,39 @@ def multistep(f: Denoiser, noise: ImageNoise, sigmas: Sequence[float], *, sigma_
         # An estimate is already a sample at level sigma_min: add only the rest of the variance.
         std = sigma if position == 0 else math.sqrt(sigma**2 - sigma_min**2)
         level = torch.full((len(x),), sigma, device=x.device)
-        x = f(x + std * noise.draw(), level).clamp(-1, 1)
+        x = _clipped(f(x + std * noise.draw(), level), clip)
     return x
 
 
-def euler_steps(denoiser: Denoiser, noise: ImageNoise, sigmas: Sequence[float]) -> Tensor:
-    """Sample a denoiser distilled to take one Euler step between consecutive `sigmas`, [B, C, H, W] (PD)."""
+def _clipped(x: Tensor, clip: bool) -> Tensor:
+    return x.clamp(-1, 1) if clip else x
+
+
+def euler_steps(denoiser: Denoiser, noise: ImageNoise, sigmas: Sequence[float], *, clip: bool = True) -> Tensor:
+    """Sample a denoiser distilled to take one Euler step between consecutive `sigmas`, [B, C, H, W] (PD).
+
+    The end is clipped to -1..1; for latents `clip` is off.
+    """
     x = noise.draw().double() * sigmas[0]
     for t, r in zip(sigmas[:-1], sigmas[1:], strict=True):
         x = euler_step(_in_float32(denoiser), x, *_levels(x, t, r))
-    return x.float().clamp(-1, 1)
+    return _clipped(x.float(), clip)
 
 
-def flow_map_steps(flow_map: Callable[..., Tensor], noise: ImageNoise, sigmas: Sequence[float]) -> Tensor:
+def flow_map_steps(
+    flow_map: Callable[..., Tensor], noise: ImageNoise, sigmas: Sequence[float], *, clip: bool = True
+) -> Tensor:
     """Sample a flow map along its ODE from the first of decreasing `sigmas` to the next ones and 0, [B, C, H, W].
 
-    Nothing adds noise again (MeanFlow). Raises ValueError unless the levels decrease and stay above 0.
+    Nothing adds noise again (MeanFlow). The end is clipped to -1..1; for latents `clip` is off. Raises ValueError
+    unless the levels decrease and stay above 0.
     """
     check_levels(sigmas, sigma_min=0.0)
     x = sigmas[0] * noise.draw()
     for t, r in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
         t_, r_ = _levels(x, t, r)
         x = flow_map(x, t_, to=r_)
-    return x.clamp(-1, 1)
+    return _clipped(x, clip)
 
 
 def check_levels(sigmas: Sequence[float], *, sigma_min: float) -> None:

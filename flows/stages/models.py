@@ -110,12 +110,12 @@ def few_step_sigmas(spec: ModelSpec, mid_sigmas: Sequence[float] = ()) -> list[f
 
 def few_steps(spec: ModelSpec, f: Denoiser, noise: ImageNoise, mid_sigmas: Sequence[float] = ()) -> Tensor:
     """Return a student's images in -1..1, or latents, [B, C, H, W]; one network call for each of `few_step_sigmas`."""
-    sigmas = few_step_sigmas(spec, mid_sigmas)
+    sigmas, clip = few_step_sigmas(spec, mid_sigmas), spec.latents is None
     if spec.form == "euler":
-        return euler_steps(f, noise, [*sigmas, spec.noise.sigma_min])
+        return euler_steps(f, noise, [*sigmas, spec.noise.sigma_min], clip=clip)
     if spec.form == "average_velocity":
-        return flow_map_steps(f, noise, sigmas)
-    return multistep(f, noise, sigmas, sigma_min=spec.boundary)
+        return flow_map_steps(f, noise, sigmas, clip=clip)
+    return multistep(f, noise, sigmas, sigma_min=spec.boundary, clip=clip)
 
 
 def ema_suffix(ema: int) -> str:

@@ -10,11 +10,13 @@ import torch
 from cm_core.latents import DECODER_FILE, Latents, load_autoencoder, load_decoder
 from cm_core.metrics.torchvision_shim import ensure_torchvision
 from cm_core.model import load_model, load_spec
+from cm_core.sampling import ImageNoise
 from cm_core.tensors import from_pixels, to_inputs
 from command import run
 from flows.data.dataset import load_dataset
 from flows.errors import UserError
 from flows.monitor import Monitor
+from flows.stages.models import few_steps
 from flows.stages.training import StageStopped
 from small_autoencoder import save_autoencoder
 from small_stages import files, run_small, small_recipe
@@ -105,6 +107,27 @@ def test_the_evaluation_compares_decoded_samples_with_the_original_images(made, 
     fid = next(values for key, values in metrics.items() if key.startswith("fid"))
     assert fid["real"] < fid["nfe_1"], "the floor is of original images"
     assert "2 × 4 × 4" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [{"form": "skip"}, {"form": "euler", "euler_steps": 2}, {"form": "average_velocity"}],
+    ids=lambda f: f["form"],
+)
+def test_drawn_latents_are_not_clipped_as_pixels_are(made, form):
+    """Latents of standard deviation 0.5 go beyond -1..1; a model of pixels that did would be wrong there."""
+    spec = load_spec(made / "student").model_copy(update={"form": form, "euler_steps": 2})
+
+    def far(x, sigma, to=None):
+        return torch.full_like(x, 1.5 if to is None else 1.5 * to[0].item() + 1.5)
+
+    def drawn(spec):
+        return few_steps(
+            spec, far, ImageNoise(0, range(2), spec.image_shape, CPU), [1.0] if form["form"] == "skip" else []
+        )
+
+    assert drawn(spec).abs().max() > 1.4
+    assert drawn(spec.model_copy(update={"latents": None})).abs().max() == 1
 
 
 def test_the_gallery_of_edits_is_empty(made):
