@@ -135,18 +135,18 @@ TITLES = {  # the field's terms, where a name and WORDS do not give them
     "PowerEma.width": "Relative width of the EMA",
     "widths": "Widths of post-hoc EMAs",
 }
-TABS = {  # of a choice, by its kind; others have the title of their class
+TABS = {  # of a choice, by its kind, short enough for one row; others have the title of their class
     "cd": "CD · distillation",
     "ct": "CT · training",
     "ict": "iCT · improved",
     "ect": "ECT · easy",
-    "scm": "sCM · simplified",
-    "pd": "PD · progressive",
+    "scm": "sCM",
+    "pd": "PD",
     "cm_inf": "CM∞",
     "meanflow": "MeanFlow",
     "dmd": "DMD",
-    "cmt": "CMT · mid-training",
-    "tcm": "TCM · truncated",
+    "cmt": "CMT",
+    "tcm": "TCM",
     "l2 or l1": "ℓ2 or ℓ1",
     "pseudo_huber": "Pseudo-Huber",
     "lpips": "LPIPS",

@@ -20,6 +20,7 @@ from miniature import REPOSITORY
 from processes import wait_until
 from schemas import unions
 
+WIDTH = 1280  # of the window
 PAGES = {"v1": "", "v2": "/v2"}  # Prefect's two user interfaces
 TYPED = {"integer": 12, "number": 0.5, "string": "x"}  # into values that were empty
 
@@ -133,9 +134,11 @@ class Page:
         resolved = self._form["definitions"][name[0]] if name else option
         if "enum" in resolved or resolved["type"] == "array":  # their values are no tabs
             return
-        scope.get_by_role(
-            {"v1": "button", "v2": "tab"}[self._version], name=resolved["title"], exact=True
-        ).first.click()
+        role = {"v1": "button", "v2": "tab"}[self._version]
+        tab = scope.get_by_role(role, name=resolved["title"], exact=True).first
+        tab.click()
+        box = tab.bounding_box()
+        assert box["x"] + box["width"] <= WIDTH, f"{resolved['title']} of {path} lies outside the page"
         if name:
             if kind := resolved["properties"].get("kind"):
                 self.chosen[(*path, "kind")] = kind["default"]
@@ -149,7 +152,7 @@ class Page:
 @pytest.fixture(scope="module")
 def browser(up):
     with chromium() as browser:
-        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page = browser.new_page(viewport={"width": WIDTH, "height": 1000})
         page.set_default_timeout(60_000)
         log_in(page, up)
         yield page
