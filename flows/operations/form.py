@@ -25,6 +25,8 @@ HIDDEN = frozenset(  # what a recipe file settles: it stays as the recipe has it
     Edit.seed Edit.num_steps Evaluate.batch_size Sample.batch_size ImageNetFeatures.batch_size DinoFeatures.batch_size
     ClassifierFeatures.width ClassifierFeatures.num_steps ClassifierFeatures.batch_size ClassifierFeatures.max_shift
     ClassifierFeatures.learning_rate ClassifierFeatures.flip
+    snapshots widths Sample.emas weak_teacher guidance_interval weight_decay dropout_resolution fourier_scale
+    resample_filter
     """.split()
 )
 WORDS = {"num": "number of", "emas": "EMAs", "kid": "KID", "md5": "MD5", "sha256": "SHA-256", "sigma": "σ"}
