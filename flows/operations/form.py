@@ -36,7 +36,7 @@ TITLES = {  # the field's terms, where a name and WORDS do not give them
     "anneal": "Anneal the learning rate in each halving",
     "attn_resolutions": "Attention resolutions",
     "b": "Steepness b of the mapping",
-    "base": "Base, a training before the student's",
+    "base": "Base, trained before the student",
     "beside_fid": "Metrics beside FID",
     "boundary_share": "Share of t = t′",
     "boundary_weight": "Weight of these pairs",
