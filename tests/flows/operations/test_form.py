@@ -125,7 +125,7 @@ class Page:
                 self._change_union(field["anyOf"], inside, (*path, key))
             elif "$ref" in field:
                 self._change_section(field["$ref"].rsplit("/", 1)[1], inside, (*path, key))
-            elif key == "path":  # of images; it has no default
+            elif key in ("path", "autoencoder"):  # they have no default
                 inside.locator("textarea").fill("x")
 
     def _change_union(self, options, scope, path):
