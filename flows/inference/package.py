@@ -8,11 +8,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import flows
+from cm_core.latents import DECODER_FILE
 from flows.inference.generate import write_levels
 from flows.workspace.import_closure import PACKAGES, import_closure
 
 MODULE, WEIGHTS = "flows.inference.server", "student"
-DECODER_FILE = "decoder.safetensors"  # of a model of latents, which diffusers decodes
 REQUIRED = ("mlflow", "numpy", "pillow", "pydantic", "pyyaml", "safetensors", "torch")  # what the packed code imports
 
 
@@ -22,10 +22,10 @@ def packaged_student(files: Mapping[str, Path], mid_sigmas: Sequence[Sequence[fl
 
     `mid_sigmas` are the sampling levels of its recipe, one entry per number of steps.
     """
-    required = (*REQUIRED, *(["diffusers"] if DECODER_FILE in files else []))
     from mlflow import pyfunc
     from mlflow.models import Model
 
+    required = (*REQUIRED, "diffusers") if DECODER_FILE in files else REQUIRED  # which decodes latents
     with TemporaryDirectory() as scratch:
         weights, code = Path(scratch) / WEIGHTS, Path(scratch) / "code"
         weights.mkdir()

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 EXPERIMENT = "consistency-models"
 PARENT_TAG = "mlflow.parentRunId"
 MODEL_NAME, MODEL_FILES = "student", ("ema.safetensors", "model.json")
-LATENT_FILES = ("decoder.safetensors",)  # and of a model of latents
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
@@ -246,6 +245,7 @@ class Tracker:
         return next((model.model_id for model in known if model.status == "READY"), None)
 
     def _add_student(self, run_id: str, recipe: "Recipe", files: Mapping[str, Path], data_version: str) -> str:
+        from cm_core.latents import DECODER_FILE
         from flows.inference.package import packaged_student
         from flows.recipes.recipe import flatten
 
@@ -256,8 +256,7 @@ class Tracker:
         model = self.client.create_logged_model(
             self.experiment_id, name, source_run_id=run_id, tags=tags, params=params
         )
-        weights = {name: files[name] for name in MODEL_FILES}
-        weights |= {name: files[name] for name in LATENT_FILES if name in files}
+        weights = {name: files[name] for name in (*MODEL_FILES, *({DECODER_FILE} & files.keys()))}
         with packaged_student(weights, recipe.sample.mid_sigmas, model.model_id) as folder:
             self.client.log_model_artifacts(model.model_id, str(folder))
         self.client.finalize_logged_model(model.model_id, "READY")

@@ -18,10 +18,8 @@ OBJECTS, DAMAGED = "files/md5", "damaged"  # folders in a cache
 STAGES_FILE, LOCK_FILE, PARAMS_FILE = "dvc.yaml", "dvc.lock", "params/active.yaml"
 DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
 FileHash = Callable[[Path], str]
-GPU, CPU = (
-    "gpu",
-    "cpu",
-)  # what a stage may need, as `meta: {needs: ...}` in dvc.yaml; with `gpu_for: KEY`, the GPU if the recipe has KEY
+# What a stage may need, as `meta: {needs: ...}` in dvc.yaml; with `gpu_for: KEY`, the GPU if the recipe has KEY.
+GPU, CPU = "gpu", "cpu"
 
 
 def dvc(root: Path, *arguments: str) -> str:
@@ -52,7 +50,8 @@ class Stage:
 
 def read_stages(root: Path) -> dict[str, Stage]:
     """Return the stages of `root`/dvc.yaml, each after the stages it reads from."""
-    stages = {name: _stage(root, name, entry) for name, entry in load_yaml(root / STAGES_FILE)["stages"].items()}
+    params = load_yaml(root / PARAMS_FILE) if (root / PARAMS_FILE).is_file() else {}
+    stages = {name: _stage(name, entry, params) for name, entry in load_yaml(root / STAGES_FILE)["stages"].items()}
     ordered: dict[str, Stage] = {}
     for stage in stages.values():
         _place(stage, stages, ordered)
@@ -75,22 +74,19 @@ def _place(stage: Stage, stages: Mapping[str, Stage], ordered: dict[str, Stage])
     ordered.setdefault(stage.name, stage)
 
 
-def _stage(root: Path, name: str, entry: Mapping[str, Any]) -> Stage:
+def _stage(name: str, entry: Mapping[str, Any], params: Mapping[str, Any]) -> Stage:
     outs = [path for kind in ("outs", "metrics", "plots") for path in _names(entry.get(kind, ()))]
     sections = [section for file in entry.get("params", ()) for section in file[PARAMS_FILE]]
     deps = tuple(_names(entry.get("deps", ())))
-    return Stage(name, entry["cmd"], deps, tuple(sections), tuple(outs), _needs(root, entry.get("meta", {})))
+    return Stage(name, entry["cmd"], deps, tuple(sections), tuple(outs), _needs(entry.get("meta", {}), params))
 
 
-def _needs(root: Path, meta: Mapping[str, str]) -> str:
+def _needs(meta: Mapping[str, str], params: Mapping[str, Any]) -> str:
     """Return the processor of a stage; the GPU where the recipe has the value that its `gpu_for` names."""
-    if (key := meta.get("gpu_for")) and (root / PARAMS_FILE).is_file():
-        value: Any = load_yaml(root / PARAMS_FILE)
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is not None:
-            return GPU
-    return meta.get("needs", Stage.needs)
+    value: Any = params if "gpu_for" in meta else None
+    for part in meta.get("gpu_for", "").split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return meta.get("needs", Stage.needs) if value is None else GPU
 
 
 def _names(entries: Iterable[str | Mapping[str, Any]]) -> Iterator[str]:

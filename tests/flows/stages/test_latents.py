@@ -279,10 +279,10 @@ def test_a_logged_model_holds_its_decoder_and_asks_for_diffusers(made):
 
     from flows.inference.package import packaged_student, weights_of
     from flows.inference.server import Request, ServedStudent, encode_png
-    from flows.tracking.tracker import LATENT_FILES, MODEL_FILES
+    from flows.tracking.tracker import MODEL_FILES
 
     student = made / "student"
-    with packaged_student({name: student / name for name in (*MODEL_FILES, *LATENT_FILES)}, [], "m-1") as folder:
+    with packaged_student({name: student / name for name in (*MODEL_FILES, DECODER_FILE)}, [], "m-1") as folder:
         assert "\ndiffusers==" in (folder / "requirements.txt").read_text()
         served = ServedStudent()
         served.load_context(SimpleNamespace(artifacts={"student": str(weights_of(folder))}))
