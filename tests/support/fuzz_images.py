@@ -93,7 +93,7 @@ def main(folder: Path, count: int, seed: int) -> None:
     except UserError as error:
         outcomes["one line of headers"] = "\n" not in str(error)
     spec = ModelSpec(form="skip", network=MLPParams(), noise=Noise(), image_shape=(3, 16, 16))
-    args = Namespace(task=stroke, model="a model", label=None, resize="pad")
+    args = Namespace(task=stroke, model="a model", label=None, guidance=None, resize="pad")
     editor = Editor(args, Context(load=lambda name: (spec, None)))
     longest = 0.0
     for path in sorted(folder.iterdir()):
