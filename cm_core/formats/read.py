@@ -13,7 +13,7 @@ from cm_core.formats.single import read_single
 from cm_core.formats.unet2d import CONFIG, WEIGHTS, read_diffusers
 from cm_core.model import SPEC_FILE, WEIGHTS_FILE, load_spec
 
-OWN = "this package", "that of its training images and first weights"
+OWN = "this package", "that of its training images and initial weights"
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"  # first bytes; a zip is what torch.save writes
 
 

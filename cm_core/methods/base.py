@@ -44,7 +44,7 @@ class Models:
     weighting: nn.Module | None = None  # sigma [B] -> log-weight [B], learned with the student
     score: Precond | None = None  # the critic's denoiser, of the student's images
     discriminator: Precond | None = None  # the critic's logits of noisy images
-    base: Precond | None = None  # the student's frozen first weights
+    base: Precond | None = None  # the student's frozen initial weights
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def check_starts(teacher: Teacher | None, students: Mapping[str, Student]) -> No
         if section.method.needs_teacher:
             raise ValueError(f"{role}.method.kind={kind} distils a teacher, and teacher is null; train one or use ct")
         raise ValueError(
-            f"the {role}'s first weights are the teacher's (kind={kind}), and teacher is null; train one, or set "
+            f"the {role}'s initial weights are the teacher's (kind={kind}), and teacher is null; train one, or set "
             f"{role}.init_from: random"
         )
     if "base" in students:

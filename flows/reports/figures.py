@@ -3,8 +3,10 @@
 Images are uint8 [N, H, W, C] with C = 1 or 3, as every artifact of the pipeline stores them.
 """
 
+import importlib.util
 import math
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +41,7 @@ def save_rows(rows: Mapping[str, np.ndarray], path: Path) -> None:
     for images in rows.values():
         _check_images(images)
     strips = {name: tile(enlarge(images), len(images)) for name, images in rows.items()}
-    font = ImageFont.load_default(size=14)
+    font = _font()
     margin = max(math.ceil(font.getlength(name)) for name in strips) + 12
     width = margin + max(strip.shape[1] for strip in strips.values())
     canvas = Image.new("RGBA", (width, sum(strip.shape[0] for strip in strips.values())), "white")
@@ -73,7 +75,7 @@ def save_montage(pictures: Mapping[str, Path], path: Path, *, columns: int, min_
     height = max(picture.height for picture in opened.values()) + CAPTION
     columns = min(columns, len(opened))
     canvas = Image.new("RGB", (columns * width, math.ceil(len(opened) / columns) * height), "white")
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=14)
+    pen, font = ImageDraw.Draw(canvas), _font()
     for index, (name, picture) in enumerate(opened.items()):
         left, top = (index % columns) * width, (index // columns) * height
         pen.text((left + GAP, top + CAPTION - 6), name, font=font, fill=INK, anchor="ls")
@@ -107,6 +109,14 @@ def tile(images: np.ndarray, columns: int) -> np.ndarray:
         place = canvas[top : top + height, left : left + width]
         place[..., :3], place[..., 3] = image, 255  # grey broadcasts to RGB
     return canvas
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont:
+    """Return matplotlib's own font, which has Greek letters; Pillow's has none."""
+    matplotlib = importlib.util.find_spec("matplotlib")
+    assert matplotlib and matplotlib.origin, "the package depends on it"
+    return ImageFont.truetype(str(Path(matplotlib.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"), size=13)
 
 
 def _check_images(images: np.ndarray) -> None:

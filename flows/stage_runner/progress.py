@@ -111,5 +111,5 @@ class StageMonitor(Monitor):
         requested = self._stop_requested()
         if requested and not self._stop_announced:  # reported here, because a signal handler must not print
             self._stop_announced = True
-            self.remark("stopping after this step, the training state is saved; a second signal stops immediately")
+            self.remark("stopping after this step, the training state is saved; press Ctrl-C again to stop immediately")
         return requested

@@ -373,9 +373,9 @@ def _save_strips(
     rows = {split: np.array(images[:STRIP_IMAGES])}
     for sigma in (sigma for sigma in STRIP_SIGMAS if sigma >= (spec.truncated_at or 0)):
         x_t = x0 + sigma * eps
-        rows[f"noised, sigma {sigma:g}"] = decode(x_t / max(1.0, sigma)).cpu().numpy()
+        rows[f"noised, σ = {sigma:g}"] = decode(x_t / max(1.0, sigma)).cpu().numpy()
         x0_hat = f(x_t, torch.full((len(x0),), sigma, device=device), labels)
-        rows[f"denoised, sigma {sigma:g}"] = decode(x0_hat).cpu().numpy()
+        rows[f"denoised, σ = {sigma:g}"] = decode(x0_hat).cpu().numpy()
     save_rows(rows, path)
 
 

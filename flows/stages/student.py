@@ -195,7 +195,7 @@ def train_student(
     options: dict[str, Any] = {"conditional": conditional, "guidance_range": student.guidance_range}
     batches = make_batches(dataset, student.train, seed=seed, device=device, **options)
     origin: dict[str, Any] = {"init_from": starts_from, "seed": derive_seed(seed, "init")}
-    monitor.remark(f"first weights: {origin['init_from']}")
+    monitor.remark(f"initial weights: {origin['init_from']}")
     model = _first_weights(spec, student.train, origin, earlier)
     target = place(copy.deepcopy(model), device) if student.method.keeps_target else None
     base = place(copy.deepcopy(model).requires_grad_(False), device) if student.method.needs_base else None

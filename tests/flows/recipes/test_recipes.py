@@ -304,7 +304,10 @@ UNFIT_BASES = [  # overrides after which a recipe of CD is refused, and why
     ([*TCM, "student.init_from=random"], "student.init_from=random, and the student starts from the base"),
     (["base.method=ect", "student.weights=a.pkl"], "student.weights is set: nothing is trained from the base"),
     (["base.method=cmt", "teacher=null"], "base.method.kind=cmt distils a teacher, and teacher is null"),
-    (["base.method=ect", "teacher=null", "student.method=ct"], "the base's first weights are the teacher's (kind=ect)"),
+    (
+        ["base.method=ect", "teacher=null", "student.method=ct"],
+        "the base's initial weights are the teacher's (kind=ect)",
+    ),
     (
         ["base={method: ect, init_from: random}", "teacher=null"],
         "student.method.kind=cd distils a teacher, and teacher is null",
