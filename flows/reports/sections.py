@@ -153,7 +153,7 @@ def _plot_fid(rows: Sequence[Row], artifacts: Artifacts, plots: Path) -> str:
     return save_lines(
         {name: tuple(zip(*sorted(points), strict=True)) for name, points in curves.items()},
         plots / "fid_against_nfe.png",
-        xlabel="network calls an image (NFE)",
+        xlabel="function evaluations (NFE) per image",
         ylabel=f"FID ({artifacts.files.short_name})",
         title="FID against network calls",
         markers=True,
