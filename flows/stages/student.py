@@ -178,16 +178,7 @@ def train_student(
     """
     dataset, device, seed = load_dataset(prepare_dir), pick_device(), derive_seed(seed, role)
     starts_from = student.initial_weights(has_base="base" in earlier)
-    start = _spec_of_start(role, student, starts_from, earlier)
-    spec = ModelSpec(
-        form=student.method.form,
-        network=student.network(network),
-        noise=noise,
-        **dataset.facts(conditional),
-        augment_dim=_augment_dim(student.method, start),
-        noise_scale=start.noise_scale if start else 1.0,
-        **student.sampling(),
-    )
+    spec = _spec(student, noise, network, dataset, conditional, _spec_of_start(role, student, starts_from, earlier))
     copy_decoder(spec, prepare_dir, out_dir)
     if student.is_imported:
         write_imported(student, role, spec, out_dir, state_dir, monitor)
@@ -226,6 +217,21 @@ def train_student(
         sets_every=student.evaluate_every,
     )
     write_origin(out_dir, method=student.method.kind, **origin)
+
+
+def _spec(
+    student: Student, noise: Noise, network: Network, dataset: Dataset, conditional: bool, start: ModelSpec | None
+) -> ModelSpec:
+    """Return the spec of the model, by the conventions of the one that it starts from."""
+    return ModelSpec(
+        form=student.method.form,
+        network=student.network(network),
+        noise=noise,
+        **dataset.facts(conditional),
+        augment_dim=_augment_dim(student.method, start),
+        noise_scale=start.noise_scale if start else 1.0,
+        **student.sampling(),
+    )
 
 
 def _spec_of_start(role: str, student: Student, starts_from: str, earlier: Mapping[str, Path]) -> ModelSpec | None:

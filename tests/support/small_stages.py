@@ -4,9 +4,12 @@ import inspect
 from importlib import import_module
 from pathlib import Path
 
+import pytest
+
 from flows.monitor import Monitor
 from flows.recipes.recipe import load_recipe
 from flows.stages.models import write_absent
+from flows.stages.training import StageStopped
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -48,3 +51,24 @@ def run_small(stage, recipe, folder, monitor=None, **places):
 def files(folder):
     """Return {path: bytes} of all files below a folder."""
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+class StopAtTwo(Monitor):
+    """Asks a training to stop after its second step."""
+
+    seen = 0
+
+    def metrics(self, values, step):
+        self.seen = step
+
+    def stop_requested(self):
+        return self.seen == 2
+
+
+def assert_student_resumes_to_the_same_bytes(recipe, folder, **places):
+    """Train a student in `folder`/whole, and one that is stopped and goes on in `folder`/stopped."""
+    run_small("student", recipe, folder / "whole", **places)
+    with pytest.raises(StageStopped, match="stopped after step 2"):
+        run_small("student", recipe, folder / "stopped", StopAtTwo(), **places)
+    run_small("student", recipe, folder / "stopped", **places)
+    assert files(folder / "whole" / "student") == files(folder / "stopped" / "student")

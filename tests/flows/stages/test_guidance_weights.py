@@ -14,11 +14,9 @@ from cm_core.networks import DhariwalUNetParams
 from command import run
 from flows.errors import UserError
 from flows.inference.server import Request, ServedStudent, encode_png
-from flows.monitor import Monitor
 from flows.recipes.recipe import load_recipe
 from flows.stages.models import ORIGIN_FILE, initial_student
-from flows.stages.training import StageStopped
-from small_stages import ROOT, SMALL, TRAIN, files, run_small
+from small_stages import ROOT, SMALL, TRAIN, assert_student_resumes_to_the_same_bytes, run_small
 
 GUIDED = ["conditional=true", "teacher.method.label_dropout=0.2"]
 WEIGHTS = ["student.method.guidance_range=[1,4]", "student.method.guidance=2"]
@@ -72,22 +70,9 @@ def test_it_starts_from_the_teacher_and_moves_its_new_layer(made):
 
 @pytest.mark.parametrize("method", ["cd", "{kind: pd, start_steps: 2}", "{kind: dmd, student_every: 2}"])
 def test_a_stopped_training_resumes_and_writes_the_same_bytes(made, tmp_path, method):
-    class StopAtTwo(Monitor):
-        seen = 0
-
-        def metrics(self, values, step):
-            self.seen = step
-
-        def stop_requested(self):
-            return self.seen == 2
-
     recipe = recipe_of(f"student.method={method}", *WEIGHTS)
     places = {name: made / name.removesuffix("_dir") for name in ("prepare_dir", "teacher_dir")}
-    run_small("student", recipe, tmp_path / "whole", **places)
-    with pytest.raises(StageStopped, match="stopped after step 2"):
-        run_small("student", recipe, tmp_path / "stopped", StopAtTwo(), **places)
-    run_small("student", recipe, tmp_path / "stopped", **places)
-    assert files(tmp_path / "whole" / "student") == files(tmp_path / "stopped" / "student")
+    assert_student_resumes_to_the_same_bytes(recipe, tmp_path, **places)
 
 
 def test_the_report_has_a_curve_over_the_weight_and_the_others_are_as_before(made):

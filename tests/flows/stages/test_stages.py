@@ -22,7 +22,7 @@ from flows.monitor import Monitor
 from flows.stages.models import fixed_labels
 from flows.stages.student import Student, draw_samples
 from flows.stages.training import StageStopped, TrainingLog
-from small_stages import files, run_small, small_recipe
+from small_stages import assert_student_resumes_to_the_same_bytes, files, run_small, small_recipe
 
 TWO_EMAS = "[{kind: constant, decay: 0}, {kind: constant, decay: 0.9}]"
 
@@ -94,23 +94,10 @@ def test_gradients_that_fp16_does_not_hold_name_another_precision(made, tmp_path
 
 
 def test_sets_of_images_are_drawn_during_the_training_of_each_ema_also_across_a_resume(made, tmp_path):
-    class StopAtTwo(Monitor):
-        seen = 0
-
-        def metrics(self, values, step):
-            self.seen = step
-
-        def stop_requested(self):
-            return self.seen == 2
-
     places = {name: made / name.removesuffix("_dir") for name in ("prepare_dir", "teacher_dir")}
     asked = (f"student.train.emas={TWO_EMAS}", "student.evaluate_every=2", "student.evaluate_images=5")
     recipe = small_recipe("digits-cd", *asked)
-    run_small("student", recipe, tmp_path / "whole", **places)
-    with pytest.raises(StageStopped):
-        run_small("student", recipe, tmp_path / "stopped", StopAtTwo(), **places)
-    run_small("student", recipe, tmp_path / "stopped", **places)
-    assert files(tmp_path / "whole" / "student") == files(tmp_path / "stopped" / "student")
+    assert_student_resumes_to_the_same_bytes(recipe, tmp_path, **places)
     rows = ("nfe_1", "nfe_2", "nfe_1_ema1", "nfe_2_ema1")
     sets = {path.name: np.load(path) for path in (tmp_path / "whole" / "student" / "sets").iterdir()}
     assert sets.keys() == {f"step_00000{step}-{row}.npy" for step in (2, 4) for row in rows}
@@ -150,22 +137,9 @@ def test_a_training_that_dies_while_its_log_is_rewritten_keeps_the_log(tmp_path,
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_resumes_to_the_same_bytes_and_samples(made, tmp_path, method):
-    class StopAtTwo(Monitor):
-        seen = 0
-
-        def metrics(self, values, step):
-            self.seen = step
-
-        def stop_requested(self):
-            return self.seen == 2
-
     recipe = small_recipe("digits-cd", f"student.method={method}", "sample.teacher_images=0")
     places = {name: made / name.removesuffix("_dir") for name in ("prepare_dir", "teacher_dir")}
-    run_small("student", recipe, tmp_path / "whole", **places)
-    with pytest.raises(StageStopped, match="stopped after step 2"):
-        run_small("student", recipe, tmp_path / "stopped", StopAtTwo(), **places)
-    run_small("student", recipe, tmp_path / "stopped", **places)
-    assert files(tmp_path / "whole" / "student") == files(tmp_path / "stopped" / "student")
+    assert_student_resumes_to_the_same_bytes(recipe, tmp_path, **places)
     run_small("sample", recipe, tmp_path / "whole", **places)
     index = json.loads((tmp_path / "whole" / "sample" / "samples.json").read_text())
     assert {row["name"] for row in index["rows"]} == METHODS[method] | {"untrained"}
