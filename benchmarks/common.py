@@ -10,8 +10,10 @@ from datetime import date
 from typing import Any
 
 import torch
+import yaml
+from pydantic import TypeAdapter
 
-from cm_core.networks import SongUNetParams
+from cm_core.networks import Network, SongUNetParams
 from cm_core.noise import Noise
 from cm_core.training.cost import matmul_rate
 from flows.stages.models import pick_device
@@ -22,14 +24,17 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
     arguments.add_argument("--channels", type=int, default=128, help="base width of the network")
     arguments.add_argument("--blocks", type=int, default=4, help="residual blocks a resolution")
+    arguments.add_argument("--network", help="another network, as in a recipe: '{kind: edm2, channels: 128}'")
     arguments.add_argument("--size", type=int, default=32, help="height and width of the images")
     arguments.add_argument("--json", action="store_true", help="print JSON")
     return arguments
 
 
-def network(args: argparse.Namespace) -> SongUNetParams:
+def network(args: argparse.Namespace) -> Network:
     """Return the network asked for."""
-    return SongUNetParams(channels=args.channels, num_blocks=args.blocks)
+    if args.network is None:
+        return SongUNetParams(channels=args.channels, num_blocks=args.blocks)
+    return TypeAdapter[Network](Network).validate_python(yaml.safe_load(args.network))
 
 
 NOISE = Noise()

@@ -23,8 +23,15 @@ from torch import Tensor, nn
 from benchmarks.common import NOISE, hardware, network, parser, report, seconds, synchronise, told
 from cm_core.methods.base import Method, Models
 from cm_core.methods.cd import CD
+from cm_core.methods.cm_inf import CMInf
+from cm_core.methods.cmt import CMT
+from cm_core.methods.dmd import DMD
 from cm_core.methods.edm import EDM
 from cm_core.methods.ict import ICT
+from cm_core.methods.meanflow import MeanFlow
+from cm_core.methods.pd import PD
+from cm_core.methods.scm import SCM
+from cm_core.methods.tcm import TCM
 from cm_core.model import ModelSpec, build_seeded
 from cm_core.networks.modes import plain_layers
 from cm_core.parallel.graphs import with_cuda_graphs
@@ -38,8 +45,25 @@ from cm_core.training.passes import compile_blocks
 from cm_core.training.state import TrainState
 from cm_core.training.trainer import Trainer
 from flows.stages.models import pick_device, to_device
+from flows.stages.student import build_discriminator
+from flows.stages.training import build_weighting
 
-METHODS: dict[str, Method] = {"ict": ICT(), "edm": EDM(), "cd": CD()}  # ict: four forward passes, as CT and ECT
+METHODS: dict[str, Method] = {
+    "ict": ICT(),  # four forward passes, as CT and ECT
+    "edm": EDM(),
+    "cd": CD(),
+    "pd": PD(),
+    "sct": SCM(),
+    "scd": SCM(distil=True),
+    "cd_inf": CMInf(),
+    "ct_inf": CMInf(distil=False),
+    "meanflow": MeanFlow(),
+    "imf": MeanFlow(tangent="predicted"),
+    "dmd": DMD(),
+    "cmt": CMT(),
+    "tcm": TCM(),
+}
+DEFAULT_METHODS = ("ict", "edm", "cd")
 VARIANTS = ("fused", "kernels", "blocks", "fp32", "autocast", "compile", "diffusers")
 NUM_IMAGES = 10_000
 
@@ -57,16 +81,33 @@ class Step:
         self.train = Train(batch_size=args.batch_size, precision=precision, optimizer=optimizer, flip=True)
         self.spec = ModelSpec(form=method.form, network=network(args), noise=NOISE, image_shape=shape)
         student = self._model(variant, device)
-        teacher = self._model(variant, device).eval().requires_grad_(False) if method.needs_teacher else None
+        teacher = None
+        if method.needs_teacher:
+            teacher = self._model(variant, device, form="denoiser").eval().requires_grad_(False)
         distance = method.distance.build(shape) if hasattr(method, "distance") else None
         base = self._model(variant, device).requires_grad_(False) if method.needs_base else None
-        self.models = Models(student.train(), student, teacher, distance, base=base)
+        score = discriminator = None
+        if method.cycle > 1:
+            assert teacher is not None, "a critic judges by a teacher"
+            score = self._model(variant, device, form="denoiser").train()
+            discriminator = build_discriminator(method, teacher, shape, 0)
         pixels = np.random.default_rng(0).integers(0, 256, (max(NUM_IMAGES, args.batch_size), *shape[1:], 3), np.uint8)
         batches = Batches(pixels, None, batch_size=args.batch_size, seed=0, device=device, flip=True)
-        self.trainer = Trainer(TrainState(student, self.train), method, self.models, batches, NOISE, seed=0)
+        state = TrainState(
+            student,
+            self.train,
+            teacher=teacher if method.replaces_teacher else None,
+            weighting=build_weighting(method, 0, device),
+            score=score,
+            discriminator=discriminator,
+            cycle=method.cycle,
+        )
+        self.models = Models(student.train(), student, teacher, distance, state.weighting, score, discriminator, base)
+        self.trainer = Trainer(state, method, self.models, batches, NOISE, seed=0)
 
-    def _model(self, variant: str, device: torch.device) -> Precond:
-        model = build_seeded(self.spec, 0, autocast=self.train.autocast)
+    def _model(self, variant: str, device: torch.device, *, form: str | None = None) -> Precond:
+        spec = self.spec if form is None else self.spec.model_copy(update={"form": form})
+        model = build_seeded(spec, 0, autocast=self.train.autocast)
         if variant == "diffusers":
             model.net = DiffusersUNet(self.spec)
         model = model.to(device) if variant in ("fp32", "autocast") else to_device(model, device)
@@ -180,7 +221,7 @@ def check(args: Any, device: torch.device) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     arguments = parser(__doc__)
-    arguments.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    arguments.add_argument("--methods", nargs="+", choices=METHODS, default=list(DEFAULT_METHODS))
     arguments.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     arguments.add_argument("--batch-size", type=int, default=512)
     arguments.add_argument("--precision", choices=get_args(Precision), default="bf16", help="of all variants but fp32")

@@ -48,7 +48,8 @@ class _WeightsWithoutTangents(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in LINEAR_IN_INPUT and not kwargs and not torch.is_grad_enabled():
-            return _LinearInInput.apply(func, *args)
+            x, *rest = args  # detached: inside an autograd.Function PyTorch would record a graph of the weights
+            return _LinearInInput.apply(func, x, *(arg.detach() if isinstance(arg, Tensor) else arg for arg in rest))
         return func(*args, **(kwargs or {}))
 
 

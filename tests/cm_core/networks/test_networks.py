@@ -293,6 +293,7 @@ def test_forward_mode_derivative_equals_central_differences(net, inputs, with_gr
 
     with forward_mode(), torch.set_grad_enabled(with_gradients):
         out, tangent = torch.func.jvp(f, primals, tangents)
+    assert with_gradients or not (out.requires_grad or tangent.requires_grad)
     h = 1e-7  # small: NCSN++ has frequencies of some hundreds
     ahead = f(*(p + h * t for p, t in zip(primals, tangents, strict=True)))
     behind = f(*(p - h * t for p, t in zip(primals, tangents, strict=True)))

@@ -14,6 +14,7 @@ from cm_core.methods.edm import EDM
 from cm_core.model import build_seeded, load_model, save_model
 from cm_core.networks.dropout import dropout
 from cm_core.networks.magnitude import forced_weights
+from cm_core.networks.modes import is_plain
 from cm_core.training.batches import Batches
 from cm_core.training.optimizers import FusedRAdam, Optimizer
 from cm_core.training.trainer import NonFiniteLossError, loss_by_sigma
@@ -63,6 +64,33 @@ def test_a_step_leaves_no_tensors_to_the_garbage_collector(name):
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", sorted(METHODS.keys() - {"cm_inf-through"})
+)  # which differentiates all passes forwards
+def test_no_graph_is_alive_where_the_student_begins_a_pass_with_gradients(name):
+    """Such a pass could not be captured as a CUDA graph: leaves of a live graph belong to another stream."""
+    training, alive = Training(METHODS[name], num_steps=2), []
+    student = training.models.student
+
+    def watched(*args):
+        capturable = not any(arg is not None and arg.requires_grad for arg in args)
+        if torch.is_grad_enabled() and not is_plain() and capturable:
+            alive.append([found.shape for found in with_graphs() if id(found) not in before])
+        return student.net(*args)
+
+    before = {id(found) for found in with_graphs()}
+    student.network_pass = watched
+    list(training.steps())
+    assert alive and not any(alive)
+
+
+def with_graphs():
+    """Return the tensors at hand, of all that this process holds, that a graph leads to."""
+    tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+    return [found for found in tensors if found.requires_grad and not isinstance(found, torch.nn.Parameter)]
 
 
 @pytest.mark.parametrize("name", ["ct", "dmd"])
