@@ -228,3 +228,38 @@ def test_benchmarks_run_small_on_any_machine(name):
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     rows = json.loads(printed)["rows"]
     assert rows and all(value > 0 for row in rows for key, value in row.items() if key.endswith(("seconds", "/s")))
+
+
+TINY_SWEEP = """
+recipe: digits-cd
+set: {teacher.train.num_steps: 20, features.num_steps: 20, student.train.num_steps: 20, sample.num_images: 100}
+points:
+  ect: {student.method: {kind: ect}}
+  meanflow: {teacher: null, student.method: {kind: meanflow}}
+  broken: {student.method: {kind: ct}, student.train.optimizer: {kind: adam, learning_rate: 1e9}}
+"""
+
+
+@pytest.mark.slow
+def test_points_of_a_sweep_run_as_plain_stages_and_only_what_failed_runs_again(tmp_path):
+    page, folder = tmp_path / "tiny.yaml", tmp_path / "runs"
+    page.write_text(TINY_SWEEP)
+
+    def points(*names):
+        command = [sys.executable, "-m", "benchmarks.points", str(page), str(folder), "--devices", "0", "1"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        found = subprocess.run(
+            [*command, "--points", *names], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        return found.returncode, {row["point"]: row for row in map(json.loads, found.stdout.splitlines())}
+
+    code, rows = points("ect", "meanflow", "broken")
+    assert code == 1 and rows.keys() == {"ect", "meanflow", "broken"} and rows["broken"]["code"] == 1
+    assert all(rows[name]["fid_classifier"]["nfe_1"] > 0 for name in ("ect", "meanflow"))
+    assert not (folder / "ect" / "teacher").exists() and (folder / "meanflow" / "teacher").exists()
+    assert "the loss became nan" in (folder / "broken" / "log.txt").read_text()
+
+    before = (folder / "ect" / "log.txt").stat().st_mtime_ns, (folder / "shared" / "log.txt").stat().st_mtime_ns
+    code, again = points("ect")
+    assert code == 0 and again["ect"]["fid_classifier"] == rows["ect"]["fid_classifier"]
+    assert before == tuple((folder / name / "log.txt").stat().st_mtime_ns for name in ("ect", "shared"))
