@@ -125,7 +125,9 @@ def describe_values(values: Mapping[str, Any]) -> str:
 
 
 def value_text(value: Any) -> str:
-    """Return a value in short form: a section's kind, else one line of YAML."""
+    """Return a value in short form: a section's kind, a training's method, else one line of YAML."""
     if isinstance(value, Mapping) and "kind" in value:
         return str(value["kind"])
+    if isinstance(value, Mapping) and "method" in value:
+        return value_text(value["method"])
     return yaml_text(value)

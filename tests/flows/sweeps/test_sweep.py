@@ -14,7 +14,7 @@ from flows.errors import UserError
 from flows.recipes.files import SWEEPS_DIR, names_in
 from flows.recipes.recipe import load_recipe
 from flows.reports.metrics_table import by_row
-from flows.sweeps.page import Point, Sweep, load_sweep
+from flows.sweeps.page import Point, Sweep, load_sweep, value_text
 from flows.sweeps.report import Outcome, table, write_report
 from flows.tracking.tracker import Tracker
 from miniature import REPOSITORY, commit, git
@@ -116,6 +116,19 @@ def test_a_dry_run_prints_the_points(root, capsys):
     found = json.loads(run(capsys, "sweep", "mine", "--dry-run", "--json")[1])
     assert found[0] == {"name": "num_scales=9", "values": {"student.method.num_scales": 9}}
     assert not (root / ".cm").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({"kind": "cd", "num_scales": 9}, "cd"),
+        ({"method": {"kind": "cmt"}, "train": {"num_steps": 9}}, "cmt"),
+        ([[], [0.8]], "[[], [0.8]]"),
+        (None, "null"),
+    ],
+)
+def test_a_value_is_told_by_its_kind_or_its_method(value, text):
+    assert value_text(value) == text
 
 
 def outcome(root, name, values, fid, untrained=50.0):
