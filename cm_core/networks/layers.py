@@ -66,6 +66,16 @@ def fused_norm(
     )
 
 
+def plain_norm(norm: nn.GroupNorm, x: Tensor, *, silu: bool) -> Tensor:
+    """Return silu(norm(x)), or norm(x): in forward mode on a GPU by one kernel, and its derivative by another."""
+    if modes.fuses_forward_mode(x):
+        from cm_core.networks.kernels import norm_act_forward_mode
+
+        affine = {"scale": norm.weight, "shift": norm.bias}
+        return norm_act_forward_mode(x, groups=norm.num_groups, eps=norm.eps, silu=silu, **affine)
+    return F.silu(norm(x)) if silu else norm(x)
+
+
 def with_channels(x: Tensor, beside: Tensor | None) -> Tensor:
     """Return x and beside concatenated over channels."""
     return x if beside is None else torch.cat([x, beside], dim=1)
@@ -188,7 +198,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # x [B, C, H, W]
         if modes.fuses(x):
             return self._fused(x)
-        return (x + self.proj(attend(self.qkv(self.norm(x)), self.num_heads))) * self.skip_scale
+        h = plain_norm(self.norm, x, silu=False)
+        return (x + self.proj(attend(self.qkv(h), self.num_heads))) * self.skip_scale
 
     def _fused(self, x: Tensor) -> Tensor:
         from cm_core.networks.kernels import residual_add
@@ -230,16 +241,16 @@ class Block(ResidualBlock):
         if modes.fuses(x):
             return self._fused(x, emb, beside)
         x = with_channels(x, beside)
-        h = self.conv0(self.resample(F.silu(self.norm0(x))))
-        h = self.drop(F.silu(self.modulate(h, emb)))
+        h = self.conv0(self.resample(plain_norm(self.norm0, x, silu=True)))
+        h = self.drop(self.modulate(h, emb))
         return self.attention((self.skip(self.resample(x)) + self.conv1(h)) * self.skip_scale)
 
     def modulate(self, h: Tensor, emb: Tensor) -> Tensor:
         params = self.affine(emb)
         if not self.scale_shift:
-            return self.norm1(h + expand_like(params, h))
+            return plain_norm(self.norm1, h + expand_like(params, h), silu=True)
         factor, shift = (expand_like(part, h) for part in self.factor_and_shift(params))
-        return torch.addcmul(shift, self.norm1(h), factor)
+        return F.silu(torch.addcmul(shift, plain_norm(self.norm1, h, silu=False), factor))
 
     def factor_and_shift(self, params: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the second norm's output is multiplied by, and what is added, each [B, C]."""
@@ -329,7 +340,11 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # x [B, C, H, W], emb [B, E]
         x = decode(self.middle, self.decoder, self.encode(x, emb), emb)
-        h = fused_norm(self.output_norm, x, silu=True)[0] if modes.fuses(x) else F.silu(self.output_norm(x))
+        h = (
+            fused_norm(self.output_norm, x, silu=True)[0]
+            if modes.fuses(x)
+            else plain_norm(self.output_norm, x, silu=True)
+        )
         return modes.in_own_precision(self.output, h)
 
     def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:

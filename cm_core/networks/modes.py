@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 FLOAT32_PARTS = frozenset({"embedding", "input", "output"})
 
 _plain: ContextVar[bool] = ContextVar("plain", default=False)
+_forward: ContextVar[bool] = ContextVar("forward", default=False)
 
 
 @contextmanager
@@ -29,13 +30,17 @@ def plain_layers() -> Iterator[None]:
 
 @contextmanager
 def forward_mode() -> Iterator[None]:
-    """Use PyTorch's layers, with attention by matmul and softmax: fused kernels have no forward-mode derivative.
+    """Use layers that have a forward-mode derivative: of the fused kernels the norms alone, and attention by matmul.
 
     >>> with forward_mode(), torch.no_grad():
     ...     out, tangent = torch.func.jvp(net, primals, tangents)
     """
-    with plain_layers(), sdpa_kernel(SDPBackend.MATH), _WeightsWithoutTangents():
-        yield
+    token = _forward.set(True)
+    try:
+        with plain_layers(), sdpa_kernel(SDPBackend.MATH), _WeightsWithoutTangents():
+            yield
+    finally:
+        _forward.reset(token)
 
 
 class _WeightsWithoutTangents(TorchFunctionMode):
@@ -101,6 +106,16 @@ def half_precision(device: torch.device) -> torch.dtype | None:
 def is_plain() -> bool:
     """Whether `plain_layers` is in force."""
     return _plain.get()
+
+
+def fuses_forward_mode(x: Tensor) -> bool:
+    """Whether norms run `x` through this package's kernel of a forward-mode pass: on a GPU, without gradients."""
+    return x.is_cuda and is_forward_mode() and not torch.is_grad_enabled()
+
+
+def is_forward_mode() -> bool:
+    """Whether `forward_mode` is in force."""
+    return _forward.get()
 
 
 def fuses(x: Tensor) -> bool:

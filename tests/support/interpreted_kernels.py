@@ -67,14 +67,42 @@ def norm_errors():
             yield f"norm: {shape}, {what}", errors("norm_act", tensors | more, groups=groups, eps=1e-5, silu=silu)
 
 
+def norm_derivative_error(shape, silu):
+    """Return the error of a norm and its derivative in forward mode, on the tensors that torch.func wraps."""
+    first, _, groups, height, width = NORMS[shape]
+    options = {"scale": draw(first), "shift": draw(first), "groups": groups, "eps": 1e-5, "silu": silu}
+    along = (draw(2, first, height, width),), (draw(2, first, height, width),)
+    plainly = ((t.contiguous(),) for (t,) in along)  # PyTorch's derivative of its group norm wants channels first
+    expected = torch.func.jvp(lambda x: fused_formulas.norm_act(x, **options)[0], *plainly)
+    with torch.no_grad():
+        return relative(torch.func.jvp(lambda x: kernels.norm_act_forward_mode(x, **options), *along), expected)
+
+
+def shaken(params):
+    """Return a model whose residual branches, which begin near zero, show errors; images and noise levels."""
+    model = ModelSpec(form="skip", network=params, noise=Noise(), image_shape=(3, 8, 8)).build()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.1 * torch.randn(p.shape) + (p if p.ndim == 1 else 0))
+    return model, draw(4, 3, 8, 8), torch.tensor([0.01, 0.5, 3.0, 60.0])
+
+
+def network_derivative_error(params):
+    """Return the error of a network's output and derivative in forward mode: the norms' kernels against formulas."""
+    model, x, sigma = shaken(params)
+    tangents, pairs, fuses = (draw(4, 3, 8, 8), torch.rand(4)), [], modes.fuses_forward_mode
+    for chosen in (fuses, lambda x: False):
+        modes.fuses_forward_mode = chosen
+        with modes.forward_mode(), torch.no_grad():
+            pairs.append(torch.func.jvp(model, (x, sigma), tangents))
+    modes.fuses_forward_mode = fuses
+    assert not any(out.requires_grad for out in pairs[0])
+    return relative(*pairs)
+
+
 def network_error(params):
     """Return the error of a network's output and gradients: fused layers against plain ones."""
-    spec = ModelSpec(form="skip", network=params, noise=Noise(), image_shape=(3, 8, 8))
-    model = spec.build()
-    with torch.no_grad():
-        for p in model.parameters():  # residual branches begin near zero, where errors would not show
-            p.copy_(0.1 * torch.randn(p.shape) + (p if p.ndim == 1 else 0))
-    x, sigma = draw(4, 3, 8, 8), torch.tensor([0.01, 0.5, 3.0, 60.0])
+    model, x, sigma = shaken(params)
 
     def run():
         model.zero_grad()
@@ -119,7 +147,14 @@ def all_errors():
     for shape, layer, first in (((3, 8, 4, 4), 0, 0), ((2, 5, 3, 7), 1, 2**33)):
         found[f"dropout of {shape}, layer {layer}, from row {first}"] = dropout_error(shape, layer, first)
     found["dropout, its derivatives"] = dropout_derivative_error()
-    return found | {f"network {name}": network_error(params) for name, params in small_networks().items()}
+    for shape, (_, second, *_) in NORMS.items():
+        if not second:  # forward mode concatenates
+            for silu in (False, True):
+                found[f"forward mode: norm, {shape}, silu {silu}"] = norm_derivative_error(shape, silu)
+    for name, params in small_networks().items():
+        found[f"network {name}"] = network_error(params)
+        found[f"forward mode: network {name}"] = network_derivative_error(params)
+    return found
 
 
 if __name__ == "__main__":
@@ -127,6 +162,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     norm_device.libdevice = types.SimpleNamespace(fast_dividef=lambda a, b: a / b)  # CUDA's own, not interpreted
     modes.fuses = lambda x: not modes.is_plain()
+    modes.fuses_forward_mode = lambda x: modes.is_forward_mode() and not torch.is_grad_enabled()
     least = residual.PROJECT["least"]
     kernels.projects = lambda x, beside: x.shape[1] % least == beside.shape[1] % least == 0  # float32 too
     print(json.dumps(all_errors()))

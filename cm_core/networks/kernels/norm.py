@@ -99,6 +99,7 @@ class _NormAct(torch.autograd.Function):
             has_bias=bias is not None,
             has_before=before is not None,
             passes=passes,
+            tangent=False,
             silu=ctx.silu,
             **shape.tiles,
         )
@@ -108,6 +109,79 @@ class _NormAct(torch.autograd.Function):
         d_bias = None if bias is None else sums[-1].to(bias.dtype)
         d_before = None if before is None else d_before.to(before.dtype)
         return dx, d_beside, d_bias, d_before, d_scale.to(scale.dtype), d_shift.to(shift.dtype), None, None, None
+
+
+def norm_act_forward_mode(
+    x: Tensor,  # [B, C, H, W]
+    *,
+    groups: int,
+    eps: float,
+    scale: Tensor,  # [C]
+    shift: Tensor,  # [C]
+    silu: bool,
+) -> Tensor:
+    """Return act(group_norm(x) * scale + shift) in x's dtype, channels last, with its derivative along x's tangent.
+
+    There are no gradients, and scale and shift have no tangents.
+    """
+    return _NormActForwardMode.apply(x, scale.detach(), shift.detach(), groups, eps, silu)[0]
+
+
+class _NormActForwardMode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, scale: Tensor, shift: Tensor, groups: int, eps: float, silu: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x, shape = channels_last(x), _NormShape(x, None, groups, arrays=1)
+        y = empty_channels_last(x, *x.shape[1:])
+        mean, rstd = x.new_empty(2, len(x), groups, dtype=torch.float32)
+        norm_forward[shape.grid](
+            *(x, None, None, None, scale, shift, y, mean, rstd),
+            *(*shape.sizes, pixel_stride(x), 0, 0, eps),
+            has_bias=False,
+            has_before=False,
+            silu=silu,
+            **shape.tiles,
+        )
+        return y, mean, rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, scale, shift, ctx.groups, _, ctx.silu = inputs
+        ctx.save_for_forward(x, scale, shift, *output[1:])
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, *_: None) -> tuple[Tensor, Tensor, Tensor]:
+        x, scale, shift, mean, rstd = ctx.saved_tensors
+        dy = _NormActTangent.apply(dx, x, scale, shift, mean, rstd, ctx.groups, ctx.silu)
+        return dy, torch.zeros_like(mean), torch.zeros_like(rstd)  # nobody gets the latter's
+
+
+class _NormActTangent(torch.autograd.Function):
+    """The tangent of y; a function of its own, because apply unwraps torch.func's tensors and a kernel could not."""
+
+    @staticmethod
+    def forward(
+        dx: Tensor, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool
+    ) -> Tensor:
+        x, dx = channels_last(x), channels_last(dx)
+        shape, dy = _NormShape(x, None, groups, arrays=2), empty_channels_last(x, *x.shape[1:])
+        norm_backward[shape.grid](
+            *(x, None, None, None, scale, shift, mean, rstd, dx, None, None),
+            *(dy, None, None, None, None, *shape.sizes),
+            *(pixel_stride(x), 0, pixel_stride(dx), 0, 0, 0),
+            has_bias=False,
+            has_before=False,
+            passes=False,
+            tangent=True,
+            silu=silu,
+            **shape.tiles,
+        )
+        return dy
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
 
 
 def _passed(d: Tensor | None, like: Tensor | None) -> Tensor | None:

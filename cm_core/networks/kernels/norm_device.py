@@ -154,10 +154,14 @@ def norm_backward(
     passed_beside_ptr, dx_ptr, d_beside_ptr, d_before_ptr, d_scale_ptr, d_shift_ptr,
     pixels, channels, first_channels, groups, x_stride, beside_stride, dy_stride, passed_stride, passed_beside_stride,
     affine_stride,
-    has_bias: tl.constexpr, has_before: tl.constexpr, passes: tl.constexpr, silu: tl.constexpr, picks: tl.constexpr,
-    mixes: tl.constexpr, whole: tl.constexpr, full: tl.constexpr, group_size: tl.constexpr, groups_each: tl.constexpr,
-    width: tl.constexpr, height: tl.constexpr, group_width: tl.constexpr,
+    has_bias: tl.constexpr, has_before: tl.constexpr, passes: tl.constexpr, tangent: tl.constexpr, silu: tl.constexpr,
+    picks: tl.constexpr, mixes: tl.constexpr, whole: tl.constexpr, full: tl.constexpr, group_size: tl.constexpr,
+    groups_each: tl.constexpr, width: tl.constexpr, height: tl.constexpr, group_width: tl.constexpr,
 ):  # fmt: skip
+    """Write the gradient of x from that of y; or, as a `tangent`, the derivative of y from that of x.
+
+    A norm's Jacobian is a diagonal matrix, act'(z) scale, times a symmetric one: the two differ in their order alone.
+    """
     image = tl.program_id(1).to(tl.int64)
     local = tl.arange(0, width)
     start = tl.program_id(0) * groups_each * group_size
@@ -190,14 +194,18 @@ def norm_backward(
 
     x, dy, sum_dz, sum_dz_normed, sum_normed = _gradient_sums(
         x_ptr, x_stride, beside_ptr, beside_stride, dy_ptr, dy_stride, pixels, channel, first_channels, valid, mean,
-        rstd, scale, shift, mixes, silu, whole, full, height,
+        rstd, scale, shift, mixes, silu and not tangent, whole, full, height,
     )  # fmt: skip
-    tl.store(d_shift_ptr + image * channels + channel, sum_dz, mask=valid)
-    tl.store(d_scale_ptr + image * channels + channel, sum_dz_normed, mask=valid)
+    factor = scale  # of dz within the symmetric matrix
+    if tangent:
+        factor = tl.where(valid, 1.0, 0.0)
+    else:
+        tl.store(d_shift_ptr + image * channels + channel, sum_dz, mask=valid)
+        tl.store(d_scale_ptr + image * channels + channel, sum_dz_normed, mask=valid)
 
     count = pixels * group_size
-    group_dz = tl.sum(tl.where(member, (scale * sum_dz)[:, None], 0.0), 0) / count
-    group_dz_normed = tl.sum(tl.where(member, (scale * sum_dz_normed)[:, None], 0.0), 0) / count
+    group_dz = tl.sum(tl.where(member, (factor * sum_dz)[:, None], 0.0), 0) / count
+    group_dz_normed = tl.sum(tl.where(member, (factor * sum_dz_normed)[:, None], 0.0), 0) / count
     mean_dz = tl.sum(tl.where(member, group_dz[None, :], 0.0), 1)
     mean_dz_normed = tl.sum(tl.where(member, group_dz_normed[None, :], 0.0), 1)
     if has_bias or has_before:
@@ -206,8 +214,8 @@ def norm_backward(
     _store_dx(
         x, dy, x_ptr, x_stride, beside_ptr, beside_stride, dy_ptr, dy_stride, passed_ptr, passed_stride,
         passed_beside_ptr, passed_beside_stride, dx_ptr, dx_stride, d_beside_ptr, d_beside_stride, pixels, channel,
-        first_channels, valid, mean, rstd, scale, shift, mean_dz, mean_dz_normed,
-        passes, silu, mixes, whole, full, height,
+        first_channels, valid, mean, rstd, scale, shift, factor, mean_dz, mean_dz_normed,
+        passes, tangent, silu, mixes, whole, full, height,
     )  # fmt: skip
 
 
@@ -215,9 +223,9 @@ def norm_backward(
 def _store_dx(
     x, dy, x_ptr, x_stride, beside_ptr, beside_stride, dy_ptr, dy_stride, passed_ptr, passed_stride,
     passed_beside_ptr, passed_beside_stride, dx_ptr, dx_stride, d_beside_ptr, d_beside_stride, pixels, channel,
-    first_channels, valid, mean, rstd, scale, shift, mean_dz, mean_dz_normed,
-    passes: tl.constexpr, silu: tl.constexpr, mixes: tl.constexpr, whole: tl.constexpr, full: tl.constexpr,
-    height: tl.constexpr,
+    first_channels, valid, mean, rstd, scale, shift, factor, mean_dz, mean_dz_normed,
+    passes: tl.constexpr, tangent: tl.constexpr, silu: tl.constexpr, mixes: tl.constexpr, whole: tl.constexpr,
+    full: tl.constexpr, height: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of x, a tile of pixels at a time, added to the gradient of the x passed on."""
     pixel = tl.arange(0, height)
@@ -229,8 +237,12 @@ def _store_dx(
             )
             dy = tl.load(dy_ptr + (past + pixel)[:, None] * dy_stride + channel[None, :], mask=mask, other=0.0)
         # Recomputed for a whole image: holding the tiles costs more.
-        normed, dz = _normed_and_dz(x, dy, mask, mean, rstd, scale, shift, silu)
-        dx = rstd[None, :] * (scale[None, :] * dz - mean_dz[None, :] - normed * mean_dz_normed[None, :])
+        normed, dz = _normed_and_dz(x, dy, mask, mean, rstd, scale, shift, silu and not tangent)
+        dx = rstd[None, :] * (factor[None, :] * dz - mean_dz[None, :] - normed * mean_dz_normed[None, :])
+        if tangent:
+            dx *= scale[None, :]
+            if silu:
+                dx *= _silu_slope(normed * scale[None, :] + shift[None, :])
         if passes:
             dx += _load_pixels(
                 passed_ptr, passed_stride, passed_beside_ptr, passed_beside_stride, past + pixel, channel,
@@ -276,10 +288,14 @@ def _normed_and_dz(x, dy, mask, mean, rstd, scale, shift, silu: tl.constexpr):
     dz = dy.to(tl.float32)
     normed = tl.where(mask, (x.to(tl.float32) - mean[None, :]) * rstd[None, :], 0.0)
     if silu:
-        z = normed * scale[None, :] + shift[None, :]
-        gate = _sigmoid(z)
-        dz *= gate * (1 + z * (1 - gate))
+        dz *= _silu_slope(normed * scale[None, :] + shift[None, :])
     return normed, dz
+
+
+@triton.jit
+def _silu_slope(z):
+    gate = _sigmoid(z)
+    return gate * (1 + z * (1 - gate))
 
 
 @triton.jit

@@ -31,7 +31,8 @@ def errors():
 
 
 @pytest.mark.parametrize(
-    "kind", ["norm", "residual_add", "downsample", "upsample", "project_residual_add", "dropout", "network"]
+    "kind",
+    ["norm", "residual_add", "downsample", "upsample", "project_residual_add", "dropout", "network", "forward mode"],
 )
 def test_kernels_compute_outputs_and_gradients_of_the_formulas(errors, kind):
     found = {name: error for name, error in errors.items() if name.startswith(kind)}

@@ -19,6 +19,7 @@ from cm_core.methods.meanflow import MeanFlow
 from cm_core.methods.pd import PD
 from cm_core.methods.scm import SCM
 from cm_core.model import ModelSpec
+from cm_core.networks import modes
 from cm_core.networks.dropout import seed_dropout
 from cm_core.networks.modes import plain_layers
 from cm_core.noise import Noise
@@ -143,6 +144,19 @@ def test_the_derivative_sees_the_mask_of_the_pass_that_is_trained(autocast):
     f = -model.raw(x_in, sigma)
     assert g.isfinite().all()
     assert relative([f.detach()], [f_minus]) < (1e-4 if autocast is None else 3e-2)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_derivative_by_the_kernels_of_norms_is_that_of_pytorchs_layers(name, autocast, monkeypatch):
+    model, found = build(NETWORKS[name], autocast=autocast), []
+    x, sigma = inputs()
+    along = torch.randn_like(x), torch.rand_like(sigma)
+    for fuses in (modes.fuses_forward_mode, lambda x: False):
+        monkeypatch.setattr(modes, "fuses_forward_mode", fuses)
+        with modes.forward_mode(), torch.no_grad():
+            found.append(torch.func.jvp(model, (x, sigma), along))
+    assert relative(*found) < (1e-5 if autocast is None else 1e-2)
 
 
 METHODS = {
