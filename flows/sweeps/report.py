@@ -1,6 +1,7 @@
 """Results of a sweep: one table with floor and ceiling and every point at every number of network calls; plots."""
 
 import csv
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,11 @@ def write_table(outcomes: Sequence[Outcome], path: Path) -> None:
 
 
 def _levels(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    return {name: row["fid"] for name, row in calibrations(outcomes).items() if name.startswith(("real", "untrained"))}
+    """Return the FID of each calibration row that all points share; a line for each point's own would hide the bars."""
+    rows = calibrations(outcomes)
+    kinds = {name: next(word for word in ORDER if name.startswith(word)) for name in rows}
+    shared = [kind for kind, count in Counter(kinds.values()).items() if count == 1]
+    return {name: row["fid"] for name, row in rows.items() if kinds[name] in shared}
 
 
 def _plot_bars(sweep: Sweep, outcomes: Sequence[Outcome], folder: Path) -> list[Path]:

@@ -169,6 +169,16 @@ def test_the_report_is_a_csv_and_plots(root, tmp_path):
     }
 
 
+def test_the_plot_has_lines_of_what_all_points_share(root, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("flows.sweeps.report.save_bars", lambda *_, levels, **__: drawn.append(levels))
+    for untrained in (50.0, 51.0):
+        points = [outcome(root, "cd", {}, 4.0), outcome(root, "pd", {"student.method": "pd"}, 8.0, untrained=untrained)]
+        write_report(Sweep("mine", "tiny", None, tuple(one.point for one in points)), points, tmp_path)
+    assert drawn[0] == {"real": 0.5, "untrained (the teacher's weights)": 50.0, "teacher_nfe_35": 1.5}
+    assert drawn[1] == {"real": 0.5, "teacher_nfe_35": 1.5}
+
+
 @pytest.fixture
 def workspace(tmp_path):
     """A repository with this code, as it stands, and one tiny recipe."""
