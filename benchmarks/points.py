@@ -11,13 +11,13 @@ printed as JSON as it ends; the exit code is 1 if one failed.
 import argparse
 import json
 import os
-import queue
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from flows.recipes.recipe import dump_recipe
@@ -52,25 +52,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run_points(points: Sequence[Point], with_teacher: Point, folder: Path, devices: Sequence[str]) -> list[bool]:
     """Let each device run the next point until there is none; return whether each succeeded."""
-    waiting: queue.SimpleQueue[Point] = queue.SimpleQueue()
-    for point in points:
-        waiting.put(point)
-    succeeded: list[bool] = []
+    free: SimpleQueue[str] = SimpleQueue()
+    for device in devices:
+        free.put(device)
 
-    def work(device: str) -> None:
-        while True:
-            try:
-                point = waiting.get_nowait()
-            except queue.Empty:
-                return
-            succeeded.append(run_point(point, with_teacher, folder, device))
+    def on_a_free_device(point: Point) -> bool:
+        device = free.get()
+        try:
+            return run_point(point, with_teacher, folder, device)
+        finally:
+            free.put(device)
 
-    workers = [threading.Thread(target=work, args=(device,)) for device in devices]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return succeeded
+    with ThreadPoolExecutor(len(devices)) as pool:
+        return list(pool.map(on_a_free_device, points))
 
 
 def run_point(point: Point, with_teacher: Point, folder: Path, device: str) -> bool:

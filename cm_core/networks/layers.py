@@ -340,11 +340,8 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # x [B, C, H, W], emb [B, E]
         x = decode(self.middle, self.decoder, self.encode(x, emb), emb)
-        h = (
-            fused_norm(self.output_norm, x, silu=True)[0]
-            if modes.fuses(x)
-            else plain_norm(self.output_norm, x, silu=True)
-        )
+        norm = self.output_norm
+        h = fused_norm(norm, x, silu=True)[0] if modes.fuses(x) else plain_norm(norm, x, silu=True)
         return modes.in_own_precision(self.output, h)
 
     def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:

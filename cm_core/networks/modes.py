@@ -110,7 +110,7 @@ def is_plain() -> bool:
 
 def fuses_forward_mode(x: Tensor) -> bool:
     """Whether norms run `x` through this package's kernel of a forward-mode pass: on a GPU, without gradients."""
-    return x.is_cuda and is_forward_mode() and not torch.is_grad_enabled()
+    return x.is_cuda and is_forward_mode() and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def is_forward_mode() -> bool:
