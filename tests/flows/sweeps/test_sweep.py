@@ -217,7 +217,7 @@ def test_a_sweep_computes_what_is_new_and_tells_what_failed(workspace):
     assert "1 of 3 points failed:" in err and "too large: " in err and "train.batch_size=512" in err
     results = results_of(out)
     assert list(results["points"]) == ["cd", "ict"] and results["network"] == "classifier"
-    assert results["points"]["ict"]["cached"] == ["prepare", "features", "teacher"]
+    assert results["points"]["ict"]["cached"] == ["prepare", "features", "teacher", "base"]
     expected = ["cd, nfe_1", "cd, nfe_2", "ict, nfe_1", "ict, nfe_2"]
     assert [name for name in results["rows"] if "nfe" in name and "teacher" not in name] == expected
     folder = workspace / "out" / "sweeps" / "mine"
@@ -240,7 +240,7 @@ def test_a_sweep_computes_what_is_new_and_tells_what_failed(workspace):
     code, out, err = cm(workspace, "sweep", "mine", "--json")
     assert code == 0, err
     again = results_of(out)
-    assert all(len(point["cached"]) == 7 for point in again["points"].values())
+    assert all(len(point["cached"]) == 8 for point in again["points"].values())
     assert again["rows"] == results["rows"]
 
     names = json.loads(cm(workspace, "models", "--json")[1])
