@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cm_core.guidance import WeightRange
 from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, conditioned, draw_eps, teacher_of
-from cm_core.networks import modes
+from cm_core.networks.blocks import in_own_precision
 from cm_core.networks.layers import EmbeddedUNet, group_norm
 from cm_core.noise import add_noise, draw_lognormal, edm_weight, warp
 from cm_core.precond import Precond
@@ -192,7 +192,7 @@ class FeatureHeads(nn.Module):
         """Return the encoder's last output at each resolution, each [B, C', H', W']."""
         (net,) = self._frozen
         labels += (None,) * (3 - len(labels))
-        outs = net.unet.encode(x, modes.in_own_precision(net.embed, *labels))
+        outs = net.unet.encode(x, in_own_precision(net.embed, *labels))
         return list({out.shape[2]: out for out in outs}.values())
 
 

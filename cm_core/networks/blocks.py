@@ -1,4 +1,4 @@
-"""Shared by the blocks of all U-Nets: a place in their network, recomputation, dropout, attention over pixels."""
+"""Shared by all U-Nets: blocks with a place, recomputation and dropout, attention over pixels, parts in float32."""
 
 from collections.abc import Callable
 
@@ -68,3 +68,20 @@ def num_heads(channels: int, per_head: int) -> int:
             f"of a block with attention; allowed: a divisor of {channels}"
         )
     return channels // per_head
+
+
+def keep_parts_float32(**parts: nn.Module) -> None:
+    """Mark the parts named in modes.FLOAT32_PARTS, which `in_own_precision` then computes in float32."""
+    for name in modes.FLOAT32_PARTS & parts.keys():
+        for module in parts[name].modules():
+            module.keeps_float32 = True  # type: ignore[assignment]  # a mark, neither tensor nor module
+
+
+def in_own_precision(module: nn.Module, *args: Tensor | None) -> Tensor:
+    """Compute a part of a network, under autocast in float32 if it is marked so."""
+    device = next(arg for arg in args if arg is not None).device
+    if modes.half_precision(device) is None or not getattr(module, "keeps_float32", False):
+        return module(*args)
+    args = tuple(arg.float() if arg is not None and arg.is_floating_point() else arg for arg in args)
+    with torch.autocast(device.type, enabled=False):
+        return module(*args)

@@ -15,7 +15,13 @@ from pydantic import ConfigDict, Field, PositiveInt
 from torch import Tensor, nn
 
 from cm_core.networks import modes
-from cm_core.networks.blocks import ResidualBlock, attend, decode, num_heads
+from cm_core.networks.blocks import (
+    ResidualBlock,
+    attend,
+    decode,
+    in_own_precision,
+    num_heads,
+)
 from cm_core.networks.guided import FEATURES, guidance_features
 from cm_core.networks.layers import BoxDown, BoxUp, EmbeddedUNet, check_image_shape, one_hot, positional_frequencies
 from cm_core.networks.magnitude import MPConv, mp_cat, mp_silu, mp_sum, unit_rms
@@ -222,11 +228,11 @@ class MPUNet(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # x [B, C, H, W], emb [B, E]
         x = decode(self.middle, self.decoder, self.encode(x, emb), emb)
-        return modes.in_own_precision(self.output, x)
+        return in_own_precision(self.output, x)
 
     def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
         """Return the outputs of the input layer and of the encoder's blocks, each [B, C', H', W']."""
-        x = modes.in_own_precision(self.input, torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
+        x = in_own_precision(self.input, torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
         x = x.to(modes.half_precision(x.device) or x.dtype)
         skips = [x]
         for block in self.encoder.values():

@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cm_core.networks import modes
-from cm_core.networks.blocks import ResidualBlock, attend, decode, num_heads
+from cm_core.networks.blocks import (
+    ResidualBlock,
+    attend,
+    decode,
+    in_own_precision,
+    keep_parts_float32,
+    num_heads,
+)
 from cm_core.networks.fir import FirDown, FirUp
 from cm_core.networks.magnitude import unit_rms
 from cm_core.tensors import expand_like
@@ -342,11 +349,11 @@ class UNet(nn.Module):
         x = decode(self.middle, self.decoder, self.encode(x, emb), emb)
         norm = self.output_norm
         h = fused_norm(norm, x, silu=True)[0] if modes.fuses(x) else plain_norm(norm, x, silu=True)
-        return modes.in_own_precision(self.output, h)
+        return in_own_precision(self.output, h)
 
     def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
         """Return the outputs of the input layer and of the encoder's blocks, each [B, C', H', W']."""
-        pyramid, x = x, modes.in_own_precision(self.input, x)
+        pyramid, x = x, in_own_precision(self.input, x)
         x = x.to(modes.half_precision(x.device) or x.dtype)
         outs = [x]
         for name, block in self.encoder.items():
@@ -376,7 +383,7 @@ class EmbeddedUNet(nn.Module):
     def __init__(self, embed: nn.Module, unet: "UNet | MPUNet") -> None:
         super().__init__()
         self.embed, self.unet = embed, unet
-        modes.keep_parts_float32(embedding=embed, input=unet.input, output=unet.output)
+        keep_parts_float32(embedding=embed, input=unet.input, output=unet.output)
 
     def forward(self, x: Tensor, noise_labels: Tensor, *conditions: Tensor | None) -> Tensor:
         """Return [B, C, H, W] of x, and noise_labels [B].
@@ -384,4 +391,4 @@ class EmbeddedUNet(nn.Module):
         Conditions are class labels int64 [B], augmentation labels [B, augment_dim], a second time [B] and weights of
         guidance [B], if any.
         """
-        return self.unet(x, modes.in_own_precision(self.embed, noise_labels, *conditions))
+        return self.unet(x, in_own_precision(self.embed, noise_labels, *conditions))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -78,23 +78,6 @@ class _LinearInInput(torch.autograd.Function):
     def jvp(ctx: Any, _op: None, tangent: Tensor, *_tangents: Any) -> Tensor:
         (weight,) = ctx.saved_tensors
         return ctx.op(tangent, weight, None, *ctx.rest)
-
-
-def keep_parts_float32(**parts: nn.Module) -> None:
-    """Mark the parts named in FLOAT32_PARTS, which `in_own_precision` then computes in float32."""
-    for name in FLOAT32_PARTS & parts.keys():
-        for module in parts[name].modules():
-            module.keeps_float32 = True  # type: ignore[assignment]  # a mark, neither tensor nor module
-
-
-def in_own_precision(module: nn.Module, *args: Tensor | None) -> Tensor:
-    """Compute a part of a network, under autocast in float32 if it is marked so."""
-    device = next(arg for arg in args if arg is not None).device
-    if half_precision(device) is None or not getattr(module, "keeps_float32", False):
-        return module(*args)
-    args = tuple(arg.float() if arg is not None and arg.is_floating_point() else arg for arg in args)
-    with torch.autocast(device.type, enabled=False):
-        return module(*args)
 
 
 def half_precision(device: torch.device) -> torch.dtype | None:
