@@ -241,7 +241,7 @@ points:
 
 
 @pytest.mark.slow
-def test_points_of_a_sweep_run_as_plain_stages_and_only_what_failed_runs_again(tmp_path):
+def test_points_of_a_sweep_run_as_plain_stages_and_what_is_done_does_not_run_again(tmp_path):
     page, folder = tmp_path / "tiny.yaml", tmp_path / "runs"
     page.write_text(TINY_SWEEP)
 

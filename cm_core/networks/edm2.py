@@ -15,13 +15,7 @@ from pydantic import ConfigDict, Field, PositiveInt
 from torch import Tensor, nn
 
 from cm_core.networks import modes
-from cm_core.networks.blocks import (
-    ResidualBlock,
-    attend,
-    decode,
-    in_own_precision,
-    num_heads,
-)
+from cm_core.networks.blocks import ResidualBlock, attend, decode, in_own_precision, num_heads
 from cm_core.networks.guided import FEATURES, guidance_features
 from cm_core.networks.layers import BoxDown, BoxUp, EmbeddedUNet, check_image_shape, one_hot, positional_frequencies
 from cm_core.networks.magnitude import MPConv, mp_cat, mp_silu, mp_sum, unit_rms

@@ -16,14 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cm_core.networks import modes
-from cm_core.networks.blocks import (
-    ResidualBlock,
-    attend,
-    decode,
-    in_own_precision,
-    keep_parts_float32,
-    num_heads,
-)
+from cm_core.networks.blocks import ResidualBlock, attend, decode, in_own_precision, keep_parts_float32, num_heads
 from cm_core.networks.fir import FirDown, FirUp
 from cm_core.networks.magnitude import unit_rms
 from cm_core.tensors import expand_like

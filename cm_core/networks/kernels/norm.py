@@ -64,17 +64,7 @@ class _NormAct(torch.autograd.Function):
         x, beside = channels_last(x), None if beside is None else channels_last(beside)
         before = None if before is None else before.contiguous()
         scale, shift = scale.contiguous(), shift.contiguous()
-        shape = _NormShape(x, beside, groups, arrays=1)
-        y = empty_channels_last(x, shape.channels, *x.shape[2:])
-        mean, rstd = x.new_empty(2, len(x), groups, dtype=torch.float32)
-        norm_forward[shape.grid](
-            *(x, beside, bias, before, scale, shift, y, mean, rstd),
-            *(*shape.sizes, pixel_stride(x), pixel_stride(beside), row_stride(scale), eps),
-            has_bias=bias is not None,
-            has_before=before is not None,
-            silu=silu,
-            **shape.tiles,
-        )
+        y, mean, rstd = _normed(x, beside, bias, before, scale, shift, groups, eps, silu)
         ctx.save_for_backward(x, beside, bias, before, scale, shift, mean, rstd)
         ctx.groups, ctx.silu = groups, silu
         ctx.set_materialize_grads(False)
@@ -132,18 +122,7 @@ class _NormActForwardMode(torch.autograd.Function):
     def forward(
         x: Tensor, scale: Tensor, shift: Tensor, groups: int, eps: float, silu: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x, shape = channels_last(x), _NormShape(x, None, groups, arrays=1)
-        y = empty_channels_last(x, *x.shape[1:])
-        mean, rstd = x.new_empty(2, len(x), groups, dtype=torch.float32)
-        norm_forward[shape.grid](
-            *(x, None, None, None, scale, shift, y, mean, rstd),
-            *(*shape.sizes, pixel_stride(x), 0, 0, eps),
-            has_bias=False,
-            has_before=False,
-            silu=silu,
-            **shape.tiles,
-        )
-        return y, mean, rstd
+        return _normed(channels_last(x), None, None, None, scale, shift, groups, eps, silu)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -182,6 +161,32 @@ class _NormActTangent(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         pass
+
+
+def _normed(
+    x: Tensor,
+    beside: Tensor | None,
+    bias: Tensor | None,
+    before: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the norm's output, and the means and inverse deviations of its groups, [B, groups]."""
+    shape = _NormShape(x, beside, groups, arrays=1)
+    y = empty_channels_last(x, shape.channels, *x.shape[2:])
+    mean, rstd = x.new_empty(2, len(x), groups, dtype=torch.float32)
+    norm_forward[shape.grid](
+        *(x, beside, bias, before, scale, shift, y, mean, rstd),
+        *(*shape.sizes, pixel_stride(x), pixel_stride(beside), row_stride(scale), eps),
+        has_bias=bias is not None,
+        has_before=before is not None,
+        silu=silu,
+        **shape.tiles,
+    )
+    return y, mean, rstd
 
 
 def _passed(d: Tensor | None, like: Tensor | None) -> Tensor | None:

@@ -67,9 +67,7 @@ def test_a_step_leaves_no_tensors_to_the_garbage_collector(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", sorted(METHODS.keys() - {"cm_inf-through"})
-)  # which differentiates all passes forwards
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"cm_inf-through"}))  # all its passes are forward-mode ones
 def test_no_graph_is_alive_where_the_student_begins_a_pass_with_gradients(name):
     """Such a pass could not be captured as a CUDA graph: leaves of a live graph belong to another stream."""
     training, alive = Training(METHODS[name], num_steps=2), []
