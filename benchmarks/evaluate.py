@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import hardware, report, synchronise
+from cm_core.metrics.classifier import Classifier, save_classifier
 from cm_core.metrics.evaluation import (
     MetricParams,
     Reference,
@@ -23,7 +24,7 @@ from cm_core.metrics.evaluation import (
     _precision_recall,
     frechet_distance,
 )
-from cm_core.metrics.features import Classifier, build_extractor, extract_features, save_classifier
+from cm_core.metrics.features import build_extractor, extract_features
 from flows.stages.models import pick_device
 
 PARTS = {

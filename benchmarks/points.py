@@ -2,10 +2,12 @@
 
     python -m benchmarks.points cifar10-methods FOLDER --devices 0 1 2 3 --points ect dmd2 --set data.source=...
 
-The first device makes what the points share: prepare, features, the teacher. Then each device takes a point, trains,
-samples and measures it, and takes the next: two trainings on one card are slower than one after the other. A point's
-output is FOLDER/<point>/log.txt. The same command goes on where it stopped. Each point's seconds and metrics are
-printed as JSON as it ends; the exit code is 1 if one failed.
+The teacher and the feature network, which the points share, are made first. Then each device trains a point, draws its
+images, and takes the next: two trainings on one card are slower than one after the other. Points that need no teacher
+are trained beside it, if they are named first. Images are measured beside the next training, and once more by a second
+feature network if --judge has its settings: --judge features.architecture=convmixer. A point's output is
+FOLDER/<point>/log.txt. The same command goes on where it stopped. Each point's seconds of training and drawing, and its
+metrics, are printed as JSON as it ends; the exit code is 1 if one failed.
 """
 
 import argparse
@@ -14,18 +16,19 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from flows.recipes.recipe import dump_recipe
+from flows.recipes.recipe import Recipe, dump_recipe
 from flows.sweeps.page import Point, load_sweep
 
 ROOT = Path(__file__).parents[1]
-SHARED = ("prepare", "features", "teacher")
-OWN = ("base", "student", "sample", "edit", "evaluate")
+TRAINED = ("base", "student", "sample")
+MEASURED = ("edit", "evaluate")
 OF_TEACHER = ("seed", "conditional", "data", "noise", "network", "teacher")  # sections that its stage reads
 
 
@@ -36,66 +39,133 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--devices", nargs="+", default=["0"], help="as in CUDA_VISIBLE_DEVICES")
     parser.add_argument("--points", nargs="+", help="names of points, in the order of need; default: all")
     parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--judge", nargs="+", default=[], metavar="KEY=VALUE", help="over --set, to measure once more")
     args = parser.parse_args(argv)
-    points = {point.name: point for point in load_sweep(args.sweep, args.overrides, root=ROOT).points}
+    points, judged = (
+        {point.name: point for point in load_sweep(args.sweep, overrides, root=ROOT).points}
+        for overrides in (args.overrides, args.overrides + args.judge)
+    )
     unknown = [name for name in args.points or () if name not in points]
     if unknown:
         parser.error(f"no point {unknown[0]} in {args.sweep}; there are {', '.join(points)}")
     chosen = [points[name] for name in args.points or points]
-    with_teacher = next((point for point in chosen if point.recipe.teacher is not None), chosen[0])
-    shared = args.folder / "shared"
-    if run(shared, with_teacher, SHARED, {}, args.devices[0]) != 0:
-        sys.exit(f"{shared / 'log.txt'}: what the points share failed")
-    if not all(run_points(chosen, with_teacher, args.folder, args.devices)):
+    machine = Machine(args.folder, args.devices, chosen)
+    if not machine.prepare():
+        sys.exit(f"{machine.shared / 'log.txt'}: what the points share failed")
+    if not all(machine.run(judged if args.judge else {})):
         sys.exit(1)
 
 
-def run_points(points: Sequence[Point], with_teacher: Point, folder: Path, devices: Sequence[str]) -> list[bool]:
-    """Let each device run the next point until there is none; return whether each succeeded."""
-    free: SimpleQueue[str] = SimpleQueue()
-    for device in devices:
-        free.put(device)
+class Machine:
+    """Devices that run points of a sweep, and a folder for each point and for what they share."""
 
-    def on_a_free_device(point: Point) -> bool:
-        device = free.get()
+    def __init__(self, folder: Path, devices: Sequence[str], points: Sequence[Point]) -> None:
+        self.folder, self.shared, self.points = folder, folder / "shared", points
+        self.first = next((point for point in points if point.recipe.teacher is not None), points[0])
+        self.devices, self.free = devices, SimpleQueue[str]()
+        for device in devices:
+            self.free.put(device)
+
+    @contextmanager
+    def device(self) -> Iterator[str]:
+        """Wait for a device that is free, and keep others from it."""
+        device = self.free.get()
         try:
-            return run_point(point, with_teacher, folder, device)
+            yield device
         finally:
-            free.put(device)
+            self.free.put(device)
 
-    with ThreadPoolExecutor(len(devices)) as pool:
-        return list(pool.map(on_a_free_device, points))
+    def prepare(self) -> bool:
+        """Prepare the data; return whether it succeeded."""
+        return stages(self.shared, self.first.recipe, ["prepare"], {}, self.devices[0]) == 0
+
+    def run(self, judged: Mapping[str, Point]) -> list[bool]:
+        """Make what the points share, run them all, and print their metrics; return whether each succeeded."""
+        with ThreadPoolExecutor(len(self.devices)) as devices, ThreadPoolExecutor(len(self.devices)) as beside:
+            teacher = devices.submit(self.share, self.shared, self.first.recipe, "teacher")
+            features = [devices.submit(self.share, self.shared, self.first.recipe, "features")]
+            if judged:
+                second = judged[self.first.name].recipe
+                features.append(devices.submit(self.share, self.shared / "judge", second, "features"))
+            trained = [devices.submit(self.train, point, teacher) for point in self.points]
+            measured = [
+                beside.submit(self.measure, point, judged.get(point.name), training, features)
+                for point, training in zip(self.points, trained, strict=True)
+            ]
+            return [future.result() for future in measured]
+
+    def needs_teacher(self, point: Point) -> bool:
+        """Whether the training or the drawing waits for the teacher that points share."""
+        recipe = point.recipe
+        trainings = [recipe.student] + ([recipe.base] if recipe.base else [])
+        used = any(training.uses_teacher(has_base=False) for training in trainings) or recipe.sample.teacher_images != 0
+        return used and not self.has_own_teacher(point)
+
+    def has_own_teacher(self, point: Point) -> bool:
+        return any(getattr(point.recipe, key) != getattr(self.first.recipe, key) for key in OF_TEACHER)
+
+    def share(self, folder: Path, recipe: Recipe, stage: str) -> int:
+        """Run a stage whose output the points share."""
+        with self.device() as device:
+            return stages(folder, recipe, [stage], {"prepare": self.shared / "prepare"}, device)
+
+    def train(self, point: Point, teacher: "Future[int]") -> tuple[int, str, float]:
+        """Train a point and draw its images; return the exit code, the device and the seconds."""
+        if self.needs_teacher(point) and (code := teacher.result()) != 0:
+            return code, "", 0.0
+        own = self.has_own_teacher(point)
+        with self.device() as device:
+            begun = time.monotonic()
+            code = stages(
+                self.folder / point.name,
+                point.recipe,
+                ["teacher", *TRAINED] if own else TRAINED,
+                {name: self.shared / name for name in (["prepare"] if own else ["prepare", "teacher"])},
+                device,
+            )
+            return code, device, round(time.monotonic() - begun, 1)
+
+    def measure(
+        self,
+        point: Point,
+        judged: Point | None,
+        training: "Future[tuple[int, str, float]]",
+        features: Sequence["Future[int]"],
+    ) -> bool:
+        """Measure the images of a point, by the second feature network too; print and return whether all succeeded."""
+        code, device, seconds = training.result()
+        told: dict[str, Any] = {"point": point.name, "device": device, "seconds": seconds}
+        judges = [(self.folder / point.name, point, self.shared)]
+        if judged:
+            judges.append((self.folder / point.name / "judge", judged, self.shared / "judge"))
+        for (folder, measured, of), future in zip(judges, features, strict=True):
+            code = code or future.result() or self.evaluate(folder, measured, of / "features", device)
+            if code == 0:
+                told |= json.loads((folder / "evaluate" / "metrics.json").read_text())
+        print(json.dumps(told if code == 0 else {**told, "code": code}), flush=True)
+        return code == 0
+
+    def evaluate(self, folder: Path, point: Point, features: Path, device: str) -> int:
+        own, teacher = self.folder / point.name, self.folder / point.name / "teacher"
+        places = {name: own / name for name in TRAINED} | {"prepare": self.shared / "prepare", "features": features}
+        places["teacher"] = teacher if self.has_own_teacher(point) else self.shared / "teacher"
+        return stages(folder, point.recipe, MEASURED, places, device)
 
 
-def run_point(point: Point, with_teacher: Point, folder: Path, device: str) -> bool:
-    """Run what is a point's own, print its metrics, return whether it succeeded."""
-    shared, begun = folder / "shared", time.monotonic()
-    places = {stage: shared / stage for stage in SHARED}
-    stages: tuple[str, ...] = OWN
-    if any(getattr(point.recipe, key) != getattr(with_teacher.recipe, key) for key in OF_TEACHER):
-        del places["teacher"]
-        stages = ("teacher", *OWN)
-    code = run(folder / point.name, point, stages, places, device)
-    told: dict[str, Any] = {"point": point.name, "device": device, "seconds": round(time.monotonic() - begun, 1)}
-    told |= json.loads((folder / point.name / "evaluate" / "metrics.json").read_text()) if code == 0 else {"code": code}
-    print(json.dumps(told), flush=True)
-    return code == 0
-
-
-def run(folder: Path, point: Point, stages: Sequence[str], places: Mapping[str, Path], device: str) -> int:
-    """Run those stages of a point that are not done, in a process that sees one device; return its exit code."""
+def stages(folder: Path, recipe: Recipe, names: Sequence[str], places: Mapping[str, Path], device: str) -> int:
+    """Run stages unless they are done, in a process that sees one device; return its exit code."""
     folder.mkdir(parents=True, exist_ok=True)
-    recipe, done = folder / "recipe.yaml", folder / "done.yaml"
-    recipe.write_text(dump_recipe(point.recipe))
-    if done.exists() and done.read_text() == recipe.read_text():
+    text, file, done = dump_recipe(recipe), folder / "recipe.yaml", folder / f"{names[-1]}.done.yaml"
+    if done.exists() and done.read_text() == text:
         return 0
+    file.write_text(text)
     elsewhere = ["--from", *(f"{stage}={place}" for stage, place in places.items())] if places else []
-    command = [sys.executable, "-m", "benchmarks.stages", str(recipe), str(folder), *stages, *elsewhere]
+    command = [sys.executable, "-m", "benchmarks.stages", str(file), str(folder), *names, *elsewhere]
     with (folder / "log.txt").open("a") as log:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": device}
         code = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
     if code == 0:
-        done.write_text(recipe.read_text())
+        done.write_text(text)
     return code
 
 

@@ -235,6 +235,7 @@ recipe: digits-cd
 set: {teacher.train.num_steps: 20, features.num_steps: 20, student.train.num_steps: 20, sample.num_images: 100}
 points:
   ect: {student.method: {kind: ect}}
+  ict: {student.method: {kind: ict}, sample.teacher_images: 0}
   meanflow: {teacher: null, student.method: {kind: meanflow}}
   broken: {student.method: {kind: ct}, student.train.optimizer: {kind: adam, learning_rate: 1e9}}
 """
@@ -247,15 +248,18 @@ def test_points_of_a_sweep_run_as_plain_stages_and_what_is_done_does_not_run_aga
 
     def points(*names):
         command = [sys.executable, "-m", "benchmarks.points", str(page), str(folder), "--devices", "0", "1"]
+        command += ["--judge", "features.architecture=convmixer"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         found = subprocess.run(
             [*command, "--points", *names], cwd=ROOT, env=environment, capture_output=True, text=True
         )
         return found.returncode, {row["point"]: row for row in map(json.loads, found.stdout.splitlines())}
 
-    code, rows = points("ect", "meanflow", "broken")
-    assert code == 1 and rows.keys() == {"ect", "meanflow", "broken"} and rows["broken"]["code"] == 1
-    assert all(rows[name]["fid_classifier"]["nfe_1"] > 0 for name in ("ect", "meanflow"))
+    code, rows = points("ect", "ict", "meanflow", "broken")
+    assert code == 1 and rows.keys() == {"ect", "ict", "meanflow", "broken"} and rows["broken"]["code"] == 1
+    for name in ("ect", "ict", "meanflow"):
+        assert rows[name]["fid_classifier"]["nfe_1"] > 0 and rows[name]["fid_convmixer"]["nfe_1"] > 0
+        assert ("teacher_nfe_35" in rows[name]["fid_convmixer"]) == (name == "ect")
     assert not (folder / "ect" / "teacher").exists() and (folder / "meanflow" / "teacher").exists()
     assert "the loss became nan" in (folder / "broken" / "log.txt").read_text()
 

@@ -24,7 +24,7 @@ HIDDEN = frozenset(  # what a recipe file settles: it stays as the recipe has it
     isc_splits isc_min_images kid_subsets kid_subset_size prc_neighbourhood prc_images resize_below
     Edit.seed Edit.num_steps Evaluate.batch_size Sample.batch_size ImageNetFeatures.batch_size DinoFeatures.batch_size
     ClassifierFeatures.width ClassifierFeatures.num_steps ClassifierFeatures.batch_size ClassifierFeatures.max_shift
-    ClassifierFeatures.learning_rate ClassifierFeatures.flip
+    ClassifierFeatures.learning_rate ClassifierFeatures.flip ClassifierFeatures.architecture
     snapshots widths Sample.emas weak_teacher guidance_interval weight_decay dropout_resolution fourier_scale
     resample_filter
     """.split()

@@ -15,18 +15,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from cm_core.metrics.evaluation import Reference
-from cm_core.metrics.features import (
-    NETWORKS,
+from cm_core.metrics.classifier import (
     Classifier,
     ClassifierFeatures,
     accuracy,
-    build_extractor,
-    extract_features,
-    feature_batches,
     save_classifier,
     train_classifier,
 )
+from cm_core.metrics.evaluation import Reference
+from cm_core.metrics.features import NETWORKS, build_extractor, extract_features, feature_batches
 from cm_core.params import Params
 from cm_core.randomness import derive_seed
 from flows.data.archives import refuse_zip_bomb
@@ -80,6 +77,11 @@ class Pretrained(Params):
     def extractor(self) -> str:
         """Name in torch-fidelity's registry."""
         return self.kind
+
+    @property
+    def short_name(self) -> str:
+        """The network in names of metrics: fid_<short name>."""
+        return self.kind.partition("-")[0]  # inception-v3-compat: inception
 
     @property
     def download(self) -> Download:
@@ -153,7 +155,7 @@ def features(seed: int, features: Features, prepare_dir: Path, out_dir: Path, mo
     facts = {
         "kind": features.kind,
         "extractor": extractor_name,
-        "short_name": NETWORKS[extractor_name].short_name,
+        "short_name": features.short_name,
         "layer": NETWORKS[extractor_name].layer,
         "weights": weights.name,
         "sha256": file_digest(weights),

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from cm_core.metrics.features import ClassifierFeatures
+from cm_core.metrics.classifier import ClassifierFeatures
 from flows.monitor import Monitor
 from flows.reports.figures import save_grid, save_rows
 from flows.stages.evaluate import Evaluate, evaluate

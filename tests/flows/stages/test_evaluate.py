@@ -13,6 +13,7 @@ import scipy.linalg
 import torch
 from PIL import Image
 
+from cm_core.metrics.classifier import ClassifierFeatures, save_classifier, train_classifier
 from cm_core.metrics.evaluation import (
     MetricParams,
     Moments,
@@ -23,14 +24,7 @@ from cm_core.metrics.evaluation import (
     frechet_distance,
     random_rows,
 )
-from cm_core.metrics.features import (
-    ClassifierFeatures,
-    ImageFeatures,
-    build_extractor,
-    extract_features,
-    save_classifier,
-    train_classifier,
-)
+from cm_core.metrics.features import ImageFeatures, build_extractor, extract_features
 from cm_core.model import ModelSpec
 from cm_core.networks.mlp import MLPParams
 from cm_core.noise import Noise

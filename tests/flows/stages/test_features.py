@@ -12,19 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from cm_core.metrics.dinov2 import PRETRAINED_GRID, DinoV2, Size
-from cm_core.metrics.features import (
+from cm_core.metrics.classifier import (
+    ARCHITECTURES,
     Classifier,
     ClassifierFeatures,
     accuracy,
-    build_extractor,
-    extract_features,
     load_classifier,
-    register_extractors,
-    resize_like_pillow,
     save_classifier,
     train_classifier,
 )
+from cm_core.metrics.dinov2 import PRETRAINED_GRID, DinoV2, Size
+from cm_core.metrics.features import build_extractor, extract_features, register_extractors, resize_like_pillow
 from cm_core.tensors import from_pixels
 from flows.data.feature_files import load_feature_files
 from flows.errors import UserError
@@ -59,10 +57,11 @@ def weights_of(net):
     return torch.cat([tensor.flatten() for tensor in net.state_dict().values()])
 
 
-def test_the_default_classifier_reads_held_out_digits(digits):
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_default_classifier_reads_held_out_digits(digits, architecture):
     images, labels = digits
     held_out = np.arange(len(images)) % 4 == 0
-    net = train(images[~held_out], labels[~held_out])
+    net = train(images[~held_out], labels[~held_out], architecture=architecture)
     assert accuracy(net, images[held_out], labels[held_out], batch_size=128) >= 0.97
 
 
@@ -98,9 +97,10 @@ def test_accuracy_counts_labelled_images_only(digits):
     assert accuracy(net, images, labels, batch_size=7) == 0.75
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (3, 9, 13)])
-def test_a_saved_classifier_comes_back_for_any_image_size(shape, tmp_path):
-    net = Classifier(shape, num_classes=5, width=8)
+def test_a_saved_classifier_comes_back_for_any_image_size(shape, architecture, tmp_path):
+    net = Classifier(shape, num_classes=5, width=8, architecture=architecture).eval()
     save_classifier(net, tmp_path / "a.safetensors")
     save_classifier(net, tmp_path / "b.safetensors")
     loaded = load_classifier(tmp_path / "a.safetensors")
@@ -119,6 +119,14 @@ def test_the_extractor_reports_penultimate_layer_and_logits(digits, tmp_path):
     x0 = from_pixels(torch.from_numpy(digits[0][:10]))
     torch.testing.assert_close(found.features, net.features(x0))
     torch.testing.assert_close(found.logits, net(x0))
+
+
+def test_each_architecture_names_its_metrics(prepared, tmp_path):
+    for architecture, name in (("convnet", "classifier"), ("convmixer", "convmixer")):
+        params = ClassifierFeatures(architecture=architecture, num_steps=10, batch_size=4)
+        features(0, params, prepared, tmp_path / name, Monitor())
+        files = load_feature_files(tmp_path / name)
+        assert (files.short_name, files.reference.features.shape[1]) == (name, 4 * params.width)
 
 
 def test_images_of_another_type_are_refused(tmp_path):
