@@ -84,10 +84,12 @@ class Machine:
         with ThreadPoolExecutor(len(self.devices)) as devices, ThreadPoolExecutor(len(self.devices)) as beside:
             teacher = devices.submit(self.share, self.shared, self.first.recipe, "teacher")
             features = [devices.submit(self.share, self.shared, self.first.recipe, "features")]
-            if judged:
+            beside_teacher = len(self.devices) - 1
+            trained = [devices.submit(self.train, point, teacher) for point in self.points[:beside_teacher]]
+            if judged:  # needed last, so trained when the teacher leaves its device
                 second = judged[self.first.name].recipe
                 features.append(devices.submit(self.share, self.shared / "judge", second, "features"))
-            trained = [devices.submit(self.train, point, teacher) for point in self.points]
+            trained += [devices.submit(self.train, point, teacher) for point in self.points[beside_teacher:]]
             measured = [
                 beside.submit(self.measure, point, judged.get(point.name), training, features)
                 for point, training in zip(self.points, trained, strict=True)

@@ -4,14 +4,13 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
 from cm_core.guidance import check_weight, guided
-from cm_core.networks.modes import forward_mode
 from cm_core.noise import Noise
 from cm_core.params import Params
 from cm_core.precond import Precond
@@ -218,10 +217,3 @@ def consistency_distance(
         target = models.target(x_r, r, *batch.conditions)
     assert models.distance is not None, "the caller builds method.distance"
     return models.distance(x0_hat, target)
-
-
-def derivative(function: Callable[..., Tensor], primals: Any, tangents: Any) -> tuple[Tensor, Tensor]:
-    """Return a function's value and its derivative along `tangents`, by forward-mode differentiation."""
-    with forward_mode():
-        found = torch.func.jvp(function, primals, tangents)
-    return found[0], found[1]

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from cm_core.distances import AnyDistance, Distance, Pixelwise
 from cm_core.guidance import WeightRange
-from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, derivative, draw_eps, teacher_of
+from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, draw_eps, teacher_of
+from cm_core.networks.modes import derivative
 from cm_core.noise import add_noise, warp
 from cm_core.solvers import slope
 

@@ -13,7 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from cm_core.augment import Augment
-from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, derivative, draw_eps
+from cm_core.methods.base import Batch, Loss, Method, Models, StepContext, draw_eps
+from cm_core.networks.modes import derivative
 from cm_core.precond import AverageVelocity
 from cm_core.tensors import expand_like
 

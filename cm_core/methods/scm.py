@@ -19,11 +19,11 @@ from cm_core.methods.base import (
     Method,
     Models,
     StepContext,
-    derivative,
     draw_eps,
     teacher_of,
     weighted,
 )
+from cm_core.networks.modes import derivative
 from cm_core.noise import add_noise, draw_lognormal
 from cm_core.tensors import expand_like
 

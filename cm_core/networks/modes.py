@@ -1,6 +1,6 @@
 """Modes of the layers: PyTorch's own or this package's kernels, in float32 or in autocast's precision."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -30,17 +31,25 @@ def plain_layers() -> Iterator[None]:
 
 @contextmanager
 def forward_mode() -> Iterator[None]:
-    """Use layers that have a forward-mode derivative: of the fused kernels the norms alone, and attention by matmul.
-
-    >>> with forward_mode(), torch.no_grad():
-    ...     out, tangent = torch.func.jvp(net, primals, tangents)
-    """
+    """Use layers that have a forward-mode derivative: of the fused kernels the norms alone, and attention by matmul."""
     token = _forward.set(True)
     try:
         with plain_layers(), sdpa_kernel(SDPBackend.MATH), _WeightsWithoutTangents():
             yield
     finally:
         _forward.reset(token)
+
+
+def derivative(
+    function: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return a function's value and its derivative along `tangents`, by forward-mode differentiation.
+
+    Not by torch.func, whose wrapped tensors cost the host more than the passes cost the GPU, and cannot be captured.
+    """
+    with forward_mode(), dual_level():
+        value, along = unpack_dual(function(*map(make_dual, primals, tangents)))
+    return value, torch.zeros_like(value) if along is None else along
 
 
 class _WeightsWithoutTangents(TorchFunctionMode):

@@ -1,14 +1,15 @@
 """Replay a network's passes as CUDA graphs: one launch for hundreds of kernels, where the host is the bottleneck."""
 
 import functools
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import make_dual, unpack_dual
 
-from cm_core.networks.modes import fuses, half_precision
+from cm_core.networks.modes import fuses, fuses_forward_mode, half_precision
 from cm_core.parallel import ranks
 from cm_core.parallel.gradients import GradientBuckets, exchanges
 
@@ -22,15 +23,26 @@ def with_cuda_graphs(net: nn.Module) -> Callable[..., Tensor]:
     Parameters may change in place between passes. A pass that awaits its backward pass keeps its graph to itself, and
     gradients lie in the graph's memory: further passes, and passes that accumulate into existing gradients, run
     eagerly. With several ranks they raise RuntimeError, as captured gradients are sums over the ranks already
-    (ranks.py). Only `backward` gives the gradients of a captured pass, not `torch.autograd.grad`.
+    (ranks.py). Only `backward` gives the gradients of a captured pass, not `torch.autograd.grad`. In forward mode
+    without gradients, a pass is captured with its derivative.
     """
     seen: set[Hashable] = set()
     recorded: dict[Hashable, _Pass] = {}
+    derived: dict[Hashable, _PassWithDerivative] = {}
     trained = [p for p in net.parameters() if p.requires_grad]  # now: in a step of another network's they need none
     cast_weights = functools.cache(functools.partial(_CastWeights, net, frozenset(trained)))
     anchor = torch.zeros((), requires_grad=True)  # gives a replay a backward pass
 
     def replayed(*args: Tensor | None) -> Tensor:
+        if args[0] is not None and fuses_forward_mode(args[0]):
+            duals = [_Dual(*unpack_dual(arg)) if arg is not None else _Dual(None, None) for arg in args]
+            kind = _kind(net, [*(dual.primal for dual in duals), *(dual.tangent for dual in duals)])
+            if kind not in seen:
+                seen.add(kind)
+                return net(*args)
+            if kind not in derived:
+                derived[kind] = _PassWithDerivative(net, duals, cast_weights(half_precision(CUDA)))
+            return derived[kind](duals)
         if not _replayable(args):
             return net(*args)
         kind = _kind(net, args)
@@ -54,7 +66,18 @@ def _replayable(args: tuple[Tensor | None, ...]) -> bool:
     return fuses(tensors[0]) and not any(arg.requires_grad for arg in tensors)
 
 
-def _kind(net: nn.Module, args: tuple[Tensor | None, ...]) -> Hashable:
+class _Dual(NamedTuple):
+    """An argument and its tangent, if it has one."""
+
+    primal: Tensor | None
+    tangent: Tensor | None
+
+    def made(self) -> Tensor | None:
+        """Return the argument as a network takes it."""
+        return self.primal if self.primal is None or self.tangent is None else make_dual(self.primal, self.tangent)
+
+
+def _kind(net: nn.Module, args: Sequence[Tensor | None]) -> Hashable:
     shapes = tuple(None if arg is None else (arg.shape, arg.dtype) for arg in args)
     return torch.is_grad_enabled(), net.training, half_precision(CUDA), shapes
 
@@ -130,6 +153,27 @@ class _Pass:
         for p, gradient in zip(self.parameters, self._backward.gradients, strict=True):
             if gradient is not None:
                 p.grad = gradient.detach() if p.grad is None else p.grad + gradient
+
+
+class _PassWithDerivative:
+    """A captured pass in forward mode: the value and its derivative along the tangents of the arguments."""
+
+    def __init__(self, forward: Any, args: Sequence[_Dual], casting: _CastWeights) -> None:
+        self._inputs = [_Dual(*(None if t is None else t.detach().clone() for t in arg)) for arg in args]
+        self._graph = torch.cuda.CUDAGraph()
+        with casting.in_place(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            casting.update()
+            value, along = unpack_dual(forward(*(arg.made() for arg in self._inputs)))
+        assert along is not None, "an argument has a tangent"
+        self._out = value, along
+
+    def __call__(self, args: Sequence[_Dual]) -> Tensor:
+        for held, arg in zip(self._inputs, args, strict=True):
+            for mine, given in zip(held, arg, strict=True):
+                if mine is not None and given is not None:
+                    mine.copy_(given)
+        self._graph.replay()
+        return make_dual(*(t.clone() for t in self._out))
 
 
 class _BackwardPass:

@@ -68,14 +68,14 @@ def norm_errors():
 
 
 def norm_derivative_error(shape, silu):
-    """Return the error of a norm and its derivative in forward mode, on the tensors that torch.func wraps."""
+    """Return the error of a norm and its derivative in forward mode."""
     first, _, groups, height, width = NORMS[shape]
     options = {"scale": draw(first), "shift": draw(first), "groups": groups, "eps": 1e-5, "silu": silu}
     along = (draw(2, first, height, width),), (draw(2, first, height, width),)
     plainly = ((t.contiguous(),) for (t,) in along)  # PyTorch's derivative of its group norm wants channels first
-    expected = torch.func.jvp(lambda x: fused_formulas.norm_act(x, **options)[0], *plainly)
+    expected = modes.derivative(lambda x: fused_formulas.norm_act(x, **options)[0], *plainly)
     with torch.no_grad():
-        return relative(torch.func.jvp(lambda x: kernels.norm_act_forward_mode(x, **options), *along), expected)
+        return relative(modes.derivative(lambda x: kernels.norm_act_forward_mode(x, **options), *along), expected)
 
 
 def shaken(params):
@@ -93,8 +93,8 @@ def network_derivative_error(params):
     tangents, pairs, fuses = (draw(4, 3, 8, 8), torch.rand(4)), [], modes.fuses_forward_mode
     for chosen in (fuses, lambda x: False):
         modes.fuses_forward_mode = chosen
-        with modes.forward_mode(), torch.no_grad():
-            pairs.append(torch.func.jvp(model, (x, sigma), tangents))
+        with torch.no_grad():
+            pairs.append(modes.derivative(model, (x, sigma), tangents))
     modes.fuses_forward_mode = fuses
     assert not any(out.requires_grad for out in pairs[0])
     return relative(*pairs)
@@ -124,11 +124,11 @@ def dropout_error(shape, layer, first):
 
 
 def dropout_derivative_error():
-    """Return the error of the derivatives of the kernel, which torch.func calls with wrapped tensors."""
+    """Return the error of the derivatives of the kernel."""
     dropout._masked = lambda h, kept, layer, first: masked(h, dropout.seed_on(h.device), kept, layer, first)
     h, tangent = draw(2, 8, 4, 4), draw(2, 8, 4, 4)
     mask = dropout.dropout(torch.ones_like(h), 0.3, layer=1)
-    out, d_out = torch.func.jvp(lambda h: dropout.dropout(h, 0.3, layer=1), (h,), (tangent,))
+    out, d_out = modes.derivative(lambda h: dropout.dropout(h, 0.3, layer=1), (h,), (tangent,))
     (gradient,) = torch.func.vjp(lambda h: dropout.dropout(h, 0.3, layer=1), h)[1](tangent)
     return relative([out, d_out, gradient], [h * mask, tangent * mask, tangent * mask])
 

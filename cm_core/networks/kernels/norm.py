@@ -128,23 +128,13 @@ class _NormActForwardMode(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, scale, shift, ctx.groups, _, ctx.silu = inputs
         ctx.save_for_forward(x, scale, shift, *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
-    def jvp(ctx: Any, dx: Tensor, *_: None) -> tuple[Tensor, Tensor, Tensor]:
+    def jvp(ctx: Any, dx: Tensor, *_: None) -> tuple[Tensor, None, None]:
         x, scale, shift, mean, rstd = ctx.saved_tensors
-        dy = _NormActTangent.apply(dx, x, scale, shift, mean, rstd, ctx.groups, ctx.silu)
-        return dy, torch.zeros_like(mean), torch.zeros_like(rstd)  # nobody gets the latter's
-
-
-class _NormActTangent(torch.autograd.Function):
-    """The tangent of y; a function of its own, because apply unwraps torch.func's tensors and a kernel could not."""
-
-    @staticmethod
-    def forward(
-        dx: Tensor, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool
-    ) -> Tensor:
         x, dx = channels_last(x), channels_last(dx)
-        shape, dy = _NormShape(x, None, groups, arrays=2), empty_channels_last(x, *x.shape[1:])
+        shape, dy = _NormShape(x, None, ctx.groups, arrays=2), empty_channels_last(x, *x.shape[1:])
         norm_backward[shape.grid](
             *(x, None, None, None, scale, shift, mean, rstd, dx, None, None),
             *(dy, None, None, None, None, *shape.sizes),
@@ -153,14 +143,10 @@ class _NormActTangent(torch.autograd.Function):
             has_before=False,
             passes=False,
             tangent=True,
-            silu=silu,
+            silu=ctx.silu,
             **shape.tiles,
         )
-        return dy
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
+        return dy, None, None
 
 
 def _normed(

@@ -13,7 +13,7 @@ from torch import nn
 
 from cm_core.augment import Augment
 from cm_core.distances import Pixelwise, PseudoHuber
-from cm_core.methods.base import Batch, LogWeight, Method, Models, derivative, draw_eps, grid_on, teacher_of
+from cm_core.methods.base import Batch, LogWeight, Method, Models, draw_eps, grid_on, teacher_of
 from cm_core.methods.cd import CD
 from cm_core.methods.cm_inf import CMInf, hessian_product, warp
 from cm_core.methods.cmt import CMT
@@ -26,6 +26,7 @@ from cm_core.methods.meanflow import MeanFlow
 from cm_core.methods.pd import PD
 from cm_core.methods.scm import SCM
 from cm_core.methods.tcm import TCM
+from cm_core.networks.modes import derivative
 from method_oracles import CPU, NOISE, STUDENT_METHODS, context, every_method
 from toy_networks import SHAPE, SIZE, Toy, is_unit_noise, spread, the_batch
 

@@ -197,7 +197,7 @@ def test_the_derivative_agrees_with_central_differences(name, monkeypatch):
         found["change"] = derivative(function, tuple(p.double() for p in primals), tangents)[1]
         return None, found["change"]
 
-    from cm_core.methods.base import derivative
+    from cm_core.networks.modes import derivative
 
     monkeypatch.setattr("cm_core.methods.meanflow.derivative", note)
     monkeypatch.setattr(

@@ -10,6 +10,7 @@ import torch
 from cm_core.methods.base import Batch, Models, StepContext
 from cm_core.methods.cd import CD
 from cm_core.methods.cm_inf import CMInf
+from cm_core.methods.cmt import CMT
 from cm_core.methods.ct import CT
 from cm_core.methods.dmd import DMD
 from cm_core.methods.ect import ECT
@@ -18,6 +19,7 @@ from cm_core.methods.ict import ICT
 from cm_core.methods.meanflow import MeanFlow
 from cm_core.methods.pd import PD
 from cm_core.methods.scm import SCM
+from cm_core.methods.tcm import TCM
 from cm_core.model import ModelSpec
 from cm_core.networks import modes
 from cm_core.networks.dropout import seed_dropout
@@ -154,8 +156,8 @@ def test_the_derivative_by_the_kernels_of_norms_is_that_of_pytorchs_layers(name,
     along = torch.randn_like(x), torch.rand_like(sigma)
     for fuses in (modes.fuses_forward_mode, lambda x: False):
         monkeypatch.setattr(modes, "fuses_forward_mode", fuses)
-        with modes.forward_mode(), torch.no_grad():
-            found.append(torch.func.jvp(model, (x, sigma), along))
+        with torch.no_grad():
+            found.append(modes.derivative(model, (x, sigma), along))
     assert relative(*found) < (1e-5 if autocast is None else 1e-2)
 
 
@@ -172,6 +174,9 @@ METHODS = {
     "dmd": DMD(student_every=2),
     "sid": DMD(objective="sid", student_every=2, gan_weight=0),
     "meanflow": MeanFlow(),
+    "imf": MeanFlow(tangent="predicted"),
+    "cmt": CMT(),
+    "tcm": TCM(),
 }
 
 
@@ -210,6 +215,7 @@ def take_steps(method, recorded, **settings):
     model = build(network, form=method.form, dropout=dropout, autocast=train.autocast)
     teacher = build(network, form="denoiser", autocast=train.autocast).eval().requires_grad_(False)
     target = copy.deepcopy(model) if method.keeps_target else None
+    base = copy.deepcopy(model).requires_grad_(False) if method.needs_base else None
     weighting, score, discriminator = build_weighting(method, 0, CUDA), None, None
     if method.cycle > 1:
         score = build(network, form="denoiser", dropout=dropout, autocast=train.autocast)
@@ -225,9 +231,10 @@ def take_steps(method, recorded, **settings):
         cycle=method.cycle,
     )
     distance = method.distance.build(SHAPE) if hasattr(method, "distance") else None
-    models = Models(model, target or model, teacher, distance, weighting, score, discriminator)
+    models = Models(model, target or model, teacher, distance, weighting, score, discriminator, base)
     if recorded:
-        for net in {id(m): m for m in (model, models.target, teacher, score, discriminator) if m is not None}.values():
+        every = (model, models.target, teacher, score, discriminator, base)
+        for net in {id(m): m for m in every if m is not None}.values():
             net.network_pass = with_cuda_graphs(net.net)
     pixels = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
     batches = Batches(pixels, None, batch_size=16, seed=0, device=CUDA)
