@@ -7,7 +7,7 @@ from itertools import chain
 import pytest
 
 from flows.operations.process_trees import still_runs
-from live import Servers, cm, make_live_workspace, trainings, worker
+from live import Servers, cm, give_gpus, make_live_workspace, trainings, worker
 from processes import wait_until
 from servers import needs_postgres, postgres
 
@@ -24,15 +24,16 @@ def database():
 
 @pytest.fixture(scope="module")
 def servers(database, tmp_path_factory):
-    """Both servers on PostgreSQL, two workers, one slot for heavy stages."""
+    """Both servers on PostgreSQL, two workers with two GPUs, one slot for heavy stages."""
     root = make_live_workspace(tmp_path_factory.mktemp("flows") / "workspace")
+    gpus = give_gpus(root, 2)
     (root / ".cm").mkdir()
     servers = Servers(root, f"postgresql://postgres:postgres@{database.place}/postgres")
     try:
         servers.start("prefect", "mlflow")
         deployed = cm(root, "deploy", "--gpus", "1", **servers.client_variables)
         assert deployed.returncode == 0, deployed.stderr
-        with worker(servers, "a"), worker(servers, "b"):
+        with worker(servers, "a", **gpus), worker(servers, "b", **gpus):
             yield servers
     finally:
         servers.end_all()

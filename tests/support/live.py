@@ -17,6 +17,7 @@ import httpx
 import psutil
 import pytest
 
+from flows.distributed.devices import DEVICES_VARIABLE, visible_devices
 from flows.operations import services
 from flows.operations.service_environment import login
 from miniature import REPOSITORY, commit, git
@@ -43,6 +44,22 @@ def make_live_workspace(root: Path) -> Path:
     git(root, "add", "--all")
     commit(root)
     return root
+
+
+def give_gpus(root: Path, count: int) -> dict[str, str]:
+    """Return the variables of workers whose machine has so many GPUs.
+
+    Where there are none they are stand-ins: flows take slots for them and lock them, and the stages, whose commands are
+    altered in the workspace `root` for it, compute on the CPU. Skips if the machine has GPUs, but fewer.
+    """
+    if devices := visible_devices():
+        if len(devices) < count:
+            pytest.skip(f"{len(devices)} of {count} GPUs")
+        return {DEVICES_VARIABLE: ",".join(devices[:count])}
+    stages = (root / "dvc.yaml").read_text()
+    (root / "dvc.yaml").write_text(stages.replace("cmd: cm stage", f"cmd: {DEVICES_VARIABLE}= cm stage"))
+    commit(root)
+    return {DEVICES_VARIABLE: ",".join(map(str, range(count)))}
 
 
 def environment(root: Path, **variables: str) -> dict[str, str]:
