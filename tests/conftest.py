@@ -13,5 +13,5 @@ def pytest_collection_modifyitems(config, items):
     for mark in ("slow", "soak"):
         skip = pytest.mark.skip(reason=f"{mark}; add --run-{mark}")
         for item in items:
-            if mark in item.keywords and not config.getoption(f"--run-{mark}"):
+            if item.get_closest_marker(mark) and not config.getoption(f"--run-{mark}"):
                 item.add_marker(skip)
