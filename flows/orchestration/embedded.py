@@ -14,8 +14,9 @@ import prefect
 from prefect import runtime
 from prefect.client.orchestration import get_client
 from prefect.context import get_run_context
+from prefect.events.worker import EventsWorker
 from prefect.exceptions import MissingContextError
-from prefect.logging.handlers import APILogHandler, PrefectConsoleHandler
+from prefect.logging.handlers import APILogHandler, APILogWorker, PrefectConsoleHandler
 from prefect.settings import (
     PREFECT_API_AUTH_STRING,
     PREFECT_API_URL,
@@ -38,6 +39,7 @@ from flows.json_log import JsonFormatter, json_wanted
 PREFECT = Path(prefect.__file__).parent
 # Of this process's server: what another website or user deployed there, the workers of the next `cm up` would run.
 LOGIN = f"cm:{secrets.token_urlsafe(32)}"
+_served: list[Path] = []  # the folder of the history that this process's server keeps
 STARTUP_SECONDS = 120  # the first start creates the database; Prefect's default of 20 is too short on a loaded machine
 
 
@@ -115,12 +117,19 @@ def _is_of_a_run(_: logging.LogRecord) -> bool:
 def _start_server() -> None:
     """Start Prefect's temporary server immune to Ctrl-C, which a terminal sends to it as well.
 
-    An interrupted flow needs it until the end; it stops with this process. Of a port that Prefect chooses itself a
+    An interrupted flow needs it until the end; it stops with this process, or when another workspace is to have the
+    history: Prefect would use the server that runs, with the first one's. Of a port that Prefect chooses itself a
     server of another run may be first, which it would take for its own.
     """
     from prefect.server.api.server import SubprocessASGIServer
 
-    server = SubprocessASGIServer()
+    server, home = SubprocessASGIServer(), PREFECT_HOME.value()
+    if server.running and _served != [home]:
+        for sender in (APILogWorker, EventsWorker):
+            sender.drain_all()
+        server.stop()
+        server = SubprocessASGIServer()
+    _served[:] = [home]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by the server's process
     try:
         with reserve_port("127.0.0.1") as kept:

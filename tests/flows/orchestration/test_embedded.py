@@ -33,3 +33,23 @@ def test_a_profile_without_a_server_and_a_dead_proxy_do_not_matter(tmp_path):
     command = [sys.executable, "-c", HEALTH, str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.stdout.startswith("None http://127.0.0.1:"), done.stderr
+
+
+HISTORY = """
+import sys
+from pathlib import Path
+from flows.orchestration.embedded import embedded_prefect
+from prefect.client.orchestration import get_client
+for root in map(Path, sys.argv[1:]):
+    with embedded_prefect(root), get_client(sync_client=True) as client:
+        print(root.name, *sorted(flow.name for flow in client.read_flows()))
+        client.create_flow_from_name(f"of-{root.name}")
+"""
+
+
+@pytest.mark.slow
+def test_workspaces_of_one_process_have_each_its_own_history(tmp_path):
+    theirs = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    command = [sys.executable, "-c", HISTORY, *(tmp_path / name for name in ("first", "second", "first"))]
+    done = subprocess.run(command, env={**theirs, "HOME": str(tmp_path)}, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["first", "second", "first of-first"], done.stderr
