@@ -10,7 +10,6 @@ import pytest
 
 from live import Servers, cm, end_tree, make_live_workspace, worker
 from miniature import commit, git
-from processes import wait_until
 from servers import aws_variables, needs_postgres, postgres, shared_s3
 
 pytestmark = [pytest.mark.soak, needs_postgres]
@@ -62,8 +61,8 @@ def moved(servers, s3, tmp_path_factory):
     folder = tmp_path_factory.mktemp("machines")
     with machine(servers, folder, "first") as first:
         run_id = servers.submit()
-        wait_until(lambda: servers.artifacts(run_id).get("progress-student", {}).get("data", 0) > 30)
-        wait_until(lambda: keys(s3, "states", "student"))
+        servers.wait_in(run_id, lambda: servers.artifacts(run_id).get("progress-student", {}).get("data", 0) > 30)
+        servers.wait_in(run_id, lambda: keys(s3, "states", "student"))
         end_tree(first)
         (folder / "first").rename(folder / "lost")
         with machine(servers, folder, "second"):

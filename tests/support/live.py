@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -126,9 +126,13 @@ class Api:
         found = self.post("/artifacts/filter", artifacts=chosen, sort="CREATED_DESC", limit=200)
         return {artifact["key"]: artifact for artifact in reversed(found)}
 
+    def wait_in(self, run_id: str, condition: Callable[[], object], every: float = 0.1) -> object:
+        """Wait until a condition holds, as long as the run goes on: how long a whole flow takes is up to the load."""
+        return wait_until(condition, every=every, sign=lambda: (self.states(run_id), self.said(run_id)))
+
     def wait_for(self, run_id: str, name: str) -> None:
         """Wait until a run is in this state."""
-        wait_until(lambda: self.flow_run(run_id)["state_name"] in (name, "Failed"), every=1)
+        self.wait_in(run_id, lambda: self.flow_run(run_id)["state_name"] in (name, "Failed"), every=1)
         state = self.flow_run(run_id)["state"]
         assert state["name"] == name, (state, self.said(run_id)[-20:])
 

@@ -4,16 +4,17 @@ import time
 
 import psutil
 
-WAIT = (
-    300.0  # seconds that nothing here takes, however many processes share the cores; a condition that holds costs none
-)
+WAIT = 300.0  # seconds that no step takes, however many processes share the cores; a condition that holds costs none
 
 
-def wait_until(condition, seconds=WAIT, every=0.1):
-    """Wait until `condition` holds; return what it returned."""
-    deadline = time.monotonic() + seconds
+def wait_until(condition, seconds=WAIT, every=0.1, sign=lambda: None):
+    """Wait until `condition` holds; return what it returned. What changes its `sign` meanwhile gets as long again."""
+    deadline, last = time.monotonic() + seconds, sign()
     while not (found := condition()):
-        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
+        if time.monotonic() >= deadline:
+            before, last = last, sign()
+            assert last != before, f"waited {seconds} s in vain"
+            deadline = time.monotonic() + seconds
         time.sleep(every)
     return found
 

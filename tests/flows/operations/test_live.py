@@ -88,7 +88,7 @@ def submitted(up, workers, page, shoot):
 @pytest.fixture(scope="module")
 def moved(up, submitted, workers):
     """The same run, completed on another worker after its own was killed in the middle of the student's training."""
-    wait_until(lambda: saved_steps(up.root))
+    up.wait_in(submitted, lambda: saved_steps(up.root))
     (training,) = trainings(up.root)
     first = next(process for process in workers.values() if process.children())
     for process in (*first.children(), first):  # the flow's engine and the worker, not the training
@@ -172,8 +172,8 @@ def test_its_page_shows_progress_metrics_pictures_and_the_way_to_mlflow_and_back
 def cancelled(up, moved):
     """The id of a run that was cancelled in the middle of its student's training."""
     run_id = up.submit("seed=7", "student.train.num_steps=610")  # whose teacher is known
-    (training,) = wait_until(lambda: trainings(up.root))
-    wait_until(lambda: up.artifacts(run_id).get("progress-student"))
+    (training,) = up.wait_in(run_id, lambda: trainings(up.root))
+    up.wait_in(run_id, lambda: up.artifacts(run_id).get("progress-student"))
     up.post(f"/flow_runs/{run_id}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
     wait_until(lambda: not still_runs(training))
     return run_id
