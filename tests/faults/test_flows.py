@@ -41,7 +41,7 @@ def servers(database, tmp_path_factory):
 
 def in_mid_training(servers, run_id):
     """Wait until a run's student trains and has saved a state."""
-    wait_until(lambda: servers.artifacts(run_id).get("progress-student", {}).get("data", 0) > 10)
+    servers.wait_in(run_id, lambda: servers.artifacts(run_id).get("progress-student", {}).get("data", 0) > 10)
 
 
 def every(count, by=10):
@@ -60,16 +60,22 @@ def test_of_two_identical_flows_one_trains_and_the_other_waits(servers):
 
 
 def test_where_gpus_suffice_for_both_the_other_waits_all_the_same(servers):
+    """The first training stands still until the other waits: how soon a worker takes the second run is chance."""
+    waits = "student: another process trains exactly this; waiting for it"
     servers.api.patch("/v2/concurrency_limits/gpu", json={"limit": 2}).raise_for_status()
-    pair = [servers.submit("student.train.num_steps=610"), servers.submit("student.train.num_steps=610")]
-    for run_id in pair:
+    first = servers.submit("student.train.num_steps=610")
+    in_mid_training(servers, first)
+    (training,) = trainings(servers.root)
+    training.suspend()
+    second = servers.submit("student.train.num_steps=610")
+    servers.wait_in(second, lambda: waits in servers.said(second))
+    training.resume()
+    for run_id in (first, second):
         servers.wait_for(run_id, "Completed")
     servers.api.patch("/v2/concurrency_limits/gpu", json={"limit": 1}).raise_for_status()
-    said = list(chain(*map(servers.said, pair)))
-    assert sum("another process trains exactly this; waiting for it" in line for line in said) == 1
-    again, whole = sorted(servers.trained_steps(*pair), key=len)
-    assert whole == every(610)
-    assert again == [610], "who waited trains what came after the last saved state, to the same bytes"
+    assert waits not in servers.said(first)
+    assert servers.trained_steps(first) == [every(610)]
+    assert servers.trained_steps(second) == [[610]], "it trains what came after the last saved state, to the same bytes"
 
 
 @pytest.mark.parametrize("number", (signal.SIGKILL, signal.SIGTERM))
@@ -99,8 +105,8 @@ def test_a_database_that_crashes_and_comes_back_ends_no_run(servers, database):
 def test_a_run_waits_for_a_server_that_is_away_for_long(servers):
     """Longer than Prefect's client tries: the training ends, and the next stage waits for its slot."""
     run_id = servers.submit(f"student.train.num_steps={LONG + 20}")
-    (training,) = wait_until(lambda: trainings(servers.root))
     in_mid_training(servers, run_id)
+    (training,) = trainings(servers.root)
     servers.end("prefect")
     wait_until(lambda: not still_runs(training), every=1)
     time.sleep(LONG_AWAY)
