@@ -18,9 +18,8 @@ from cm_core.networks import modes
 from cm_core.networks.blocks import ResidualBlock, attend, decode, in_own_precision, num_heads
 from cm_core.networks.guided import FEATURES, guidance_features
 from cm_core.networks.layers import BoxDown, BoxUp, EmbeddedUNet, check_image_shape, one_hot, positional_frequencies
-from cm_core.networks.magnitude import MPConv, mp_cat, mp_silu, mp_sum, unit_rms
+from cm_core.networks.magnitude import MPConv, mp_fork, mp_modulated_silu, mp_silu, mp_sum, unit_rms
 from cm_core.params import Params
-from cm_core.tensors import expand_like
 
 RESIDUAL_SHARE = 0.3  # of a branch in its sum with the main path (EDM2, section 2.5)
 LABEL_SHARE = 0.5  # of the class in the embedding (EDM2)
@@ -141,7 +140,7 @@ class MPAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
         attended = attend(self.qkv(x), self.num_heads, partial(unit_rms, dim=-1))
-        return mp_sum(x, self.proj(attended), RESIDUAL_SHARE)
+        return mp_sum(x, self.proj(attended), RESIDUAL_SHARE, LARGEST)
 
 
 class MPBlock(ResidualBlock):
@@ -172,16 +171,16 @@ class MPBlock(ResidualBlock):
 
     def compute(self, x: Tensor, emb: Tensor, beside: Tensor | None) -> Tensor:
         """Return the output, of [x, beside] for a decoder's block that takes an encoder's output."""
-        x = self.resample(x if beside is None else mp_cat(x, beside))
-        if self.encodes:
-            x = unit_rms(self.skip(x), 1)
-        h = self.conv0(mp_silu(x))
+        x = self.resample(x)  # no block that resamples takes an encoder's output
+        x, h = mp_fork(self.skip(x), normalised=True) if self.encodes else mp_fork(x, beside)
+        h = self.conv0(h)
         factor = 1 + self.modulation(emb)
         if self.double_norm:
             factor = unit_rms(factor, 1)
-        h = self.conv1(self.drop(mp_silu(h * expand_like(factor, h).to(h.dtype))))
+        h = self.conv1(self.drop(mp_modulated_silu(h, factor)))
         x = x if self.encodes else self.skip(x)
-        return self.attention(mp_sum(x, h, RESIDUAL_SHARE)).clamp(-LARGEST, LARGEST)
+        attends = isinstance(self.attention, MPAttention)
+        return self.attention(mp_sum(x, h, RESIDUAL_SHARE, math.inf if attends else LARGEST))
 
 
 class MPUNet(nn.Module):

@@ -55,7 +55,7 @@ def norm_forward(
     else:
         for past in range(0, pixels, height):
             mask = _mask(past + pixel, pixels, valid, full)
-            x = _load_pixels(
+            x = load_pixels(
                 x_ptr, x_stride, beside_ptr, beside_stride, past + pixel, channel, first_channels, mask, mixes
             )
             _store_act(x, factor, offset, y_ptr, past + pixel, channel, channels, mask, silu)
@@ -71,20 +71,18 @@ def _channel_sums(
     The shift by a pixel keeps the variance accurate for a mean far from zero.
     """
     one = tl.arange(0, 1)
-    first = _load_pixels(
-        x_ptr, x_stride, beside_ptr, beside_stride, one, channel, first_channels, valid[None, :], mixes
-    )
+    first = load_pixels(x_ptr, x_stride, beside_ptr, beside_stride, one, channel, first_channels, valid[None, :], mixes)
     first = tl.sum(first.to(tl.float32), 0)
     pixel = tl.arange(0, height)
     mask = _mask(pixel, pixels, valid, full)
-    held = _load_pixels(x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes)
+    held = load_pixels(x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes)
     x = tl.where(mask, held.to(tl.float32) - first[None, :], 0.0)
     total = tl.sum(x, 0)
     squares = tl.sum(x * x, 0)
     if not whole:
         for past in range(height, pixels, height):
             mask = _mask(past + pixel, pixels, valid, full)
-            x = _load_pixels(
+            x = load_pixels(
                 x_ptr, x_stride, beside_ptr, beside_stride, past + pixel, channel, first_channels, mask, mixes
             )
             x = tl.where(mask, x.to(tl.float32) - first[None, :], 0.0)
@@ -103,7 +101,7 @@ def _mask(pixel, pixels, valid, full: tl.constexpr):
 
 
 @triton.jit
-def _sigmoid(z):
+def sigmoid(z):
     return libdevice.fast_dividef(1.0, 1.0 + tl.exp(-z))  # within 2 ulp; the exact division is a tenth of a norm's time
 
 
@@ -126,7 +124,7 @@ def _pick(x_ptr, x_stride, beside_ptr, beside_stride, start, first_channels):
 
 
 @triton.jit
-def _load_pixels(
+def load_pixels(
     x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes: tl.constexpr
 ):  # fmt: skip
     """Load [pixels, channels] of one image; if a program `mixes`, those from `first_channels` on come from beside."""
@@ -144,7 +142,7 @@ def _load_pixels(
 def _store_act(x, factor, offset, y_ptr, pixel, channel, channels, mask, silu: tl.constexpr):
     y = x.to(tl.float32) * factor[None, :] + offset[None, :]
     if silu:
-        y = y * _sigmoid(y)
+        y = y * sigmoid(y)
     tl.store(y_ptr + pixel[:, None] * channels + channel[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -232,7 +230,7 @@ def _store_dx(
     for past in range(0, height if whole else pixels, height):
         mask = _mask(past + pixel, pixels, valid, full)
         if not whole:
-            x = _load_pixels(
+            x = load_pixels(
                 x_ptr, x_stride, beside_ptr, beside_stride, past + pixel, channel, first_channels, mask, mixes
             )
             dy = tl.load(dy_ptr + (past + pixel)[:, None] * dy_stride + channel[None, :], mask=mask, other=0.0)
@@ -242,13 +240,13 @@ def _store_dx(
         if tangent:
             dx *= scale[None, :]
             if silu:
-                dx *= _silu_slope(normed * scale[None, :] + shift[None, :])
+                dx *= silu_slope(normed * scale[None, :] + shift[None, :])
         if passes:
-            dx += _load_pixels(
+            dx += load_pixels(
                 passed_ptr, passed_stride, passed_beside_ptr, passed_beside_stride, past + pixel, channel,
                 first_channels, mask, mixes,
             ).to(tl.float32)  # fmt: skip
-        _store_pixels(
+        store_pixels(
             dx, dx_ptr, dx_stride, d_beside_ptr, d_beside_stride, past + pixel, channel, first_channels, mask, mixes
         )
 
@@ -265,14 +263,14 @@ def _gradient_sums(
     """
     pixel = tl.arange(0, height)
     mask = _mask(pixel, pixels, valid, full)
-    held_x = _load_pixels(x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes)
+    held_x = load_pixels(x_ptr, x_stride, beside_ptr, beside_stride, pixel, channel, first_channels, mask, mixes)
     held_dy = tl.load(dy_ptr + pixel[:, None] * dy_stride + channel[None, :], mask=mask, other=0.0)
     normed, dz = _normed_and_dz(held_x, held_dy, mask, mean, rstd, scale, shift, silu)
     sum_dz, sum_dz_normed, sum_normed = tl.sum(dz, 0), tl.sum(dz * normed, 0), tl.sum(normed, 0)
     if not whole:
         for past in range(height, pixels, height):
             mask = _mask(past + pixel, pixels, valid, full)
-            x = _load_pixels(
+            x = load_pixels(
                 x_ptr, x_stride, beside_ptr, beside_stride, past + pixel, channel, first_channels, mask, mixes
             )
             dy = tl.load(dy_ptr + (past + pixel)[:, None] * dy_stride + channel[None, :], mask=mask, other=0.0)
@@ -288,21 +286,21 @@ def _normed_and_dz(x, dy, mask, mean, rstd, scale, shift, silu: tl.constexpr):
     dz = dy.to(tl.float32)
     normed = tl.where(mask, (x.to(tl.float32) - mean[None, :]) * rstd[None, :], 0.0)
     if silu:
-        dz *= _silu_slope(normed * scale[None, :] + shift[None, :])
+        dz *= silu_slope(normed * scale[None, :] + shift[None, :])
     return normed, dz
 
 
 @triton.jit
-def _silu_slope(z):
-    gate = _sigmoid(z)
+def silu_slope(z):
+    gate = sigmoid(z)
     return gate * (1 + z * (1 - gate))
 
 
 @triton.jit
-def _store_pixels(
+def store_pixels(
     dx, dx_ptr, dx_stride, d_beside_ptr, d_beside_stride, pixel, channel, first_channels, mask, mixes: tl.constexpr
 ):  # fmt: skip
-    """Store [pixels, channels] of one image at the places that `_load_pixels` reads."""
+    """Store [pixels, channels] of one image at the places that `load_pixels` reads."""
     dx = dx.to(dx_ptr.dtype.element_ty)
     own = mask
     if mixes:
