@@ -1,5 +1,7 @@
 """The functions of cm_core.networks.kernels by PyTorch's own functions: lets tests run the fused layers on the CPU."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -35,3 +37,30 @@ def downsample(x, factor):
 
 def upsample(x, factor):
     return factor * F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def unit_weight(weight, gain, dtype):
+    rows = weight.flatten(1)
+    rows = rows / (rows.square().sum(1, keepdim=True).sqrt() + 1e-4 * math.sqrt(rows.shape[1]))
+    return (rows if gain is None else rows * gain).view(weight.shape).to(dtype)
+
+
+def unit_rows(x):
+    return x / (x.square().mean(-1, keepdim=True).sqrt() + 1e-4)
+
+
+def mp_fork(x, beside, *, normalised):
+    if beside is not None:
+        width = x.shape[1] + beside.shape[1]
+        parts = [t * math.sqrt(width / 2 / t.shape[1]) for t in (x, beside)]
+        x = torch.cat(parts, dim=1)
+    x = unit_rows(x.movedim(1, -1)).movedim(-1, 1) if normalised else x
+    return x, F.silu(x) / 0.596
+
+
+def mp_modulated_silu(h, factor):
+    return F.silu(h * expand_like(factor, h)) / 0.596
+
+
+def mp_sum(a, b, share, limit):
+    return (((1 - share) * a + share * b) / math.hypot(1 - share, share)).clamp(-limit, limit)

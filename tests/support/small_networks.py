@@ -6,7 +6,7 @@ from cm_core.networks import DhariwalUNetParams, EDM2Params, SongUNetParams
 
 
 def small_networks(*, channels=16, attend_at=4, channels_per_head=16, fourier_scale=0.02):
-    """Return the parameters of six networks by name; they attend where images are `attend_at` pixels wide."""
+    """Return the parameters of seven networks by name; they attend where images are `attend_at` pixels wide."""
     size = {"channels": channels, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (attend_at,)}
     return {
         "ddpmpp": SongUNetParams(**size),
@@ -15,6 +15,7 @@ def small_networks(*, channels=16, attend_at=4, channels_per_head=16, fourier_sc
         "adm_added": DhariwalUNetParams(**size, channels_per_head=channels_per_head, scale_shift=False),
         "adm_scm": DhariwalUNetParams(**size, channels_per_head=channels_per_head, double_norm=True),
         "edm2": EDM2Params(**size, channels_per_head=channels_per_head),
+        "edm2_scm": EDM2Params(**size, channels_per_head=channels_per_head, embedding="positional", double_norm=True),
     }
 
 

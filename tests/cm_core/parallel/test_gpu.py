@@ -115,8 +115,9 @@ def test_passes_with_and_without_gradients_recorded_or_not_drop_the_same(autocas
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_recorded_gradients_are_those_of_a_plain_pass_in_one_piece_or_many(processes, autocast, monkeypatch):
-    model, sent = build(NETWORKS["ddpmpp"], autocast=autocast), []
+@pytest.mark.parametrize("name", ["ddpmpp", "edm2"])  # EDM2's weights have no copies in half precision
+def test_recorded_gradients_are_those_of_a_plain_pass_in_one_piece_or_many(name, processes, autocast, monkeypatch):
+    model, sent = build(NETWORKS[name], autocast=autocast), []
     expected = pass_through(model)
     monkeypatch.setattr(ranks, "world_size", lambda: processes)  # this one alone is here: a sum is what it sends
     monkeypatch.setattr(gradients, "BUCKET_BYTES", 100_000)
