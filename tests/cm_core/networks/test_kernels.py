@@ -33,8 +33,9 @@ def errors():
 @pytest.mark.parametrize(
     "kind",
     ["norm", "residual_add", "downsample", "upsample", "project_residual_add", "dropout", "network", "forward mode"]
-    + ["unit_weight", "force_unit_rms", "mp_fork", "unit_rows", "mp_modulated_silu", "mp_sum"],
+    + ["network edm2", "unit_weight", "force_unit_rms", "mp_fork", "unit_rows", "mp_modulated_silu", "mp_sum"],
 )
 def test_kernels_compute_outputs_and_gradients_of_the_formulas(errors, kind):
     found = {name: error for name, error in errors.items() if name.startswith(kind)}
-    assert found and max(found.values()) < 2e-6, found
+    bound = 1e-5 if kind == "network" else 2e-6  # NCSN++'s gradients: 4e-6
+    assert found and max(found.values()) < bound, found
