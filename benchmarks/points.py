@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown:
         parser.error(f"no point {unknown[0]} in {args.sweep}; there are {', '.join(points)}")
     chosen = [points[name] for name in args.points or points]
-    machine = Machine(args.folder, args.devices, chosen)
+    machine = Machine(args.folder, args.devices, chosen, list(points.values()))
     if not machine.prepare():
         sys.exit(f"{machine.shared / 'log.txt'}: what the points share failed")
     if not all(machine.run(judged if args.judge else {})):
@@ -59,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 class Machine:
     """Devices that run points of a sweep, and a folder for each point and for what they share."""
 
-    def __init__(self, folder: Path, devices: Sequence[str], points: Sequence[Point]) -> None:
+    def __init__(self, folder: Path, devices: Sequence[str], points: Sequence[Point], every: Sequence[Point]) -> None:
         self.folder, self.shared, self.points = folder, folder / "shared", points
-        self.first = next((point for point in points if point.recipe.teacher is not None), points[0])
+        self.first = next((point for point in every if point.recipe.teacher is not None), every[0])  # whatever runs now
         self.devices, self.free = devices, SimpleQueue[str]()
         for device in devices:
             self.free.put(device)

@@ -232,7 +232,13 @@ def test_benchmarks_run_small_on_any_machine(name):
 
 TINY_SWEEP = """
 recipe: digits-cd
-set: {teacher.train.num_steps: 20, features.num_steps: 20, student.train.num_steps: 20, sample.num_images: 100}
+set:
+  teacher.train.num_steps: 20
+  features.num_steps: 20
+  student.train: {num_steps: 20, log_every: 10}
+  student.evaluate_every: 10
+  student.evaluate_images: 50
+  sample.num_images: 100
 points:
   ect: {student.method: {kind: ect}}
   ict: {student.method: {kind: ict}, sample.teacher_images: 0}
@@ -262,6 +268,12 @@ def test_points_of_a_sweep_run_as_plain_stages_and_what_is_done_does_not_run_aga
         assert ("teacher_nfe_35" in rows[name]["fid_convmixer"]) == (name == "ect")
     assert not (folder / "ect" / "teacher").exists() and (folder / "meanflow" / "teacher").exists()
     assert "the loss became nan" in (folder / "broken" / "log.txt").read_text()
+
+    command = [sys.executable, "-m", "benchmarks.results", str(folder), str(tmp_path / "pictures"), "--batch-size=128"]
+    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(table) == 5 and {row.split("|")[1].strip() for row in table[2:]} == {"ect", "ict", "meanflow"}
+    assert all(" 20 | " in row for row in table[2:]) and "not measured" not in "".join(table)
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"fid-against-minutes.png", "one-call.webp"}
 
     before = (folder / "ect" / "log.txt").stat().st_mtime_ns, (folder / "shared" / "log.txt").stat().st_mtime_ns
     code, again = points("ect")

@@ -5,7 +5,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,9 +63,10 @@ def save_lines(
     with _style():
         figure, axes = _figure(3.3, xlabel=xlabel, ylabel=ylabel, title=title)
         axes.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
-        for (name, (x, y, *spread)), colour in zip(series.items(), cycle(PALETTE), strict=False):
-            errors, marker = spread[0] if spread else None, "o" if markers else None
-            axes.errorbar(x, y, yerr=errors, label=name, color=colour, marker=marker, **SERIES_STYLE)
+        looks = cycle(product((("-", "o"), ("--", "s")), PALETTE))
+        for (name, (x, y, *spread)), ((line, marker), colour) in zip(series.items(), looks, strict=False):
+            look: dict[str, Any] = {"color": colour, "linestyle": line, "marker": marker if markers else None}
+            axes.errorbar(x, y, yerr=spread[0] if spread else None, label=name, **look, **SERIES_STYLE)
             for point in zip(x, y, strict=True) if values else ():
                 axes.annotate(f"{point[1]:#.3g}", point, (5, 6), textcoords="offset points", fontsize="small")
         _draw_levels(axes.axhline, levels or {})

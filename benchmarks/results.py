@@ -1,0 +1,125 @@
+"""Write what `benchmarks.points` measured: a table in Markdown, a chart of FID against minutes, a sheet of images.
+
+python -m benchmarks.results FOLDER PICTURES     # PICTURES/fid-against-minutes.png, PICTURES/one-call.webp
+
+The chart has the small sets of images that a training draws (student.evaluate_every), with time spent on a base before.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from PIL import Image
+
+from flows.reports.charts import save_lines
+from flows.reports.figures import save_montage
+from flows.reports.metrics_table import three_digits
+
+NUMBER = r"([\d,.e+-]+)"
+COLUMNS = ("method", "steps", "seconds", "million images", "images/s", "GiB")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A point's metrics by both judges, and what its log says of its trainings."""
+
+    name: str
+    metrics: dict[str, dict[str, float]]
+    log: str
+
+    @classmethod
+    def read(cls, folder: Path) -> "Result":
+        found = [folder / "evaluate" / "metrics.json", folder / "judge" / "evaluate" / "metrics.json"]
+        metrics: dict[str, dict[str, float]] = {}
+        for path in found:
+            metrics |= json.loads(path.read_text()) if path.exists() else {}
+        return cls(folder.name, metrics, (folder / "log.txt").read_text())
+
+    def trained(self, stage: str) -> tuple[int, float, float, float] | None:
+        """Return steps, seconds, images/s and GiB of a training; None if there was none."""
+        training = rf"^training {stage}, step {NUMBER}, .*images_per_s {NUMBER}(?:, .*gib {NUMBER})?$"
+        lines = re.findall(training, self.log, re.M)
+        seconds = re.findall(rf"^stage {stage}, seconds {NUMBER}$", self.log, re.M)
+        if not lines or not seconds:
+            return None
+        steps, rate, memory = lines[-1]
+        return int(_number(steps)), _number(seconds[-1]), _number(rate), _number(memory or "nan")  # nan: on a CPU
+
+    def row(self, batch: int) -> list[str]:
+        """Return the table's cells; base and student are added."""
+        trainings = [found for stage in ("base", "student") if (found := self.trained(stage))]
+        steps, seconds = (sum(found[i] for found in trainings) for i in (0, 1))
+        rate, memory = trainings[-1][2], max(found[3] for found in trainings)
+        cells = [self.name, f"{steps:,}", f"{seconds:.0f}", f"{steps * batch / 1e6:.2f}"]
+        cells += [f"{rate:,.0f}", f"{memory:.1f}"]
+        for key in (key for key in self.metrics if key.startswith("fid_")):
+            cells.append(" / ".join(three_digits(value) for _, value in self.of_student(key)))
+        kinds = ("precision_classifier", "recall_classifier")
+        return [*cells, ", ".join(f"{self.of_student(key)[0][1]:.2f}" for key in kinds)]
+
+    def of_student(self, key: str) -> list[tuple[int, float]]:
+        """Return (network calls, value) of the student's rows."""
+        found = ((re.fullmatch(r"nfe_(\d+)", row), value) for row, value in self.metrics[key].items())
+        return sorted((int(match[1]), value) for match, value in found if match)
+
+    def curve(self) -> tuple[list[float], list[float]]:
+        """Return minutes, and FID at one call of the small sets of images."""
+        base = self.trained("base")
+        clock = {_number(step): _number(seconds) for step, seconds in self._all("training student, step", "seconds")}
+        points = self._all("training evaluate, step", "fid_over_training_nfe_1")
+        minutes = [((base[1] if base else 0.0) + clock[_number(step)]) / 60 for step, _ in points]
+        return minutes, [_number(fid) for _, fid in points]
+
+    def _all(self, begin: str, key: str) -> list[tuple[str, str]]:
+        return re.findall(rf"^{begin} {NUMBER}, .*?{key} {NUMBER}(?:,|$)", self.log, re.M)
+
+
+def _number(text: str) -> float:
+    return float(text.rstrip(",").replace(",", ""))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("pictures", type=Path)
+    parser.add_argument("--batch-size", type=int, default=512, help="of all trainings")
+    args = parser.parse_args(argv)
+    folders = sorted(path.parent.parent for path in args.folder.glob("*/evaluate/metrics.json"))
+    results = sorted(map(Result.read, folders), key=lambda result: result.of_student("fid_classifier")[0][1])
+    args.pictures.mkdir(parents=True, exist_ok=True)
+    print(*_table(results, args.batch_size), sep="\n")
+    curves: dict[str, Any] = {result.name: curve for result in results if (curve := result.curve())[0]}
+    save_lines(
+        curves,
+        args.pictures / "fid-against-minutes.png",
+        xlabel="minutes of training",
+        ylabel="FID (classifier), one call",
+        title="FID against minutes",
+        markers=True,
+        log_y=True,
+    )
+    plots = {result.name: args.folder / result.name / "sample" / "nfe_1_grid.png" for result in results}
+    with TemporaryDirectory() as scratch:
+        sheet = Path(scratch, "sheet.png")
+        save_montage(plots, sheet, columns=4)
+        Image.open(sheet).save(args.pictures / "one-call.webp", quality=85)  # a fifth of the PNG
+
+
+def _table(results: Sequence[Result], batch: int) -> list[str]:
+    judges = dict.fromkeys(key.removeprefix("fid_") for result in results for key in result.metrics if "fid_" in key)
+    head = [*COLUMNS, *(f"FID by {judge}, 1 / 2 / 4 calls" for judge in judges), "precision, recall, 1 call"]
+    rows = [head, ["---"] * len(head)]
+    for result in results:
+        cells = result.row(batch)
+        missing = ["not measured"] * (len(head) - len(cells))
+        rows.append([*cells[:-1], *missing, cells[-1]])
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+if __name__ == "__main__":
+    main()
