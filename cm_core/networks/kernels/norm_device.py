@@ -174,16 +174,11 @@ def norm_backward(
             passed_ptr, passed_stride = _pick(
                 passed_ptr, passed_stride, passed_beside_ptr, passed_beside_stride, start, first_channels
             )
-    if passes:
-        passed_ptr += image * pixels * passed_stride
-        if mixes:
-            passed_beside_ptr += image * pixels * passed_beside_stride
-    x_ptr += image * pixels * x_stride
-    dy_ptr += image * pixels * dy_stride
-    dx_ptr += image * pixels * dx_stride
+    first = image * pixels
+    x_ptr += first * x_stride
+    dy_ptr += first * dy_stride
     if mixes:
-        beside_ptr += image * pixels * beside_stride
-        d_beside_ptr += image * pixels * d_beside_stride
+        beside_ptr += first * beside_stride
     mean = tl.load(mean_ptr + image * groups + channel // group_size, mask=valid, other=0.0)
     rstd = tl.load(rstd_ptr + image * groups + channel // group_size, mask=valid, other=0.0)
     scale = tl.load(scale_ptr + image * affine_stride + channel, mask=valid, other=0.0).to(tl.float32)
@@ -201,31 +196,45 @@ def norm_backward(
         tl.store(d_shift_ptr + image * channels + channel, sum_dz, mask=valid)
         tl.store(d_scale_ptr + image * channels + channel, sum_dz_normed, mask=valid)
 
-    count = pixels * group_size
-    group_dz = tl.sum(tl.where(member, (factor * sum_dz)[:, None], 0.0), 0) / count
-    group_dz_normed = tl.sum(tl.where(member, (factor * sum_dz_normed)[:, None], 0.0), 0) / count
-    mean_dz = tl.sum(tl.where(member, group_dz[None, :], 0.0), 1)
-    mean_dz_normed = tl.sum(tl.where(member, group_dz_normed[None, :], 0.0), 1)
+    mean_dz = _group_mean(factor * sum_dz, member, pixels * group_size)
+    mean_dz_normed = _group_mean(factor * sum_dz_normed, member, pixels * group_size)
     if has_bias or has_before:
         d_before = rstd * (scale * sum_dz - pixels * mean_dz - sum_normed * mean_dz_normed)
         tl.store(d_before_ptr + image * channels + channel, d_before, mask=valid)
     _store_dx(
         x, dy, x_ptr, x_stride, beside_ptr, beside_stride, dy_ptr, dy_stride, passed_ptr, passed_stride,
-        passed_beside_ptr, passed_beside_stride, dx_ptr, dx_stride, d_beside_ptr, d_beside_stride, pixels, channel,
-        first_channels, valid, mean, rstd, scale, shift, factor, mean_dz, mean_dz_normed,
+        passed_beside_ptr, passed_beside_stride, dx_ptr, dx_stride, d_beside_ptr, d_beside_stride, first, pixels,
+        channel, first_channels, valid, mean, rstd, scale, shift, factor, mean_dz, mean_dz_normed,
         passes, tangent, silu, mixes, whole, full, height,
     )  # fmt: skip
 
 
 @triton.jit
+def _group_mean(values, member, count):
+    """Return for each channel the sum of `values` over its group, over `count`; [width], member [width, groups]."""
+    means = tl.sum(tl.where(member, values[:, None], 0.0), 0) / count
+    return tl.sum(tl.where(member, means[None, :], 0.0), 1)
+
+
+@triton.jit
 def _store_dx(
     x, dy, x_ptr, x_stride, beside_ptr, beside_stride, dy_ptr, dy_stride, passed_ptr, passed_stride,
-    passed_beside_ptr, passed_beside_stride, dx_ptr, dx_stride, d_beside_ptr, d_beside_stride, pixels, channel,
-    first_channels, valid, mean, rstd, scale, shift, factor, mean_dz, mean_dz_normed,
+    passed_beside_ptr, passed_beside_stride, dx_ptr, dx_stride, d_beside_ptr, d_beside_stride, first, pixels,
+    channel, first_channels, valid, mean, rstd, scale, shift, factor, mean_dz, mean_dz_normed,
     passes: tl.constexpr, tangent: tl.constexpr, silu: tl.constexpr, mixes: tl.constexpr, whole: tl.constexpr,
     full: tl.constexpr, height: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of x, a tile of pixels at a time, added to the gradient of the x passed on."""
+    """Write the gradient of x, a tile of pixels at a time, added to the gradient of the x passed on.
+
+    `first` is the image's first pixel among all; x, beside and dy begin at it already.
+    """
+    dx_ptr += first * dx_stride
+    if mixes:
+        d_beside_ptr += first * d_beside_stride
+    if passes:
+        passed_ptr += first * passed_stride
+        if mixes:
+            passed_beside_ptr += first * passed_beside_stride
     pixel = tl.arange(0, height)
     for past in range(0, height if whole else pixels, height):
         mask = _mask(past + pixel, pixels, valid, full)
