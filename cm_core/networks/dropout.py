@@ -79,7 +79,7 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, d_h: Tensor, *_: None) -> Tensor:
-        return _Dropout.apply(d_h, *ctx.mask)  # which has a gradient
+        return _Dropout.apply(d_h, *ctx.mask)  # it has a gradient, and unwraps torch.func's tensors
 
 
 def _masked(h: Tensor, kept: int, layer: int, first: int) -> Tensor:

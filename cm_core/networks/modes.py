@@ -45,11 +45,17 @@ def derivative(
 ) -> tuple[Tensor, Tensor]:
     """Return a function's value and its derivative along `tangents`, by forward-mode differentiation.
 
-    Not by torch.func, whose wrapped tensors cost the host more than the passes cost the GPU, and cannot be captured.
+    Without gradients not by torch.func, whose wrapped tensors cost the host more than the passes cost the GPU, and
+    cannot be captured. With them by torch.func alone: of plain tensors, PyTorch's derivative of softmax overwrites what
+    the backward pass needs.
     """
-    with forward_mode(), dual_level():
-        value, along = unpack_dual(function(*map(make_dual, primals, tangents)))
-    return value, torch.zeros_like(value) if along is None else along
+    with forward_mode():
+        if torch.is_grad_enabled():
+            found = torch.func.jvp(function, tuple(primals), tuple(tangents))
+            return found[0], found[1]
+        with dual_level():
+            value, tangent = unpack_dual(function(*map(make_dual, primals, tangents)))
+            return value, torch.zeros_like(value) if tangent is None else tangent
 
 
 class _WeightsWithoutTangents(TorchFunctionMode):

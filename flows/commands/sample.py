@@ -29,7 +29,7 @@ def add_parsers(commands: Any) -> None:
         metavar="PATH",
         type=Path,
         default=Path("out/drawn"),
-        help="a folder of PNGs, or a file .npy; default out/drawn",
+        help="a folder of PNGs, a file .npy, or one picture .png; default out/drawn",
     )
     add_sampling_options(parser, count=64)
     parser.set_defaults(command=sample)
@@ -46,24 +46,35 @@ def add_parsers(commands: Any) -> None:
 def sample(args: Namespace) -> None:
     """Write images and a grid of the first ones."""
     images, _, how, _ = draw(args.model or str(workspace_root() / "out" / "student"), args, Context())
-    grid = write_images(images, args.out)
-    print(f"{args.out}: {len(images)} images, {how}; {grid} shows the first {min(len(images), GRID_IMAGES)}")
+    if args.out.suffix == ".png" and not args.out.is_dir():
+        write_grid(images, args.out)
+        written = f"{min(len(images), GRID_IMAGES)} of {len(images)} images, {how}"
+    else:
+        grid = write_images(images, args.out)
+        written = f"{len(images)} images, {how}; {grid} shows the first {min(len(images), GRID_IMAGES)}"
+    print(f"{args.out}: {written}")
 
 
 def write_images(images: "np.ndarray", out: Path) -> Path:
     """Write one array, or one PNG per image; return the path of the grid beside them."""
     import numpy as np
 
-    from flows.reports.figures import save_grid
-
     if out.suffix == ".npy":
         out.parent.mkdir(parents=True, exist_ok=True)
         np.save(out, images)
     else:
         save_images(images, out)
-    grid = out.with_suffix(".png")
-    save_grid(images[:GRID_IMAGES], grid)
+    grid = out.parent / f"{out.name.removesuffix('.npy')}.png"
+    write_grid(images, grid)
     return grid
+
+
+def write_grid(images: "np.ndarray", path: Path) -> None:
+    """Write the first images as one picture."""
+    from flows.reports.figures import save_grid
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_grid(images[:GRID_IMAGES], path)
 
 
 def evaluate(args: Namespace) -> None:

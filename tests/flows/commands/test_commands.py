@@ -115,6 +115,20 @@ def test_sample_writes_a_folder_of_pictures_and_a_grid_beside_it(root, tmp_path,
     assert (tmp_path / "b.png").exists()
 
 
+def test_sample_writes_one_picture_if_a_picture_is_asked_for(root, tmp_path, capsys):
+    code, out, _ = run(capsys, "sample", "--n", "3", "--out", str(tmp_path / "new" / "all.png"))
+    assert code == 0 and out.endswith("all.png: 3 of 3 images, 1 network call at sigma 80\n")
+    with Image.open(tmp_path / "new" / "all.png") as picture:
+        assert picture.format == "PNG" and [path.name for path in (tmp_path / "new").iterdir()] == ["all.png"]
+
+
+def test_a_folder_may_be_called_like_a_picture(root, tmp_path, capsys):
+    folder = tmp_path / "a.png"
+    folder.mkdir()
+    assert run(capsys, "sample", "--n", "2", "--out", str(folder))[0] == 0
+    assert len(list(folder.iterdir())) == 2 and (tmp_path / "a.png.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("argv", "names"),
     [
