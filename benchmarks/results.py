@@ -1,4 +1,4 @@
-"""Write what `benchmarks.points` measured: a table in Markdown, a chart of FID against minutes, a sheet of images.
+"""Write what `benchmarks.points` measured: tables in Markdown, a chart of FID against minutes, a sheet of images.
 
 python -m benchmarks.results FOLDER PICTURES     # PICTURES/fid-against-minutes.png, PICTURES/one-call.webp
 
@@ -17,11 +17,13 @@ from typing import Any
 from PIL import Image
 
 from flows.reports.charts import save_lines
-from flows.reports.figures import save_montage
+from flows.reports.figures import GAP, save_montage
 from flows.reports.metrics_table import three_digits
 
 NUMBER = r"([\d,.e+-]+)"
-COLUMNS = ("method", "steps", "seconds", "million images", "images/s", "GiB")
+COST = ("steps", "million images", "images/s", "GiB")
+SHOWN = (8, 5)  # images of a row, and rows, of each point
+GRID_COLUMNS = 10  # of the grids of 100 images that the stage sample writes
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,26 @@ class Result:
         steps, rate, memory = lines[-1]
         return int(_number(steps)), _number(seconds[-1]), _number(rate), _number(memory or "nan")  # nan: on a CPU
 
-    def row(self, batch: int) -> list[str]:
-        """Return the table's cells; base and student are added."""
-        trainings = [found for stage in ("base", "student") if (found := self.trained(stage))]
-        steps, seconds = (sum(found[i] for found in trainings) for i in (0, 1))
-        rate, memory = trainings[-1][2], max(found[3] for found in trainings)
-        cells = [self.name, f"{steps:,}", f"{seconds:.0f}", f"{steps * batch / 1e6:.2f}"]
-        cells += [f"{rate:,.0f}", f"{memory:.1f}"]
-        for key in (key for key in self.metrics if key.startswith("fid_")):
-            cells.append(" / ".join(three_digits(value) for _, value in self.of_student(key)))
+    @property
+    def trainings(self) -> list[tuple[int, float, float, float]]:
+        """What `trained` returns of the base, if there is one, and of the student."""
+        return [found for stage in ("base", "student") if (found := self.trained(stage))]
+
+    def quality(self, judges: Sequence[str]) -> list[str]:
+        """Return the cells of the first table."""
+        cells = [self.name, f"{sum(seconds for _, seconds, *_ in self.trainings):.0f}"]
+        for key in (f"fid_{judge}" for judge in judges):
+            values = [three_digits(value) for _, value in self.of_student(key)] if key in self.metrics else []
+            cells.append(" / ".join(values) or "not measured")
         kinds = ("precision_classifier", "recall_classifier")
         return [*cells, ", ".join(f"{self.of_student(key)[0][1]:.2f}" for key in kinds)]
+
+    def cost(self, batch: int) -> list[str]:
+        """Return the cells of the second table; the rate is the student's."""
+        steps = [steps for steps, *_ in self.trainings]
+        memory = max(memory for *_, memory in self.trainings)
+        cells = [self.name, " + ".join(f"{count:,}" for count in steps), f"{sum(steps) * batch / 1e6:.2f}"]
+        return [*cells, f"{self.trainings[-1][2]:,.0f}", f"{memory:.1f}"]
 
     def of_student(self, key: str) -> list[tuple[int, float]]:
         """Return (network calls, value) of the student's rows."""
@@ -91,8 +102,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     folders = sorted(path.parent.parent for path in args.folder.glob("*/evaluate/metrics.json"))
     results = sorted(map(Result.read, folders), key=lambda result: result.of_student("fid_classifier")[0][1])
+    if not results:
+        parser.error(f"{args.folder}: no folder of a point with evaluate/metrics.json")
     args.pictures.mkdir(parents=True, exist_ok=True)
-    print(*_table(results, args.batch_size), sep="\n")
+    judges = dict.fromkeys(key.removeprefix("fid_") for result in results for key in result.metrics if "fid_" in key)
+    fids = [f"FID by {judge}, 1 / 2 / 4 calls" for judge in judges]
+    quality = ["method", "seconds", *fids, "precision, recall, 1 call"]
+    print(_table(quality, [result.quality(list(judges)) for result in results]))
+    print(_table(["method", *COST], [result.cost(args.batch_size) for result in results]))
     curves: dict[str, Any] = {result.name: curve for result in results if (curve := result.curve())[0]}
     save_lines(
         curves,
@@ -103,22 +120,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         markers=True,
         log_y=True,
     )
-    plots = {result.name: args.folder / result.name / "sample" / "nfe_1_grid.png" for result in results}
     with TemporaryDirectory() as scratch:
+        corners = {result.name: _corner(args.folder / result.name, Path(scratch)) for result in results}
         sheet = Path(scratch, "sheet.png")
-        save_montage(plots, sheet, columns=4)
+        save_montage(corners, sheet, columns=3)
         Image.open(sheet).save(args.pictures / "one-call.webp", quality=85)  # a fifth of the PNG
 
 
-def _table(results: Sequence[Result], batch: int) -> list[str]:
-    judges = dict.fromkeys(key.removeprefix("fid_") for result in results for key in result.metrics if "fid_" in key)
-    head = [*COLUMNS, *(f"FID by {judge}, 1 / 2 / 4 calls" for judge in judges), "precision, recall, 1 call"]
-    rows = [head, ["---"] * len(head)]
-    for result in results:
-        cells = result.row(batch)
-        missing = ["not measured"] * (len(head) - len(cells))
-        rows.append([*cells[:-1], *missing, cells[-1]])
-    return [f"| {' | '.join(row)} |" for row in rows]
+def _corner(point: Path, scratch: Path) -> Path:
+    """Write the first SHOWN images of the first rows of a point's grid."""
+    path = scratch / f"{point.name}.png"
+    with Image.open(point / "sample" / "nfe_1_grid.png") as grid:
+        each = (grid.width - GAP) // GRID_COLUMNS
+        width, height = (count * each + GAP for count in SHOWN)
+        grid.crop((0, 0, width, height)).save(path)
+    return path
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 if __name__ == "__main__":
