@@ -104,6 +104,7 @@ class Machine:
         return used and not self.has_own_teacher(point)
 
     def has_own_teacher(self, point: Point) -> bool:
+        """Whether a section that the teacher's stage reads differs from those of the shared one."""
         return any(getattr(point.recipe, key) != getattr(self.first.recipe, key) for key in OF_TEACHER)
 
     def share(self, folder: Path, recipe: Recipe, stage: str) -> int:
@@ -148,9 +149,10 @@ class Machine:
         return code == 0
 
     def evaluate(self, folder: Path, point: Point, features: Path, device: str) -> int:
-        own, teacher = self.folder / point.name, self.folder / point.name / "teacher"
+        """Measure the images of a point by a feature network, in `folder`; return the exit code."""
+        own = self.folder / point.name
         places = {name: own / name for name in TRAINED} | {"prepare": self.shared / "prepare", "features": features}
-        places["teacher"] = teacher if self.has_own_teacher(point) else self.shared / "teacher"
+        places["teacher"] = (own if self.has_own_teacher(point) else self.shared) / "teacher"
         return stages(folder, point.recipe, MEASURED, places, device)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -24,6 +24,15 @@ NUMBER = r"([\d,.e+-]+)"
 COST = ("steps", "million images", "images/s", "GiB")
 SHOWN = (8, 5)  # images of a row, and rows, of each point
 GRID_COLUMNS = 10  # of the grids of 100 images that the stage sample writes
+
+
+class Training(NamedTuple):
+    """What a log says of a training."""
+
+    steps: int
+    seconds: float
+    rate: float  # images/s, at its end
+    memory: float  # GiB; nan on a CPU
 
 
 @dataclass(frozen=True)
@@ -42,24 +51,24 @@ class Result:
             metrics |= json.loads(path.read_text()) if path.exists() else {}
         return cls(folder.name, metrics, (folder / "log.txt").read_text())
 
-    def trained(self, stage: str) -> tuple[int, float, float, float] | None:
-        """Return steps, seconds, images/s and GiB of a training; None if there was none."""
+    def trained(self, stage: str) -> Training | None:
+        """Return the facts of a training; None if there was none."""
         training = rf"^training {stage}, step {NUMBER}, .*images_per_s {NUMBER}(?:, .*gib {NUMBER})?$"
         lines = re.findall(training, self.log, re.M)
         seconds = re.findall(rf"^stage {stage}, seconds {NUMBER}$", self.log, re.M)
         if not lines or not seconds:
             return None
         steps, rate, memory = lines[-1]
-        return int(_number(steps)), _number(seconds[-1]), _number(rate), _number(memory or "nan")  # nan: on a CPU
+        return Training(int(_number(steps)), _number(seconds[-1]), _number(rate), _number(memory or "nan"))
 
     @property
-    def trainings(self) -> list[tuple[int, float, float, float]]:
-        """What `trained` returns of the base, if there is one, and of the student."""
+    def trainings(self) -> list[Training]:
+        """The base's training, if there was one, and the student's."""
         return [found for stage in ("base", "student") if (found := self.trained(stage))]
 
     def quality(self, judges: Sequence[str]) -> list[str]:
         """Return the cells of the first table."""
-        cells = [self.name, f"{sum(seconds for _, seconds, *_ in self.trainings):.0f}"]
+        cells = [self.name, f"{sum(training.seconds for training in self.trainings):.0f}"]
         for key in (f"fid_{judge}" for judge in judges):
             values = [three_digits(value) for _, value in self.of_student(key)] if key in self.metrics else []
             cells.append(" / ".join(values) or "not measured")
@@ -68,10 +77,10 @@ class Result:
 
     def cost(self, batch: int) -> list[str]:
         """Return the cells of the second table; the rate is the student's."""
-        steps = [steps for steps, *_ in self.trainings]
-        memory = max(memory for *_, memory in self.trainings)
+        steps = [training.steps for training in self.trainings]
+        memory = max(training.memory for training in self.trainings)
         cells = [self.name, " + ".join(f"{count:,}" for count in steps), f"{sum(steps) * batch / 1e6:.2f}"]
-        return [*cells, f"{self.trainings[-1][2]:,.0f}", f"{memory:.1f}"]
+        return [*cells, f"{self.trainings[-1].rate:,.0f}", f"{memory:.1f}"]
 
     def of_student(self, key: str) -> list[tuple[int, float]]:
         """Return (network calls, value) of the student's rows."""
@@ -80,10 +89,10 @@ class Result:
 
     def curve(self) -> tuple[list[float], list[float]]:
         """Return minutes, and FID at one call of the small sets of images."""
-        base = self.trained("base")
+        before = sum(training.seconds for training in self.trainings[:-1])
         clock = {_number(step): _number(seconds) for step, seconds in self._all("training student, step", "seconds")}
         points = self._all("training evaluate, step", "fid_over_training_nfe_1")
-        minutes = [((base[1] if base else 0.0) + clock[_number(step)]) / 60 for step, _ in points]
+        minutes = [(before + clock[_number(step)]) / 60 for step, _ in points]
         return minutes, [_number(fid) for _, fid in points]
 
     def _all(self, begin: str, key: str) -> list[tuple[str, str]]:
