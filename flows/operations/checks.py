@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -12,6 +13,7 @@ from flows import environment
 from flows.distributed.devices import visible_devices
 from flows.errors import UserError
 from flows.storage.s3 import public_uri
+from flows.workspace.dvc_files import check_user_settings
 
 
 def check_before_a_run() -> None:
@@ -26,6 +28,7 @@ def _check_devices() -> str:
 
 def _check_prefect_settings() -> str:
     """Read Prefect's settings, from variables and the profile in force, as its import does."""
+    _check_prefect_home()
     said = io.StringIO()  # its plugins complain of the same at length
     try:
         with redirect_stderr(said):
@@ -34,8 +37,18 @@ def _check_prefect_settings() -> str:
             settings = get_current_settings()
     except ValueError as error:  # of pydantic or of TOML's parser
         raise UserError(_name_setting(error)) from None
-    print(said.getvalue(), end="", file=sys.stderr)
+    print(said.getvalue().partition("Traceback")[0], end="", file=sys.stderr)
     return f"home {settings.home}, {public_uri(settings.api.url or 'no server is named')}"
+
+
+def _check_prefect_home() -> None:
+    """Raise UserError if the folder that PREFECT_HOME names cannot be written; without it, one of ours is used."""
+    if home := os.environ.get("PREFECT_HOME"):
+        try:
+            Path(home).expanduser().mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=Path(home).expanduser()).close()
+        except OSError as error:
+            raise UserError(f"PREFECT_HOME={home}: cannot be written ({error.strerror})") from None
 
 
 def _name_setting(error: Any) -> str:
@@ -57,4 +70,5 @@ BEFORE_A_RUN: dict[str, Callable[[], str]] = {
     **environment.CHECKS,
     "devices": _check_devices,
     "Prefect settings": _check_prefect_settings,
+    "DVC settings": check_user_settings,
 }

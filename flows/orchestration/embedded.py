@@ -26,6 +26,8 @@ from prefect.settings import (
     PREFECT_SERVER_API_AUTH_STRING,
     PREFECT_SERVER_API_BASE_PATH,
     PREFECT_SERVER_CORS_ALLOWED_ORIGINS,
+    PREFECT_SERVER_DATABASE_CONNECTION_URL,
+    PREFECT_SERVER_DATABASE_MIGRATE_ON_START,
     PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
     PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED,
     temporary_settings,
@@ -55,7 +57,12 @@ def embedded_prefect(root: Path) -> Iterator[None]:
         _refuse_silent_server()
         yield
         return
+    home = Path(PREFECT_HOME.value()) if os.environ.get("PREFECT_HOME") else root / ".cm" / "prefect"
+    home.mkdir(parents=True, exist_ok=True)
     settings: dict[Any, Any] = {
+        PREFECT_HOME: home,
+        PREFECT_SERVER_DATABASE_CONNECTION_URL: f"sqlite+aiosqlite:///{home / 'prefect.db'}",  # not another server's
+        PREFECT_SERVER_DATABASE_MIGRATE_ON_START: True,
         PREFECT_API_AUTH_STRING: LOGIN,
         PREFECT_SERVER_API_AUTH_STRING: LOGIN,
         PREFECT_SERVER_CORS_ALLOWED_ORIGINS: "",
@@ -66,9 +73,6 @@ def embedded_prefect(root: Path) -> Iterator[None]:
         # Disable the automations of `cm up`: no worker is here to restart a run, and they kept SQLite locked.
         PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED: False,
     }
-    if "PREFECT_HOME" not in os.environ:
-        settings[PREFECT_HOME] = root / ".cm" / "prefect"
-        settings[PREFECT_HOME].mkdir(parents=True, exist_ok=True)
     with temporary_settings(settings):
         _start_server()
         yield

@@ -32,6 +32,20 @@ def dvc(root: Path, *arguments: str) -> str:
     return done.stdout
 
 
+def check_user_settings() -> str:
+    """Read DVC's settings of this machine and user. Raises UserError with the file, which DVC's own error lacks."""
+    from dvc.config import Config, ConfigError
+
+    files = [Path(Config.get_dir(level)) / Config.CONFIG for level in Config.SYSTEM_LEVELS]
+    files = [file for file in files if file.is_file()]
+    for file in files:
+        try:
+            Config.validate(Config.load_file(str(file)))
+        except (ConfigError, OSError) as error:
+            raise UserError(f"{file}: {' '.join(str(error).split())}") from None
+    return ", ".join(map(str, files)) or "those of the workspace alone"
+
+
 @dataclass(frozen=True)
 class Stage:
     """A stage as dvc.yaml declares it; paths are relative to the workspace."""

@@ -72,7 +72,7 @@ def git(cwd: Path, *arguments: str, **variables: str) -> bytes:
     except FileNotFoundError:
         raise UserError("git is not installed, or not on PATH") from None
     if done.returncode:
-        command = next(word for word in arguments if not word.startswith("-") and "=" not in word)
+        command = next((word for word in arguments if not word.startswith("-") and "=" not in word), arguments[0])
         raise UserError(f"{cwd}: git {command} failed: {' '.join(done.stderr.decode(errors='replace').split())}")
     return done.stdout
 
@@ -84,6 +84,7 @@ def revision(root: Path) -> str:
     except UserError as error:
         if "safe.directory" in str(error):  # owned by another user; git's words hold the cure
             raise
+        git(root, "config", "--list")  # raises if a configuration file is broken, and names it
         raise UserError(
             f"{error}; a run records the revision of its code: make it a repository with a commit"
         ) from None

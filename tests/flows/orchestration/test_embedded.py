@@ -23,16 +23,18 @@ with embedded_prefect(Path(sys.argv[1])), get_client(sync_client=True) as client
 
 
 @pytest.mark.slow
-def test_a_profile_without_a_server_and_a_dead_proxy_do_not_matter(tmp_path):
+def test_a_profile_without_a_server_a_dead_proxy_and_settings_of_other_servers_do_not_matter(tmp_path):
     (tmp_path / ".prefect").mkdir()
     (tmp_path / ".prefect" / "profiles.toml").write_text('active = "default"\n\n[profiles.default]\n')  # by Prefect 2
     dead = f"http://127.0.0.1:{free_port()}"
     theirs = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     env = {**theirs, "HOME": str(tmp_path), "HTTP_PROXY": dead, "http_proxy": dead}
     env |= {"PREFECT_SERVER_API_BASE_PATH": "/elsewhere", "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false"}
+    env |= {"PREFECT_API_DATABASE_CONNECTION_URL": "foo", "PREFECT_SERVER_DATABASE_MIGRATE_ON_START": "false"}
     command = [sys.executable, "-c", HEALTH, str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.stdout.startswith("None http://127.0.0.1:"), done.stderr
+    assert (tmp_path / ".cm" / "prefect" / "prefect.db").is_file()
 
 
 HISTORY = """

@@ -8,6 +8,7 @@ import pytest
 from flows.errors import UserError
 from flows.tracking.tracker import Tracker
 from flows.workspace import clone
+from flows.workspace.git import git as run_git
 from flows.workspace.locations import workspace_root
 from miniature import git, make_workspace
 
@@ -56,6 +57,14 @@ def test_a_clone_does_not_depend_on_what_a_user_configured(tmp_path, configured)
     with clone.clone(root, "run") as copy:
         assert (copy.root / "stage.py").read_text() == "edited  \n\n"
         assert (copy.root / "new.txt").read_text() == "new"
+
+
+def test_a_broken_configuration_of_git_is_named_without_advice_on_the_workspace(tmp_path, configured):
+    root = make_workspace(tmp_path / "workspace")
+    configured("[user\n")
+    for refused in (lambda: clone.clone(root, "run"), lambda: run_git(root, "--version")):
+        with pytest.raises(UserError, match=f"git .*failed: fatal: bad config line 1 in file {tmp_path}/gitconfig$"):
+            refused()
 
 
 @pytest.mark.parametrize("ends", ["true", "input", "false"])
