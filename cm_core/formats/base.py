@@ -72,8 +72,12 @@ def only(settings: Mapping[str, Any], **allowed: Sequence[Any]) -> None:
 def refuse_larger(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
     """Raise UnreadableCheckpoint if the network has more layers or channels than the file's tensors: building it costs.
 
-    Numbers of a hostile configuration may be anything.
+    Numbers of a hostile configuration may be anything. Tensors that share their numbers are refused, too: each may be
+    copied on its way into the network.
     """
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
+    if sum(tensor.nbytes for tensor in tensors.values()) > sum(storages.values()):
+        raise UnreadableCheckpoint("its tensors share their numbers")
     longest = max((max(tensor.shape, default=1) for tensor in tensors.values()), default=0)
     if isinstance(spec.network, MLPParams):
         size, layers = spec.network.width, spec.network.depth

@@ -98,6 +98,7 @@ def test_a_pickle_of_edm_with_adm_is_right_to_rounding(tmp_path):
     path.write_bytes(adm_pickle(unet))
     found = read_checkpoint(path)
     assert largest_error(found, unet, diffusers.EDMEulerScheduler()) < ROUNDING
-    path.write_bytes(adm_pickle(unet, class_name="VPPrecond"))
-    with pytest.raises(UnreadableCheckpoint, match="VP preconditioning"):
-        read_checkpoint(path)
+    for name, what in {"VPPrecond": "VP", "VEPrecond": "VE", "iDDPMPrecond": "iDDPM"}.items():
+        path.write_bytes(adm_pickle(unet, class_name=name))
+        with pytest.raises(UnreadableCheckpoint, match=rf"edm\.pkl: {what} preconditioning \({name}\)"):
+            read_checkpoint(path)
