@@ -17,6 +17,7 @@ class UnreadableCheckpoint(ValueError):
 
 
 MOST_NORM_GROUPS = 32  # of a network that sets none
+OUR_ROWS, NVLABS_ROWS = "rows (3, head, channel)", "rows (head, channel, 3)"  # of queries, keys and values in one layer
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,16 @@ class Hints:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model read from a file: the format's name and its licence; spec, weights and buffers under our names."""
+    """A model read from a file: the format's name and its licence; spec, weights and buffers under our names.
+
+    `attention` is how queries, keys and values lie in the file.
+    """
 
     format: str
     licence: str  # as the repository of the format states it for its models
     spec: ModelSpec
     weights: dict[str, Tensor]
+    attention: str = OUR_ROWS
 
 
 def build_spec(**fields: Any) -> ModelSpec:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cm_core.formats import edm2
 from cm_core.formats.base import (
+    NVLABS_ROWS,
     Checkpoint,
     Hints,
     UnreadableCheckpoint,
@@ -117,7 +118,8 @@ def read_edm(file: BinaryIO, hints: Hints) -> Checkpoint:
     )
     tensors = {name.removeprefix("model."): tensor for name, tensor in _tensors(model, set())}
     refuse_larger(spec, tensors)
-    return Checkpoint(*NAMES[model.class_name], spec, (edm2.convert if is_edm2 else _convert)(tensors, spec))
+    weights = (edm2.convert if is_edm2 else _convert)(tensors, spec)
+    return Checkpoint(*NAMES[model.class_name], spec, weights, NVLABS_ROWS)
 
 
 def _network(arguments: Settings) -> tuple[Network, Settings]:
