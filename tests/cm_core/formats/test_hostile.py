@@ -1,6 +1,7 @@
 """Files that would run code, exhaust the memory, or are damaged: each refused in one line, and nothing of it run."""
 
 import io
+import json
 import os
 import pickle
 import struct
@@ -120,6 +121,18 @@ def test_a_command_in_a_state_dict_is_not_run(tmp_path, as_zip):
     torch.save({"time_embed.0.weight": Runs(tmp_path / "run")}, path, _use_new_zipfile_serialization=as_zip)
     text = refusal(path, Hints("skip"))
     assert ("posix.system" in text) == as_zip and not (tmp_path / "run").exists()
+
+
+def test_a_command_in_the_weights_of_diffusers_is_not_run(tmp_path):
+    config = {
+        **{"_class_name": "UNet2DModel", "sample_size": 8, "block_out_channels": [32], "attn_norm_num_groups": 32},
+        **{"down_block_types": ["ResnetDownsampleBlock2D"], "up_block_types": ["ResnetUpsampleBlock2D"]},
+        **{"downsample_type": "resnet", "upsample_type": "resnet"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "scheduler_config.json").write_text('{"_class_name": "EDMEulerScheduler"}')
+    torch.save({"conv_in.weight": Runs(tmp_path / "run")}, tmp_path / "diffusion_pytorch_model.bin")
+    assert "PyTorch's restricted reader refuses it" in refusal(tmp_path) and not (tmp_path / "run").exists()
 
 
 def test_calls_by_other_instructions_are_refused(tmp_path):
