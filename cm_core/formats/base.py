@@ -17,6 +17,7 @@ class UnreadableCheckpoint(ValueError):
 
 
 MOST_NORM_GROUPS = 32  # of a network that sets none
+OUR_ROWS, NVLABS_ROWS = "rows (3, head, channel)", "rows (head, channel, 3)"  # of queries, keys and values in one layer
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,16 @@ class Hints:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model read from a file: the format's name and its licence; spec, weights and buffers under our names."""
+    """A model read from a file: the format's name and its licence; spec, weights and buffers under our names.
+
+    `attention` is how queries, keys and values lie in the file.
+    """
 
     format: str
     licence: str  # as the repository of the format states it for its models
     spec: ModelSpec
     weights: dict[str, Tensor]
+    attention: str = OUR_ROWS
 
 
 def build_spec(**fields: Any) -> ModelSpec:
@@ -72,8 +77,12 @@ def only(settings: Mapping[str, Any], **allowed: Sequence[Any]) -> None:
 def refuse_larger(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
     """Raise UnreadableCheckpoint if the network has more layers or channels than the file's tensors: building it costs.
 
-    Numbers of a hostile configuration may be anything.
+    Numbers of a hostile configuration may be anything. Tensors that share their numbers are refused, too: each may be
+    copied on its way into the network.
     """
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
+    if sum(tensor.nbytes for tensor in tensors.values()) > sum(storages.values()):
+        raise UnreadableCheckpoint("its tensors share their numbers")
     longest = max((max(tensor.shape, default=1) for tensor in tensors.values()), default=0)
     if isinstance(spec.network, MLPParams):
         size, layers = spec.network.width, spec.network.depth

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cm_core.formats import edm2
 from cm_core.formats.base import (
+    NVLABS_ROWS,
     Checkpoint,
     Hints,
     UnreadableCheckpoint,
@@ -22,7 +23,7 @@ from cm_core.formats.base import (
     refuse_larger,
     rows_by_role,
 )
-from cm_core.formats.pickles import CLASSES, TENSORS, Instance, read_pickle
+from cm_core.formats.pickles import CLASSES, TENSORS, Instance, read_pickle, refuse_endless
 from cm_core.model import Form, ModelSpec
 from cm_core.networks import DhariwalUNetParams, Network, SongUNetParams
 from cm_core.networks.layers import EMB_MULT, positional_frequencies
@@ -70,8 +71,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "attn_resolutions": [32, 16, 8],
     },
 }
+DESCRIBING = ("_init_kwargs", "sigma_data", "sigma_min")  # what of a wrapper's state is read beside its tensors
 WITHOUT_EFFECT = {"use_fp16", "sigma_min", "sigma_max", "label_dropout", "model_type", "img_resolution", "img_channels"}
 DHARIWAL_CHANNELS_PER_HEAD = 64  # a constant of the block
+LONGEST_NAME = 1000  # letters of a module's path
 FOURIER_SCALE = 16.0  # of NCSN++; the frequencies themselves are in the file
 CALLS = {
     **TENSORS,
@@ -93,6 +96,7 @@ def read_edm(file: BinaryIO, hints: Hints) -> Checkpoint:
     model = content.get("ema") if isinstance(content, dict) else None
     if not isinstance(model, Instance):
         raise UnreadableCheckpoint("it holds no model under the key 'ema'")
+    refuse_endless([model.class_name, *(model.state.get(key) for key in DESCRIBING)])
     if model.class_name not in FORMS:
         known = OTHERS.get(model.class_name, "a model of another kind")
         raise UnreadableCheckpoint(f"{known} ({model.class_name}); read are {', '.join(FORMS)}")
@@ -114,7 +118,8 @@ def read_edm(file: BinaryIO, hints: Hints) -> Checkpoint:
     )
     tensors = {name.removeprefix("model."): tensor for name, tensor in _tensors(model, set())}
     refuse_larger(spec, tensors)
-    return Checkpoint(*NAMES[model.class_name], spec, (edm2.convert if is_edm2 else _convert)(tensors, spec))
+    weights = (edm2.convert if is_edm2 else _convert)(tensors, spec)
+    return Checkpoint(*NAMES[model.class_name], spec, weights, NVLABS_ROWS)
 
 
 def _network(arguments: Settings) -> tuple[Network, Settings]:
@@ -156,11 +161,14 @@ def _network(arguments: Settings) -> tuple[Network, Settings]:
 
 def _tensors(module: Instance, seen: set[int], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) of a described module, as `named_parameters` and `named_buffers` do of a real one."""
-    if not isinstance(module, Instance) or id(module) in seen:
+    groups = [module.state[group] for group in ("_parameters", "_buffers")] if isinstance(module, Instance) else []
+    if len(prefix) > LONGEST_NAME:
+        raise UnreadableCheckpoint(f"a module's name has more than {LONGEST_NAME:,} letters")
+    if not groups or seen & {id(module), *map(id, groups)}:
         raise UnreadableCheckpoint(f"its module {prefix.rstrip('.') or 'ema'} is none, or has several places")
-    seen.add(id(module))
-    for group in ("_parameters", "_buffers"):
-        for name, tensor in module.state[group].items():
+    seen |= {id(module), *map(id, groups)}
+    for group in groups:
+        for name, tensor in group.items():
             if isinstance(tensor, Tensor):
                 yield prefix + name, tensor
     for name, inner in module.state["_modules"].items():

@@ -61,6 +61,9 @@ EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 KEY_TYPES = (str, int, float, bool, type(None))  # of dicts and sets: hashing a deep tuple would overflow C's stack
 MARK = object()
+MOST_VALUES = 10_000  # of the description of a model, each as often as it is reached
+MOST_DIMENSIONS = 8  # of a tensor
+ZIP = b"PK\x03\x04"  # first bytes of what torch.save writes today
 MALFORMED = (
     ArithmeticError,
     AttributeError,
@@ -79,6 +82,25 @@ def read_pickle(file: BinaryIO, calls: Mapping[str, Call], classes: Sequence[str
     Raises UnreadableCheckpoint for another name or instruction, and the errors of `MALFORMED` for a malformed file.
     """
     return _Machine(calls, classes).run(_Bounded(file))
+
+
+def refuse_endless(value: Any) -> None:
+    """Raise UnreadableCheckpoint for a value of a pickle that is cyclic, or a tree of more than MOST_VALUES.
+
+    Lists that hold one another twice are few in a file and in memory, and 2^n where they are hashed or written out.
+    """
+    left, seen = [value], 0
+    while left:
+        one = left.pop()
+        seen += 1
+        if seen + len(left) > MOST_VALUES:
+            raise UnreadableCheckpoint(f"its model is described by more than {MOST_VALUES:,} values")
+        if isinstance(one, Instance):
+            left += [one.arguments, one.state]
+        elif isinstance(one, dict):
+            left += one.values()
+        elif isinstance(one, list | tuple | set):
+            left += one
 
 
 class _Bounded:
@@ -197,7 +219,9 @@ class _Machine:
     def do_stack_global(self, _: None) -> None:
         self.name(*self.pop(2))
 
-    def name(self, module: str, qualname: str) -> None:
+    def name(self, module: Any, qualname: Any) -> None:
+        if type(module) is not str or type(qualname) is not str:
+            raise UnreadableCheckpoint("its pickle names what is no text")
         text = f"{module}.{qualname}"
         if text not in self.calls and text not in self.classes:
             raise UnreadableCheckpoint(f"it names {text[:100]!r}, which is neither a tensor nor a plain value")
@@ -229,8 +253,14 @@ def _key(value: Any) -> Any:
 
 
 def load_storage(data: Blob | bytes) -> Tensor:
-    """Return a storage, as a vector, from the bytes that `torch.save` made of it; they hold pickles of their own."""
-    storage = load_torch(io.BytesIO(data.take() if isinstance(data, Blob) else data), torch.TypedStorage)
+    """Return a storage, as a vector, from the bytes that `torch.save` made of it; they hold pickles of their own.
+
+    Pickles have its old format. Zips are refused, which may unpack to a thousand times their size.
+    """
+    data = data.take() if isinstance(data, Blob) else data
+    if data.startswith(ZIP):
+        raise UnreadableCheckpoint("a storage is a zip, which PyTorch never pickles")
+    storage = load_torch(io.BytesIO(data), torch.TypedStorage)
     return torch.tensor([], dtype=storage.dtype).set_(storage)
 
 
@@ -249,19 +279,25 @@ def load_torch(file: Any, kind: type, *, mmap: bool = False) -> Any:
 
 def rebuild_tensor(storage: Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any) -> Tensor:
     """Return a view of a storage; it may not repeat elements, so that a small file stays small."""
+    possible = all(type(number) is int and 0 <= number < 1 << 63 for number in (offset, *size, *stride))
+    if not possible or len(size) > MOST_DIMENSIONS:  # before anything is calculated with them
+        raise UnreadableCheckpoint("it has a tensor of no possible shape")
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
-    if min((offset, *size, *stride)) < 0 or math.prod(size) > len(storage) or last >= max(len(storage), 1):
+    if math.prod(size) > len(storage) or last >= max(len(storage), 1):
         raise UnreadableCheckpoint(f"it has a tensor of shape {tuple(size)} over {len(storage)} numbers")
     return storage.as_strided(size, stride, offset)
 
 
 def numpy_scalar(dtype: Instance, data: bytes) -> float | int | bool:
     """Return a NumPy number as a plain one."""
-    return np.frombuffer(data, dtype.state[1] + dtype.arguments[0])[0].item()
+    order, kind = dtype.state[1], dtype.arguments[0]
+    if type(order) is not str or type(kind) is not str:
+        raise UnreadableCheckpoint("it has a number of no plain type")
+    return np.frombuffer(data, order + kind)[0].item()
 
 
 TENSORS: dict[str, Call] = {
-    "collections.OrderedDict": lambda items=(): dict(items),
+    "collections.OrderedDict": lambda: {},  # filled by instructions
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     "torch._utils._rebuild_tensor_v2": rebuild_tensor,
     "torch.storage._load_from_bytes": load_storage,

@@ -8,13 +8,13 @@ from cm_core.checkpoint import load_tensors
 from cm_core.formats.base import Checkpoint, Hints, UnreadableCheckpoint, adopt
 from cm_core.formats.edm import read_edm
 from cm_core.formats.openai import read_openai
-from cm_core.formats.pickles import MALFORMED
+from cm_core.formats.pickles import MALFORMED, ZIP
 from cm_core.formats.single import read_single
 from cm_core.formats.unet2d import CONFIG, WEIGHTS, read_diffusers
 from cm_core.model import SPEC_FILE, WEIGHTS_FILE, load_spec
 
 OWN = "this package", "that of its training images and initial weights"
-ZIP, PICKLE = b"PK\x03\x04", b"\x80"  # first bytes; a zip is what torch.save writes
+PICKLE = b"\x80"  # its first byte
 
 
 def read_checkpoint(path: Path, hints: Hints | None = None) -> Checkpoint:
@@ -25,10 +25,16 @@ def read_checkpoint(path: Path, hints: Hints | None = None) -> Checkpoint:
     try:
         return _read(path, hints or Hints())
     except UnreadableCheckpoint as error:
-        raise UnreadableCheckpoint(f"{path.name}: {error}") from error
+        raise UnreadableCheckpoint(f"{path.name}: {_one_line(str(error))}") from error
     except MALFORMED as error:  # the content decides what goes wrong
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = _one_line(f"{type(error).__name__}: {error}", 200)
         raise UnreadableCheckpoint(f"{path.name}: truncated or malformed ({reason})") from error
+
+
+def _one_line(text: str, longest: int = 300) -> str:
+    """Return a message without what a file's names may bring into it: line breaks, control characters, endless text."""
+    line = " ".join("".join(one if one.isprintable() else " " for one in text[: 10 * longest]).split())
+    return line if len(line) <= longest else f"{line[:longest]} ..."
 
 
 def _read(path: Path, hints: Hints) -> Checkpoint:

@@ -91,7 +91,7 @@ def read_diffusers(path: Path, hints: Hints) -> Checkpoint:
     weights = path if path.is_file() else next((unet / name for name in WEIGHTS if (unet / name).is_file()), None)
     if weights is None:
         raise UnreadableCheckpoint(f"{unet.name} holds none of {', '.join(WEIGHTS)}")
-    return Checkpoint(NAME, LICENCE, spec, _convert(_read_tensors(weights), spec))
+    return Checkpoint(NAME, LICENCE, spec, _convert(_read_tensors(weights), spec), "three layers")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import json
 import tempfile
 from argparse import Namespace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from flows.commands.drawing import LOGGED, locate
@@ -12,6 +12,9 @@ from flows.commands.output import add_json_option, positive, print_json
 from flows.errors import UserError
 from flows.stage_runner.progress import Bar
 from flows.storage.s3 import public_uri
+
+if TYPE_CHECKING:
+    from cm_core.formats.base import Checkpoint
 
 FORMS = ("denoiser", "skip", "unshifted")  # of public checkpoints
 
@@ -67,9 +70,21 @@ def import_(args: Namespace) -> None:
     (out / ORIGIN_FILE).write_text(json.dumps(facts, indent=2) + "\n")
     parameters = count_parameters(found.spec)
     if args.json:
-        print_json({"folder": str(out), "parameters": parameters, **facts, "spec": found.spec.model_dump(mode="json")})
+        told = {"folder": str(out), "parameters": parameters, **facts, "attention": found.attention}
+        print_json({**told, "spec": found.spec.model_dump(mode="json")})
         return
     print(f"{out}: {found.format}, {describe(found.spec)}, {parameters / 1e6:,.1f} M parameters")
+    if found.spec.network.kind != "mlp":
+        print(f"  {_attention(found)}")
     print(f"  licence: {found.licence}; SHA-256 {sha256}")
     role = "teacher" if found.spec.form == "denoiser" else "student"
     print(f"  cm sample --model {out} draws; in a recipe: {role}: {{weights: {facts['weights']}, sha256: {sha256}}}")
+
+
+def _attention(found: "Checkpoint") -> str:
+    """Say where a network attends, in which heads, and how the file has them."""
+    network: Any = found.spec.network
+    places = ", ".join([*map(str, network.attn_resolutions), "the middle"])
+    per_head = getattr(network, "channels_per_head", None)
+    heads = f"heads of {per_head} channels" if per_head else "one head"
+    return f"attention at {places}: {heads}; in the file, queries, keys and values are {found.attention}"

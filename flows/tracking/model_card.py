@@ -105,5 +105,8 @@ def imported_card(folder: Path) -> Card:
     path = folder / ORIGIN_FILE
     origin = json.loads(path.read_text()) if path.is_file() else {}
     return Card(
-        name=folder.resolve().name, spec=load_spec(folder), origins={"model": origin} if "format" in origin else {}
+        name=folder.resolve().name,
+        spec=load_spec(folder),
+        method=origin.get("method", ""),
+        origins={"model": origin} if "format" in origin else {},
     )

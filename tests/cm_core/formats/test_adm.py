@@ -59,6 +59,24 @@ def test_a_folder_of_diffusers_is_right_to_rounding(name, scheduler, tmp_path):
         assert largest_error(read_checkpoint(path), unet, scheduler) < ROUNDING
 
 
+def test_an_old_folder_of_diffusers_is_right_to_rounding(tmp_path):
+    """Weights by torch.save, attention in the names that diffusers gave it before 0.15."""
+    unet, scheduler = make_unet(), diffusers.CMStochasticIterativeScheduler()
+    unet.save_pretrained(tmp_path / "unet", safe_serialization=False)
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    path = tmp_path / "unet" / "diffusion_pytorch_model.bin"
+    assert largest_error(read_checkpoint(path), unet, scheduler) < ROUNDING
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    old = {}
+    for name, tensor in torch.load(path).items():
+        for new, former in names.items():
+            name = name.replace(f".{new}.", f".{former}.")
+        old[name] = tensor
+    assert any(".proj_attn." in name for name in old)
+    torch.save(old, path)
+    assert largest_error(read_checkpoint(tmp_path), unet, scheduler) < ROUNDING
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -98,6 +116,7 @@ def test_a_pickle_of_edm_with_adm_is_right_to_rounding(tmp_path):
     path.write_bytes(adm_pickle(unet))
     found = read_checkpoint(path)
     assert largest_error(found, unet, diffusers.EDMEulerScheduler()) < ROUNDING
-    path.write_bytes(adm_pickle(unet, class_name="VPPrecond"))
-    with pytest.raises(UnreadableCheckpoint, match="VP preconditioning"):
-        read_checkpoint(path)
+    for name, what in {"VPPrecond": "VP", "VEPrecond": "VE", "iDDPMPrecond": "iDDPM"}.items():
+        path.write_bytes(adm_pickle(unet, class_name=name))
+        with pytest.raises(UnreadableCheckpoint, match=rf"edm\.pkl: {what} preconditioning \({name}\)"):
+            read_checkpoint(path)

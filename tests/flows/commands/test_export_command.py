@@ -141,6 +141,23 @@ def test_diffusers_draws_the_same_images(student, drawn, tmp_path, capsys):
     assert all(torch.equal(one, model.state_dict()[name]) for name, one in original.state_dict().items())
 
 
+def test_two_steps_of_diffusers_draw_the_same_images(student, drawn, tmp_path, capsys, monkeypatch):
+    ensure_torchvision()
+    diffusers = pytest.importorskip("diffusers")
+    assert run(capsys, "export", student, "--to", "diffusers", "--out", str(tmp_path / "folder"))[0] == 0
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "folder")
+    pipeline.set_progress_bar_config(disable=True)
+    noise, labels, _ = drawn
+    name = "diffusers.schedulers.scheduling_consistency_models.randn_tensor"
+    monkeypatch.setattr(name, lambda *_, **__: noise[:, 1])
+    given = {"batch_size": 3, "latents": noise[:, 0], "class_labels": labels, "timesteps": [22, 0]}
+    made = pipeline(**given, num_inference_steps=None, output_type="np").images
+    sigmas = pipeline.scheduler.sigmas[:2].tolist()
+    assert sigmas == pytest.approx([80, 1.38237], rel=1e-5)
+    expected = ours(student, noise, labels, sigmas).numpy().astype(int)
+    assert np.abs(np.rint(made * 255) - expected).max() <= 1
+
+
 def test_diffusers_samples_a_teacher_as_we_do(tmp_path, capsys):
     ensure_torchvision()
     diffusers = pytest.importorskip("diffusers")

@@ -123,11 +123,13 @@ def test_diffusers_reads_the_folder_of_the_hub(capsys, tmp_path):
 
 def test_a_model_that_diffusers_lacks_says_so(capsys, tmp_path):
     save_untrained(tmp_path / "model", form="unshifted", image_shape=(1, 2, 2))
+    (tmp_path / "model" / "origin.json").write_text('{"method": "ect", "init_from": "teacher", "seed": 1}')
     code, _, _ = run(capsys, "export", str(tmp_path / "model"), "--to", "hub", "--out", str(tmp_path / "hub"))
     card = front_matter(tmp_path / "hub")
     assert code == 0 and (card.license, card.library_name) == ("unknown", "consistency-pipeline")
     text = (tmp_path / "hub" / "README.md").read_text()
     assert "diffusers has no such model." in text and "None is stated for these weights." in text
+    assert ", trained by ect." in text and "ect" in card.tags
     assert "Nothing was trained here." not in text
     assert sorted(path.name for path in (tmp_path / "hub").iterdir()) == [
         "README.md",

@@ -20,6 +20,8 @@ def test_a_checkpoint_becomes_a_model_that_the_other_commands_take(capsys, tmp_p
     path = FILES / "edm_ddpmpp_cond_augment.pkl"
     code, out, _ = run(capsys, "import", path.as_uri())
     assert code == 0 and "NVlabs EDM, denoiser (EDM), song_unet, 16x16x3, 10 classes, 9 augmentation labels" in out
+    assert "c_noise 1 ln(sigma) / 4" in out and "attention at 8, the middle: one head; in the file, " in out
+    assert "queries, keys and values are rows (head, channel, 3)" in out
     assert "CC BY-NC-SA 4.0" in out and file_digest(path) in out and "0.2 M parameters" in out
     folder = tmp_path / "out" / "imported" / path.stem
     assert load_model(folder)[0].num_classes == 10
@@ -35,7 +37,7 @@ def test_json_holds_the_spec_and_the_form_can_be_chosen(capsys, tmp_path):
     )
     facts = json.loads(text)
     assert code == 0 and facts["spec"]["form"] == "unshifted" and facts["folder"] == str(out)
-    assert facts["parameters"] == 189347
+    assert facts["parameters"] == 189347 and facts["attention"] == "rows (head, channel, 3)"
 
 
 def test_a_folder_of_ours_is_copied(capsys, tmp_path):

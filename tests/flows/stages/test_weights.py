@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from cm_core.model import load_model
 from flows.errors import UserError
 from flows.recipes.recipe import load_recipe
 from flows.storage.fetch import file_digest
+from servers import http_server, make_certificate, s3_server
 from small_stages import ROOT, TRAIN, run_small
 
 FILES = Path(__file__).parents[2] / "fixtures" / "checkpoints"
@@ -121,6 +123,31 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line(prepared, tmp_path, ove
         imported(prepared, tmp_path, "teacher", *weights, *overrides)
     assert reason in str(refused.value) and "\n" not in str(refused.value)
     assert not (tmp_path / "teacher" / "model.json").exists()
+
+
+@pytest.mark.parametrize("scheme", ["file", "https", "s3"])
+def test_a_recipe_reads_weights_from_an_address(prepared, tmp_path, monkeypatch, scheme):
+    path = FILES / "edm_ddpmpp_cond_augment.pkl"
+    with ExitStack() as servers:
+        if scheme == "https":
+            certificate = make_certificate(tmp_path / "certificate.pem")
+            monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+            url, _ = servers.enter_context(http_server({"/teacher.pkl": (200, {}, path.read_bytes())}, certificate))
+            address = f"{url}/teacher.pkl"
+        elif scheme == "s3":
+            servers.enter_context(s3_server(monkeypatch, "models")).upload_file(str(path), "models", "teacher.pkl")
+            address = "s3://models/teacher.pkl"
+        else:
+            address = path.as_uri()
+        given = [f"teacher.weights={address}", "conditional=true"]
+        with pytest.raises(UserError, match=f"sha256 is {file_digest(path)}"):
+            imported(prepared, tmp_path / "other", "teacher", *given, f"teacher.sha256={'a' * 64}")
+        folder = imported(prepared, tmp_path, "teacher", *given, f"teacher.sha256={file_digest(path)}")
+    assert json.loads((folder / "origin.json").read_text())["sha256"] == file_digest(path)
+    assert torch.equal(
+        load_model(folder)[1].state_dict()["net.unet.input.weight"],
+        read_checkpoint(path).weights["net.unet.input.weight"],
+    )
 
 
 def test_a_folder_has_the_checksum_of_its_files(prepared, tmp_path):
