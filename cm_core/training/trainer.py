@@ -174,8 +174,8 @@ def loss_by_sigma(losses: Tensor, sigmas: Tensor) -> dict[str, float]:
     """Return the mean loss of each octave of noise levels that occurs, under its middle."""
     octaves = sigmas.log2().floor()
     return {
-        f"{LOSS_AT_SIGMA}{2 ** (octave + 0.5):.3g}": losses[octaves == octave].mean().item()
-        for octave in octaves.unique().tolist()
+        LOSS_AT_SIGMA + f"{2 ** (octave + 0.5):.3g}".replace("+", ""): losses[octaves == octave].mean().item()
+        for octave in octaves.unique().tolist()  # MLflow refuses a name with a plus, as in 1.45e+03
     }
 
 

@@ -15,6 +15,7 @@ import torch
 from cm_core.model import ModelSpec, build_seeded, load_model, save_model
 from cm_core.networks.mlp import MLPParams
 from cm_core.noise import Noise
+from cm_core.training.trainer import loss_by_sigma
 from flows.checkpoints import store
 from flows.distributed.launch import hardware
 from flows.errors import UserError
@@ -323,6 +324,17 @@ def test_numbers_get_keys_that_mlflow_groups():
     metrics = {"fid_classifier": fids, "is_classifier": {"nfe_1": 3}}
     assert short_keys(metrics) == {"nfe_1/fid": 2, "nfe_1/is": 3, "teacher_nfe_35/fid": 1}
     assert of_student(metrics) == {"nfe_1/fid": 2, "nfe_1/is": 3}
+
+
+def test_losses_at_any_noise_level_have_names_that_mlflow_takes(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    sigmas = 2.0 ** torch.arange(-40, 41)
+    values = loss_by_sigma(torch.ones(1, 81), sigmas[None])
+    with StageRun(tmp_path, "student", None, dict) as run:
+        run.metrics(values, 1)
+    logged = Tracker(tmp_path).client.get_run(run._run_id).data.metrics
+    assert logged == values and len(values) == 81
+    assert [float(key.rpartition("/")[2]) for key in values] == pytest.approx((sigmas * 2**0.5).tolist(), rel=5e-3)
 
 
 def test_a_tracking_server_out_of_reach_is_told_in_one_line(monkeypatch, tmp_path):
