@@ -11,8 +11,8 @@ from PIL import Image
 
 from miniature import REPOSITORY
 
-FOLDER = REPOSITORY / "models" / "cifar10-ect"
-COMMAND = "cm sample --model models/cifar10-ect --steps 2 --n 100 --out"
+FOLDER = REPOSITORY / "models" / "cifar10-speedrun"
+COMMAND = "cm sample --model models/cifar10-speedrun --steps 2 --n 100 --out"
 
 
 def test_it_is_small_and_described():
@@ -27,7 +27,7 @@ def test_its_command_draws_the_first_picture_of_the_readme(tmp_path):
     picture = tmp_path / "cifar10.png"
     command = [sys.executable, "-m", "flows.cli", *shlex.split(COMMAND)[1:], str(picture)]
     said = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-    assert "100 of 100 images, 2 network calls at sigma 80, 0.821" in said
+    assert "100 of 100 images, 2 network calls at sigma 80, 1.6" in said
     drawn, shown = (
         np.asarray(Image.open(path).convert("RGB"), dtype=float)
         for path in (picture, REPOSITORY / "docs" / "images" / "cifar10.png")
