@@ -7,7 +7,9 @@ a killed process, polls, and hides the file, into which `cm up` writes its proce
 import fcntl
 import os
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -36,6 +38,34 @@ def wait_lock(file: IO, on_wait: Callable[[], None]) -> None:
     if not try_lock(file):
         on_wait()
         fcntl.flock(file, fcntl.LOCK_EX)
+
+
+@contextmanager
+def named_lock(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock of a name, whose file exists as long as somebody holds or wants it.
+
+    While another process holds it, `on_wait` is called every half second, and may raise.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with path.open("a") as file:
+            while not try_lock(file):
+                on_wait()
+                time.sleep(0.5)
+            if not _is_at(path, file):
+                continue  # its holder has removed the file that this one waited for
+            try:
+                yield
+            finally:
+                path.unlink()
+            return
+
+
+def _is_at(path: Path, file: IO) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def reserve_port(host: str, port: int = 0) -> socket.socket:

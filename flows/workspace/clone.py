@@ -14,13 +14,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.atomic import try_lock
+from flows.atomic import named_lock, try_lock
 from flows.errors import DISK_FULL, USER_ERROR, RunEnding, StageFailed, UserError, printable
 from flows.storage.s3 import public_text
 from flows.workspace.dvc_files import (
@@ -30,6 +30,7 @@ from flows.workspace.dvc_files import (
     locked_outs,
     read_lock,
     read_stages,
+    stage_key,
     update_lock,
     upstream,
 )
@@ -41,6 +42,7 @@ from flows.workspace.remote_users import register_user
 
 logger = logging.getLogger(__name__)
 CLONE, EDITS_FILE, LIVE_FILE, DONE_FILE = "workspace", "edits.patch", "live", "done"
+LOCKS = Path(".cm/making")  # of results that some run of this machine is making
 KEPT_DONE, KEPT_FAILED = 2, 5  # folders of ended runs; a failed one serves debugging
 LINKS = "hardlink,symlink,copy"  # to the cache, in order of preference; of hard links DVC makes no copy to store them
 MAX_NAME = 60  # characters of a run's name in its folder's name: overrides can exceed the file system's limit
@@ -180,6 +182,7 @@ class Workspace:
     ) -> StageResult:
         """Update one stage through DVC, fetching missing inputs from the cache or the remote.
 
+        Runs of one machine that need the same result make it one after the other, so that the first makes it for all.
         While it may run, `slot` is held, which yields variables of its environment, as `variables` does; inputs are
         brought and read before, results pushed after. Its output is logged, `on_progress` gets its progress. A cached
         result of which objects are damaged is fetched or computed again. Raises UserError if the stage did, StageFailed
@@ -189,7 +192,7 @@ class Workspace:
         started = time.monotonic()
         if slot:
             self._bring_inputs(stage)
-        with slot() if slot else nullcontext({}) as given:
+        with self._turn(stage), slot() if slot else nullcontext({}) as given:
             variables = {"CM_PROGRESS_FILE": str(progress.path), **(variables or {}), **given}
             command = ("repro", "--single-item", "--pull", stage)
             lines = self._dvc(stage, *command, variables=variables, tick=progress.look, logged=True)
@@ -206,6 +209,23 @@ class Workspace:
                 _remove(self.root / path)
             return self.reproduce(stage, slot=slot, variables=variables, on_progress=on_progress)
         return StageResult(cached, entry)
+
+    @contextmanager
+    def _turn(self, stage: str) -> Iterator[None]:
+        """Wait while another run of this machine makes exactly this result. Raises RunEnding."""
+        stages, lock, told = read_stages(self.root), read_lock(self.root), []
+        earlier = [locked_outs(lock.get(one.name, {})) for one in upstream(stages[stage], stages)]
+        key = stage_key(self.root, stages[stage], {path: md5 for outs in earlier for path, md5 in outs.items()})
+
+        def wait() -> None:
+            if self.ending:
+                raise RunEnding(stage)
+            if not told:
+                logger.info("%s: another run makes exactly this; waiting for it", stage)
+            told.append(stage)
+
+        with named_lock(self.shared_root / LOCKS / f"{stage}-{key}", wait):
+            yield
 
     def set_damaged_aside(self, outs: Mapping[str, str]) -> bool:
         """Move damaged objects of outputs {path: hash} out of the cache; return if there were any."""

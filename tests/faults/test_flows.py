@@ -61,7 +61,7 @@ def test_of_two_identical_flows_one_trains_and_the_other_waits(servers):
 
 def test_where_gpus_suffice_for_both_the_other_waits_all_the_same(servers):
     """The first training stands still until the other waits: how soon a worker takes the second run is chance."""
-    waits = "student: another process trains exactly this; waiting for it"
+    waits = "student: another run makes exactly this; waiting for it"
     servers.api.patch("/v2/concurrency_limits/gpu", json={"limit": 2}).raise_for_status()
     first = servers.submit("student.train.num_steps=610")
     in_mid_training(servers, first)
@@ -75,7 +75,7 @@ def test_where_gpus_suffice_for_both_the_other_waits_all_the_same(servers):
     servers.api.patch("/v2/concurrency_limits/gpu", json={"limit": 1}).raise_for_status()
     assert waits not in servers.said(first)
     assert servers.trained_steps(first) == [every(610)]
-    assert servers.trained_steps(second) == [[610]], "it trains what came after the last saved state, to the same bytes"
+    assert ("student", "Cached") in servers.task_ends(second)
 
 
 @pytest.mark.parametrize("number", (signal.SIGKILL, signal.SIGTERM))

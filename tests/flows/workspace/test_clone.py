@@ -220,6 +220,61 @@ def test_independent_stages_run_side_by_side(fresh, monkeypatch, tmp_path):
         assert {"features", "teacher"} <= set(dvc_files.read_lock(copy.root)), "neither waited for the other"
 
 
+def test_of_runs_that_need_one_result_the_first_makes_it_for_all(fresh, monkeypatch, tmp_path, caplog):
+    trace, made, ended = tmp_path / "trace", {}, []
+    monkeypatch.setenv("MINI_TRACE", str(trace))
+    monkeypatch.setenv("MINI_AWAITS", "leave")
+    caplog.set_level(logging.INFO, logger="flows")
+
+    def reproduce(name, copy):
+        try:
+            made[name] = copy.reproduce("prepare").cached
+        except RunEnding:
+            ended.append(name)
+
+    with (
+        clone.clone(fresh, "first") as first,
+        clone.clone(fresh, "second") as second,
+        clone.clone(fresh, "third") as third,
+    ):
+        copies = {"first": first, "second": second, "third": third}
+        threads = [threading.Thread(target=reproduce, args=one) for one in copies.items()]
+        threads[0].start()
+        wait_until(lambda: traced(trace))
+        for thread in threads[1:]:
+            thread.start()
+        wait_until(lambda: caplog.text.count("prepare: another run makes exactly this; waiting for it") == 2)
+        third.stop()
+        threads[2].join()
+        assert not made and ended == ["third"], "a run that waits can be stopped"
+        with trace.open("a") as file:
+            file.write("leave 0 0\n")
+        for thread in threads[:2]:
+            thread.join()
+    assert made == {"first": False, "second": True}
+    assert len(traced(trace)) == 2, "prepare ran once, and one line is this test's"
+    assert not any((fresh / clone.LOCKS).iterdir())
+
+
+def test_a_result_that_nobody_finished_is_made_by_who_waited(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("MINI_CRASHES_ONCE", str(tmp_path / "prepare"))
+    found = []
+
+    def reproduce(copy):
+        try:
+            found.append(copy.reproduce("prepare").cached)
+        except StageFailed:
+            found.append("failed")
+
+    with clone.clone(fresh, "first") as first, clone.clone(fresh, "second") as second:
+        threads = [threading.Thread(target=reproduce, args=[copy]) for copy in (first, second)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == ["failed", False]
+
+
 def test_errors_of_the_user_and_crashes_are_told_apart(fresh, monkeypatch):
     with clone.clone(fresh, "run") as copy:
         monkeypatch.setenv("MINI_REFUSES", "prepare")
