@@ -213,16 +213,17 @@ class Workspace:
     @contextmanager
     def _turn(self, stage: str) -> Iterator[None]:
         """Wait while another run of this machine makes exactly this result. Raises RunEnding."""
-        stages, lock, told = read_stages(self.root), read_lock(self.root), []
+        stages, lock, waits = read_stages(self.root), read_lock(self.root), False
         earlier = [locked_outs(lock.get(one.name, {})) for one in upstream(stages[stage], stages)]
         key = stage_key(self.root, stages[stage], {path: md5 for outs in earlier for path, md5 in outs.items()})
 
         def wait() -> None:
+            nonlocal waits
             if self.ending:
                 raise RunEnding(stage)
-            if not told:
+            if not waits:
                 logger.info("%s: another run makes exactly this; waiting for it", stage)
-            told.append(stage)
+            waits = True
 
         with named_lock(self.shared_root / LOCKS / f"{stage}-{key}", wait):
             yield
