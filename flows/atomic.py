@@ -57,7 +57,7 @@ def named_lock(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
             try:
                 yield
             finally:
-                path.unlink()
+                path.unlink(missing_ok=True)
             return
 
 
