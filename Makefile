@@ -56,7 +56,8 @@ repro: $(INSTALLED) ## Bring the workspace up to date with params/active.yaml th
 	@$(BIN)/dvc repro
 
 ui: $(INSTALLED) ## Show the runs in MLflow's pages on http://127.0.0.1:5000
-	@DO_NOT_TRACK=true $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
+	@DO_NOT_TRACK=true MLFLOW_SERVER_ALLOWED_HOSTS=127.0.0.1:5000,localhost:5000 \
+		$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
 
 doctor: $(INSTALLED) ## Check what is installed, reachable and writable
 	@$(BIN)/cm doctor

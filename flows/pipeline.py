@@ -32,6 +32,8 @@ from flows.recipes.naming import called, title
 from flows.recipes.recipe import EDITED, Recipe, flatten, validate, write_active
 from flows.reports.lineage import Node, code_of, lineage, svg
 from flows.reports.metrics_table import fids_in_words
+from flows.settings import Settings
+from flows.storage.allowed import restrict
 from flows.storage.s3 import public_uri
 from flows.tracking.pipeline_run import PipelineRun
 from flows.tracking.registry import Rule, model_name
@@ -75,7 +77,7 @@ def run_title() -> str:
     """Return the name of the flow run: the recipe and the method's main choices."""
     parameters = runtime.flow_run.parameters
     try:
-        recipe = _valid(parameters["recipe"], parameters["name"])
+        recipe = _valid(parameters["recipe"], parameters["name"], Path(parameters.get("root", "")))
     except UserError:
         return str(parameters["name"])  # the flow refuses it
     return title(recipe, called(recipe, parameters["name"], workspace_root(Path(parameters.get("root", "")))))
@@ -93,15 +95,22 @@ def consistency(recipe: Recipe, name: str = EDITED, root: Path = Path()) -> dict
     """
     try:
         log_to_prefect()
-        results = carry_out(_valid(recipe, name), name, Path(root))
+        results = carry_out(_valid(recipe, name, Path(root)), name, Path(root))
     except UserError as error:  # its line is all there is to say: no traceback in the log
         return Failed(message=str(error), data=error)  # type: ignore[return-value]  # Prefect raises the error from it
     return Completed(message=in_a_line(results), data=results)  # type: ignore[return-value]  # and returns the data
 
 
-def _valid(recipe: Recipe | Mapping[str, Any], name: str) -> Recipe:
-    """Return the recipe, which a server hands over as plain values. Raises UserError."""
-    return recipe if isinstance(recipe, Recipe) else validate(recipe, source=name)
+def _valid(recipe: Recipe | Mapping[str, Any], name: str, root: Path) -> Recipe:
+    """Return the recipe, which a server hands over as plain values. Raises UserError.
+
+    Validating may read what it names, an autoencoder's configuration: of the workspace and allowed places alone.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if runtime.deployment.id:
+        restrict(workspace_root(root), Settings.read().allowed_sources)
+    return validate(recipe, source=name)
 
 
 def carry_out(recipe: Recipe, name: str, root: Path) -> dict[str, Any]:

@@ -153,5 +153,5 @@ def _where_to_look(distilled: Mapping[str, Any]) -> str:
   cm runs              all runs side by side
   cm sample --steps 2  more digits; the workspace holds the run of {DISTILLED}
   dvc repro            has nothing to do, for the same reason
-  mlflow ui            curves and pictures of both: {page}
+  make ui              curves and pictures of both: {page}
   and open {distilled["report"]}"""

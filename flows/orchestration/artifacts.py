@@ -137,7 +137,7 @@ def links_to(uri: str, experiment_id: str, run_id: str, model: str = "") -> list
     uri, run = Settings.read().mlflow_url or public_uri(uri), f"/#/experiments/{experiment_id}/runs/{run_id}"
     page = f"{run}?workflowType=machine_learning"  # MLflow opens its view for language models otherwise
     if not uri.startswith("http"):
-        return [f"This run in MLflow: start `mlflow ui` at the workspace root, then open `http://127.0.0.1:5000{page}`"]
+        return [f"This run in MLflow: `make ui` in the workspace, then open `http://127.0.0.1:5000{page}`"]
     places = {"This run in MLflow": page}
     if model:
         places = {"Report": f"{run}/artifacts/{REPORT}", **places, "Model": f"/#/models/{model}"}

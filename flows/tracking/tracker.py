@@ -1,7 +1,7 @@
 """MLflow: one run per executed stage, a parent per pipeline run, the student as a model.
 
 The store does not depend on the working directory: MLFLOW_TRACKING_URI, or mlflow.db and mlruns/ at the workspace root,
-where a plain `mlflow ui` shows it. The DVC hash of a stage's outputs identifies its run.
+where `make ui` shows it. The DVC hash of a stage's outputs identifies its run.
 """
 
 import json

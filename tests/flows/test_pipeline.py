@@ -21,6 +21,7 @@ from flows.operations.deploy import deployment_entries
 from flows.recipes import naming
 from flows.recipes.recipe import EDITED, Recipe, load_recipe, recipe_names, write_active
 from flows.stages.student import Student
+from flows.storage import allowed
 from flows.tracking.person import USER
 from flows.tracking.tracker import LINEAGE, Tracker
 from flows.workspace.dvc_files import Cache, load_yaml, locked_outs, read_stages
@@ -43,6 +44,18 @@ def pipeline():
     from flows import pipeline
 
     return pipeline
+
+
+def test_a_recipe_from_a_server_is_validated_without_reading_its_machine(pipeline, monkeypatch, tmp_path):
+    monkeypatch.setattr(allowed, "_restricted_to", None)
+    (tmp_path / "config.json").write_text('{"latent_channels": "secret"}')
+    recipe = load_yaml(REPOSITORY / "params/recipes/folder-256-latents.yaml")
+    recipe["data"]["latents"]["autoencoder"] = str(tmp_path)
+    with pytest.raises(UserError, match=f"data.latents.autoencoder: {tmp_path}: holds no "):
+        pipeline._valid(recipe, "x", REPOSITORY)
+    monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "one")
+    with pytest.raises(UserError, match=f"^{tmp_path}: a recipe from a server may not read it"):
+        pipeline._valid(recipe, "x", REPOSITORY)
 
 
 def test_runs_have_readable_names():

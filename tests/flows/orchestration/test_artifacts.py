@@ -77,7 +77,7 @@ def test_links_lead_to_the_report_the_run_and_the_model(monkeypatch):
     ]
     monkeypatch.delenv("CM_MLFLOW_URL")
     (local,) = artifacts.links_to("sqlite:///mlflow.db", "1", "abc", "cm-digits")
-    assert "start `mlflow ui`" in local
+    assert "`make ui` in the workspace" in local
 
 
 def test_a_sweep_has_neither_a_model_nor_a_lineage(shown, monkeypatch):
