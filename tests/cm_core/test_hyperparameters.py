@@ -87,8 +87,13 @@ DEFAULTS = {
         "form": "unshifted",
     },
     TCM: {
-        **{"kind": "tcm", "split": 1, "loc": 0, "scale": 0.2, "freedom": 0.01, "ratio": 0.999, "boundary_share": 0.25},
-        **{"boundary_weight": 0.1, "distance": PseudoHuber(c_per_sqrt_dim=1e-8), "form": "unshifted"},
+        **{"kind": "tcm", "split": 1, "loc": 0, "scale": 0.2, "freedom": 0.01, "ratio": 0.999, "k": 8},
+        **{
+            "boundary_share": 0.25,
+            "boundary_weight": 0.1,
+            "distance": PseudoHuber(c_per_sqrt_dim=1e-8),
+            "form": "unshifted",
+        },
     },
 }
 
@@ -156,6 +161,7 @@ BOUNDS = [  # class, field, the smallest or largest values allowed, the nearest 
     *((TCM, field, [1e-9], [0]) for field in ("split", "scale", "freedom", "boundary_weight")),
     (TCM, "ratio", [1e-9, 0.999999], [0, 1]),
     (TCM, "boundary_share", [0, 0.999999], [-1e-9, 1]),
+    (TCM, "k", [0], [-1e-9]),
     *((kind, "guidance", [0], [-1e-9]) for kind in (TeacherSampler, CD, ECT, PD, SCM, CMInf, DMD, CMT)),
 ]
 
