@@ -95,6 +95,14 @@ def test_events_are_not_heard_or_told_without_the_password(up):
                 raise AssertionError(f"{path} took a guess")
 
 
+def test_make_ui_takes_its_own_names_alone():
+    """MLflow's default allows 10.* and 192.168.*, which are names as well."""
+    told = subprocess.run(
+        ["make", "--dry-run", "ui"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout
+    assert "MLFLOW_SERVER_ALLOWED_HOSTS=127.0.0.1:5000,localhost:5000" in told.partition("mlflow ui")[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("host", ["evil.example", "10.evil.example", "192.168.evil.example"])
 def test_mlflow_answers_under_its_own_name_alone(up, host):
