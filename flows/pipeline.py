@@ -44,6 +44,7 @@ from flows.workspace.clone import Workspace, clone, take_over
 from flows.workspace.dvc_files import (
     Cache,
     Stage,
+    all_locked_outs,
     ancestors,
     locked_outs,
     read_stages,
@@ -184,8 +185,7 @@ def key_unless_gone(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     """Return the stage's key; first invalidate a result under it whose objects DVC's cache has lost or damaged."""
     workspace, store = parameters["workspace"], context.result_store
     stage = read_stages(workspace.root)[parameters["stage"]]
-    known = {path: md5 for entry in parameters["inputs"].values() for path, md5 in locked_outs(entry).items()}
-    key = f"{stage.name}-{stage_key(workspace.root, stage, known)}"
+    key = f"{stage.name}-{stage_key(workspace.root, stage, all_locked_outs(parameters['inputs'].values()))}"
     if store.exists(key):
         entry = store.read(key).result  # None: invalidated, or the task was cancelled
         outs = locked_outs(entry or {})

@@ -10,7 +10,7 @@ import socket
 import urllib.request
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from http.client import HTTPConnection, HTTPSConnection
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,9 @@ def refuse_foreign(address: str | Path) -> None:
         raise UserError(f"{public_uri(text)}: {REMEDY}")
 
 
-def _named_by_recipes(root: Path) -> Iterator[str]:
-    """Yield the paths and addresses in the recipe files of a workspace."""
+@cache
+def _named_by_recipes(root: Path) -> tuple[str, ...]:
+    """Return the paths and addresses in the recipe files of a workspace, read once in a process."""
     import yaml
 
     def texts(node: Any) -> Iterator[str]:
@@ -57,8 +58,7 @@ def _named_by_recipes(root: Path) -> Iterator[str]:
         for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
             yield from texts(child)
 
-    for path in sorted(root.glob(RECIPES)):
-        yield from texts(yaml.safe_load(path.read_text()))
+    return tuple(text for path in sorted(root.glob(RECIPES)) for text in texts(yaml.safe_load(path.read_text())))
 
 
 def opener() -> urllib.request.OpenerDirector:

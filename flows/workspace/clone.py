@@ -26,6 +26,7 @@ from flows.storage.s3 import public_text
 from flows.workspace.dvc_files import (
     DVC,
     LOCK_FILE,
+    all_locked_outs,
     dvc,
     locked_outs,
     read_lock,
@@ -213,9 +214,8 @@ class Workspace:
     @contextmanager
     def _turn(self, stage: str) -> Iterator[None]:
         """Wait while another run of this machine makes exactly this result. Raises RunEnding."""
-        stages, lock, waits = read_stages(self.root), read_lock(self.root), False
-        earlier = [locked_outs(lock.get(one.name, {})) for one in upstream(stages[stage], stages)]
-        key = stage_key(self.root, stages[stage], {path: md5 for outs in earlier for path, md5 in outs.items()})
+        known, waits = all_locked_outs(read_lock(self.root).values()), False
+        key = stage_key(self.root, read_stages(self.root)[stage], known)
 
         def wait() -> None:
             nonlocal waits

@@ -154,6 +154,11 @@ def locked_outs(entry: Mapping[str, Any]) -> dict[str, str]:
     return {out["path"]: out["md5"] for out in entry.get("outs", ())}
 
 
+def all_locked_outs(entries: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Return {path: DVC hash} of the outputs in several entries of dvc.lock."""
+    return {path: md5 for entry in entries for path, md5 in locked_outs(entry).items()}
+
+
 def version(outs: Mapping[str, str]) -> str:
     """Identify a stage's outputs by one hash: that of its only output, or a digest of all of them."""
     return next(iter(outs.values())) if len(outs) == 1 else _digest(dict(outs))

@@ -12,7 +12,7 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from flows.workspace.dvc_files import FileHash, Stage, dvc_md5, file_md5, locked_outs, read_lock
+from flows.workspace.dvc_files import FileHash, Stage, all_locked_outs, dvc_md5, file_md5, read_lock
 from flows.workspace.locations import cache_of
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def read_inputs(root: Path, stage: Stage, md5: FileHash) -> dict[str, str]:
 
 def damaged_inputs(root: Path, inputs: Mapping[str, str], md5: FileHash) -> list[str]:
     """Return those of {path: hash found} that DVC's lock file gives another hash; set their damaged objects aside."""
-    locked = {path: one for entry in read_lock(root).values() for path, one in locked_outs(entry).items()}
+    locked = all_locked_outs(read_lock(root).values())
     damaged = {path: locked[path] for path, found in inputs.items() if locked.get(path, found) != found}
     set_damaged_aside(root, damaged, md5)
     return list(damaged)
