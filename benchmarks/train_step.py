@@ -60,6 +60,8 @@ METHODS: dict[str, Method] = {
     "meanflow": MeanFlow(),
     "imf": MeanFlow(tangent="predicted"),
     "dmd": DMD(),
+    "dmd_plain": DMD(gan_weight=0),
+    "sid": DMD(objective="sid", student_every=2, u_min=0, u_max=0.8, score_loss="edm", gan_weight=0),
     "cmt": CMT(),
     "tcm": TCM(),
 }
