@@ -16,7 +16,7 @@ from prefect import Task, flow, runtime, task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
 from prefect.futures import PrefectFuture
-from prefect.states import Cancelled, Completed, Failed
+from prefect.states import Cancelled, Completed
 
 from flows.distributed.devices import SHARED, visible_devices
 from flows.distributed.launch import processes_for
@@ -26,7 +26,7 @@ from flows.orchestration.artifacts import ProgressArtifact, links_to, show_data_
 from flows.orchestration.embedded import embedded_prefect, log_to_prefect
 from flows.orchestration.gpu_slots import gpu_slot, takes_slot
 from flows.orchestration.recovery import end_earlier_starts, end_with_worker
-from flows.orchestration.results import read_json_alone
+from flows.orchestration.results import read_json_alone, refused
 from flows.orchestration.starter import starter
 from flows.recipes.naming import called, title
 from flows.recipes.recipe import EDITED, Recipe, flatten, validate, write_active
@@ -98,7 +98,7 @@ def consistency(recipe: Recipe, name: str = EDITED, root: Path = Path()) -> dict
         log_to_prefect()
         results = carry_out(_valid(recipe, name, Path(root)), name, Path(root))
     except UserError as error:  # its line is all there is to say: no traceback in the log
-        return Failed(message=str(error), data=error)  # type: ignore[return-value]  # Prefect raises the error from it
+        return refused(error)  # type: ignore[return-value]  # Prefect raises the error from it
     return Completed(message=in_a_line(results), data=results)  # type: ignore[return-value]  # and returns the data
 
 
@@ -187,9 +187,8 @@ def key_unless_gone(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     stage = read_stages(workspace.root)[parameters["stage"]]
     key = f"{stage.name}-{stage_key(workspace.root, stage, all_locked_outs(parameters['inputs'].values()))}"
     if store.exists(key):
-        entry = store.read(key).result  # None: invalidated, or the task was cancelled
-        outs = locked_outs(entry or {})
-        if not entry or workspace.set_damaged_aside(outs) or not cache_of(workspace.root).holds(outs):
+        outs = locked_outs(store.read(key).result or {})  # none: invalidated, or the task was cancelled, or it failed
+        if not outs or workspace.set_damaged_aside(outs) or not cache_of(workspace.root).holds(outs):
             now: Any = datetime.now(UTC)  # Prefect wants a subclass of its own
             store.write(None, key=key, expiration=now)
     return key
@@ -218,7 +217,7 @@ def reproduce(stage: str, inputs: dict[str, Any], workspace: Workspace, variable
     except RunEnding:
         return Cancelled(message="stopped with its run")
     except UserError as error:
-        return Failed(message=str(error), data=error)
+        return refused(error)
     files = stored_files({stage: locked_outs(result.entry)}, cache_of(workspace.root))
     if report := files.get("prepare/report.json"):
         show_data_report(report)

@@ -64,14 +64,26 @@ def test_the_scale_grows_after_many_good_steps(monkeypatch):
     assert [entry["loss_scale"] for entry in training.steps()] == [2.0, 4.0, 4.0, 8.0, 8.0]
 
 
-def test_gradients_that_overflow_at_every_scale_end_the_training():
-    class Steep(EDM):
-        def loss(self, models, batch, context):
-            loss = super().loss(models, batch, context)
-            return loss._replace(per_sample=loss.per_sample * 1e30)
+class Steep(EDM):
+    slope: float
 
-    training = Training(Steep(), precision="fp16", num_steps=40)
-    with pytest.raises(LossScaleError, match="16 steps overflowed, down to a loss scale of 1"):
+    def loss(self, models, batch, context):
+        loss = super().loss(models, batch, context)
+        return loss._replace(per_sample=loss.per_sample * self.slope)
+
+
+def test_a_scale_below_one_trains():
+    """ECT's weight 1 / (t - r) at q = 256 brings it there: a limit of 1 ended trainings whose steps were good."""
+    adam = Optimizer(kind="adam", learning_rate=1e-4)  # to which the loss's scale is the same
+    training = Training(Steep(slope=1e9), precision="fp16", num_steps=30, optimizer=adam)
+    *_, last = training.steps()
+    assert loss_scale.LEAST < last["loss_scale"] < 1 and 16 < last["skipped_steps"] < 30
+    assert last["grad_norm"] > 1e6
+
+
+def test_gradients_that_overflow_at_every_scale_end_the_training():
+    training = Training(Steep(slope=1e30), precision="fp16", num_steps=50)
+    with pytest.raises(LossScaleError, match="40 steps overflowed, down to a loss scale of 5.96046e-08"):
         list(training.steps())
 
 

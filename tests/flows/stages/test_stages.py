@@ -87,7 +87,7 @@ def test_a_loss_that_is_not_finite_names_the_way_out_which_goes_on_from_the_save
 
 
 def test_gradients_that_fp16_does_not_hold_name_another_precision(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(loss_scale, "INITIAL", 1.0)
+    monkeypatch.setattr(loss_scale, "INITIAL", loss_scale.LEAST)
     places = {name: made / name.removesuffix("_dir") for name in ("prepare_dir", "teacher_dir")}
     with pytest.raises(UserError, match=r"^student: 0 steps overflowed.*set student\.train\.precision=bf16"):
         run_small("student", small_recipe("digits-cd", "student.train.precision=fp16"), tmp_path, **places)
