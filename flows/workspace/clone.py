@@ -190,16 +190,16 @@ class Workspace:
         for any other failure, RunEnding after `stop`.
         """
         progress = _Progress(self.folder / f"progress-{stage}.json", on_progress)
-        started = time.monotonic()
         if slot:
             self._bring_inputs(stage)
         with self._turn(stage), slot() if slot else nullcontext({}) as given:
+            started = time.monotonic()
             variables = {"CM_PROGRESS_FILE": str(progress.path), **(variables or {}), **given}
             command = ("repro", "--single-item", "--pull", stage)
             lines = self._dvc(stage, *command, variables=variables, tick=progress.look, logged=True)
+            self.seconds[stage] = time.monotonic() - started
         progress.look()
         cached = f"Running stage '{stage}':" not in lines
-        self.seconds[stage] = time.monotonic() - started
         entry = read_lock(self.root)[stage]
         if not cached:
             if not cache_of(self.root).holds(locked_outs(entry)):  # DVC logs a failing transfer and exits with 0

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,18 @@ def test_independent_stages_run_side_by_side(fresh, monkeypatch, tmp_path):
         for thread in threads:
             thread.join()
         assert {"features", "teacher"} <= set(dvc_files.read_lock(copy.root)), "neither waited for the other"
+
+
+def test_a_stages_seconds_leave_out_its_wait_for_a_slot(fresh):
+    @contextmanager
+    def slot():
+        time.sleep(2)
+        yield {}
+
+    begun = time.monotonic()
+    with clone.clone(fresh, "run") as copy:
+        copy.reproduce("prepare", slot=slot)
+    assert 0 < copy.seconds["prepare"] < time.monotonic() - begun - 2
 
 
 def test_of_runs_that_need_one_result_the_first_makes_it_for_all(fresh, monkeypatch, tmp_path, caplog):
