@@ -132,6 +132,17 @@ def test_users_of_the_store_reach_their_own_buckets_alone(compose, tmp_path, use
         )
 
 
+def test_the_server_in_a_container_knows_how_long_runs_are_kept():
+    """By our own entry, which turns CM_KEEP_RUNS into Prefect's settings."""
+    variables = (INFRA / "compose.yaml").read_text()
+    assert re.search(r"^ +CM_KEEP_RUNS: \$\{CM_KEEP_RUNS:-\}", variables, re.M), "empty by default"
+    service = yaml.safe_load(variables)["services"]["prefect"]
+    (pod,) = (pod_of(one) for one in MANIFESTS if one["metadata"]["name"] == "prefect" and pod_of(one))
+    (container,) = pod["containers"]
+    assert container["args"] == service["command"] == ["python", "-m", "flows.operations.prefect_server"]
+    assert {"name": "CM_KEEP_RUNS", "value": ""} in container["env"] and "CM_KEEP_RUNS" in service["environment"]
+
+
 def test_every_bucket_that_is_made_is_used_and_shared(compose):
     made = set(re.findall(r"'(\w+)'", compose["services"]["buckets"]["command"][2].partition("for name in")[2]))
     worker, mlflow = (compose["services"][name] for name in ("worker", "mlflow"))
