@@ -153,12 +153,12 @@ class Metrics:
             return filters.FlowRunFilter(state=wanted, **more)
 
         due = in_state(StateType.SCHEDULED, expected_start_time=filters.FlowRunFilterExpectedStartTime(before_=now))
-        started = filters.FlowRunFilter(start_time=filters.FlowRunFilterStartTime(after_=self._since - OVERLAP))
+        begun_since = filters.FlowRunFilterStartTime(after_=self._since - OVERLAP, is_null_=False)  # not those that wait
         named, recent = EventNameFilter(name=[HEARTBEAT, SLOT_TAKEN]), EventOccurredFilter(since=self._since - OVERLAP)
         with get_client(sync_client=True) as client:
             waiting = client.read_flow_runs(flow_run_filter=due, limit=PAGE)
             running = client.read_flow_runs(flow_run_filter=in_state(StateType.RUNNING), limit=PAGE)
-            begun = client.read_flow_runs(flow_run_filter=started, limit=PAGE)
+            begun = client.read_flow_runs(flow_run_filter=filters.FlowRunFilter(start_time=begun_since), limit=PAGE)
             limit = client.read_global_concurrency_limit_by_name(GPU)
             events = list(_events(client, EventFilter(event=named, occurred=recent)))
         self.waiting.set(len(waiting))
