@@ -153,7 +153,8 @@ class Metrics:
             return filters.FlowRunFilter(state=wanted, **more)
 
         due = in_state(StateType.SCHEDULED, expected_start_time=filters.FlowRunFilterExpectedStartTime(before_=now))
-        begun_since = filters.FlowRunFilterStartTime(after_=self._since - OVERLAP, is_null_=False)  # not those that wait
+        # Without is_null_ runs that wait are among them, with the time at which they should have begun.
+        begun_since = filters.FlowRunFilterStartTime(after_=self._since - OVERLAP, is_null_=False)
         named, recent = EventNameFilter(name=[HEARTBEAT, SLOT_TAKEN]), EventOccurredFilter(since=self._since - OVERLAP)
         with get_client(sync_client=True) as client:
             waiting = client.read_flow_runs(flow_run_filter=due, limit=PAGE)

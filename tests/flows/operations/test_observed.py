@@ -96,10 +96,15 @@ def test_a_run_that_waits_and_one_that_is_lost_are_told_and_measured(up, gpu):
             return metrics(up).get(("cm_lease_age_seconds", "run", named()))
 
         wait_until(lambda: message("waits for a worker"))
+        before = metrics(up)  # the runs of the tests above ended without a worker; so did their waits
         with worker(up, "lost", **gpu):
             up.wait_in(run_id, lambda: age() is not None)
             waits = up.wait_in(run_id, lambda: (now := metrics(up)).get(("cm_queue_wait_seconds_count", "gpu")) and now)
-        assert waits["cm_queue_wait_seconds_count", "worker"] == 1 and waits["cm_queue_wait_seconds_sum", "worker"] > 10
+        count, seconds = (
+            waits[key, "worker"] - before.get((key, "worker"), 0)
+            for key in ("cm_queue_wait_seconds_count", "cm_queue_wait_seconds_sum")
+        )
+        assert count == 1 and seconds > 10, "counted when it ends, not when it is first seen"
         assert waits["cm_queue_wait_seconds_sum", "gpu"] >= 0
         ages = []
         wait_until(lambda: message("crashed, or shows no sign of life") or ages.append(age()), every=1)
