@@ -23,7 +23,8 @@ BY_HASH := $(PIP_INSTALL) --no-deps --require-hashes
 # Of make lock, audit and sbom; they stand outside .venv, whose packages they list.
 UV := uv==0.13.8
 AUDIT_TOOLS := pip-audit==2.10.1 cyclonedx-bom==7.5.0 pip-licenses==5.5.5
-LOCKS := requirements.lock requirements-cuda.lock # of the image
+LOCKS := requirements.lock requirements-cuda.lock requirements-integrations.lock# of the image
+INTEGRATIONS := prefect-docker==0.7.4 prefect-kubernetes==0.8.0
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
@@ -103,8 +104,13 @@ lock: $(INSTALLED) .venv/uv ## Write all lock files from what .venv holds, after
 	@$(call HASHED,requirements,--no-deps --universal)
 	@$(call HASHED,requirements-dev,--no-deps)
 	@$(call HASHED,requirements-docs,--no-deps)
-	@$(call HASHED,requirements-cuda,--constraint .venv/requirements --python-platform x86_64-manylinux_2_28 \
-		$$(sed 's/==.*//; s/^/--no-emit-package /' .venv/requirements))
+	@printf '%s\n' $(INTEGRATIONS) > .venv/requirements-integrations
+	@$(call HASHED,requirements-cuda,$(BESIDES))
+	@$(call HASHED,requirements-integrations,$(BESIDES))
+
+# What .venv/requirements does not hold, in versions that go with it.
+BESIDES = --constraint .venv/requirements --python-platform x86_64-manylinux_2_28 \
+	$$(sed 's/==.*//; s/^/--no-emit-package /' .venv/requirements)
 
 # Write NAME.lock, its comment kept, from the list .venv/NAME: all files of each version, for other machines too.
 HASHED = .venv/uv/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate .venv/$(1) $(2) -o .venv/hashed && \
@@ -121,14 +127,20 @@ audit: .venv/audit ## Compare what the image holds with the known vulnerabilitie
 		$(foreach lock,$(LOCKS),-r $(lock)) || \
 		{ echo "make audit: a package is vulnerable, or nobody answered for one: see above" >&2; exit 1; }
 
-sbom: .venv/audit ## Write build/sbom.cdx.json (CycloneDX) and build/NOTICES.txt (licences) of what the image holds
+sbom: .venv/audit .venv/image ## Write build/sbom.cdx.json (CycloneDX) and build/NOTICES.txt (licences) of what the image holds
 	@mkdir -p build
 	@cat $(LOCKS) | PYTHONPATH=.venv/audit $(BIN)/python -W ignore -m cyclonedx_py requirements - \
 		--pyproject pyproject.toml --output-reproducible -o build/sbom.cdx.json
-	@PYTHONPATH=.venv/audit $(BIN)/python -m piplicenses --python $(BIN)/python --with-urls --with-license-file \
-		--no-license-path --format plain-vertical --output-file build/NOTICES.txt \
-		--packages $$(sed -n 's/^\([^# ]*\)==.*/\1/p' requirements.lock) > /dev/null
+	@PYTHONPATH=.venv/audit:.venv/image $(BIN)/python -m piplicenses --python $(BIN)/python --with-urls \
+		--with-license-file --no-license-path --format plain-vertical --output-file build/NOTICES.txt \
+		--packages $$(sed -n 's/^\([^# ]*\)==.*/\1/p' $(LOCKS)) > /dev/null
+	@$(BIN)/python infra/notices.py build/NOTICES.txt $(LOCKS)
 	@echo "build/sbom.cdx.json, build/NOTICES.txt"
 
 .venv/audit: $(INSTALLED)
 	@$(PIP_INSTALL) --target $@ $(AUDIT_TOOLS)
+
+.venv/image: $(INSTALLED) requirements-cuda.lock requirements-integrations.lock # what .venv lacks of the image, to read
+	@rm -rf $@
+	@$(BY_HASH) --target $@ --platform manylinux_2_28_x86_64 --only-binary :all: \
+		-r requirements-cuda.lock -r requirements-integrations.lock

@@ -1,5 +1,6 @@
 """The files of infra/ against the schemas of Compose, Kubernetes and Prefect, and against this repository."""
 
+import inspect
 import json
 import re
 import shlex
@@ -8,12 +9,14 @@ import stat
 import subprocess
 from fnmatch import fnmatch
 from importlib.resources import files
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from docker.models.containers import _create_container_args
 
 from flows.errors import UserError
 from flows.operations.deploy import POOLS_DIR, automations, from_repository, in_folder, read_template
@@ -130,6 +133,17 @@ def test_users_of_the_store_reach_their_own_buckets_alone(compose, tmp_path, use
         assert all(
             action != "s3:*" and "Bucket" not in action.replace("ListBucket", "") for action in statement["Action"]
         )
+
+
+def test_the_server_in_a_container_knows_how_long_runs_are_kept():
+    """By our own entry, which turns CM_KEEP_RUNS into Prefect's settings."""
+    variables = (INFRA / "compose.yaml").read_text()
+    assert re.search(r"^ +CM_KEEP_RUNS: \$\{CM_KEEP_RUNS:-\}", variables, re.M), "empty by default"
+    service = yaml.safe_load(variables)["services"]["prefect"]
+    (pod,) = (pod_of(one) for one in MANIFESTS if one["metadata"]["name"] == "prefect" and pod_of(one))
+    (container,) = pod["containers"]
+    assert container["args"] == service["command"] == ["python", "-m", "flows.operations.prefect_server"]
+    assert {"name": "CM_KEEP_RUNS", "value": ""} in container["env"] and "CM_KEEP_RUNS" in service["environment"]
 
 
 def test_every_bucket_that_is_made_is_used_and_shared(compose):
@@ -268,8 +282,28 @@ def test_network_policies_close_the_namespace_and_name_labels_that_pods_have():
     open_to = {name: policies[name]["ingress"][0] for name in ("servers", "metrics")}
     ports = {port["port"] for one in open_to.values() for port in one["ports"]}
     assert ports == {port["port"] for one in MANIFESTS if one["kind"] == "Service" for port in one["spec"]["ports"]}
-    (out,) = policies["runs"]["egress"][0]["to"]
-    assert out["ipBlock"]["except"] == ["169.254.169.254/32"]
+
+
+@pytest.mark.parametrize(
+    ("address", "allowed"),
+    [
+        *((one, False) for one in ("169.254.169.254", "169.254.170.2", "169.254.170.23", "100.100.100.200")),
+        *((one, False) for one in ("fd00:ec2::254", "fd00:ec2::23")),  # the same by IPv6
+        *((one, True) for one in ("93.184.215.14", "10.96.0.10", "169.254.20.10")),  # outside, a service, a node's DNS
+        ("2606:2800:21f:cb07::1", True),
+    ],
+)
+def test_runs_reach_all_but_the_clouds_metadata(address, allowed):
+    (rule,) = next(one for one in MANIFESTS if one["metadata"]["name"] == "runs")["spec"]["egress"]
+    assert "ports" not in rule, "DNS by UDP and TCP"
+    there, blocks = ip_address(address), [peer["ipBlock"] for peer in rule["to"] if "ipBlock" in peer]
+    open_to = [
+        block
+        for block in blocks
+        if there in ip_network(block["cidr"]) and not any(there in ip_network(one) for one in block["except"])
+    ]
+    assert bool(open_to) == allowed
+    assert {"namespaceSelector": {}} in rule["to"], "to some plugins a pod is in no block of addresses"
 
 
 def test_prometheus_finds_the_metrics_and_its_password_opens_nothing_else(compose):
@@ -391,6 +425,16 @@ def test_kubernetes_takes_the_jobs_of_flow_runs():
     assert pod["terminationGracePeriodSeconds"] > 3 * seconds, "a training saves its state"
 
 
+def test_a_container_that_its_worker_ends_has_the_time_that_is_promised():
+    """Docker's client takes no other time for a container, so the promise must fit into what Prefect's worker gives."""
+    from prefect.workers.base import BaseWorker
+
+    given = inspect.signature(BaseWorker.kill_infrastructure).parameters["grace_seconds"].default
+    assert 0 < 3 * int(filled("docker")["env"]["CM_GRACE"]) < given
+    with pytest.raises(TypeError, match="stop_timeout"):  # should this pass one day, let the pool ask for more
+        _create_container_args({"version": "1.41", "image": "x", "stop_timeout": 120})
+
+
 @pytest.mark.parametrize("pool_type", ["docker", "kubernetes"])
 def test_a_container_of_a_flow_run_is_stopped_as_one_of_a_worker(pool_type):
     assert filled(pool_type)["env"] and read_template(ROOT, pool_type)["variables"]["properties"]["command"][
@@ -443,7 +487,7 @@ def test_the_image_holds_the_locked_versions_and_no_root(compose):
     makefile = re.search(r"^TORCH \?= (\S+)$", (ROOT / "Makefile").read_text(), re.M)[1]
     assert f"\n{makefile} " in (ROOT / "requirements-cuda.lock").read_text()
     locks = set(re.findall(r"--require-hashes --requirement (\S+?);? ", text))
-    assert locks == {"requirements.lock", "requirements-cuda.lock"}, "none of the tools for tests"
+    assert locks == {f"requirements{name}.lock" for name in ("", "-cuda", "-integrations")}, "no tools for tests"
     assert text.rindex("USER cm") < text.index("ENTRYPOINT")
     version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1]
     ours = [one["image"] for one in compose["services"].values() if "build" in one]

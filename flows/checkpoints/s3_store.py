@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from flows.errors import UserError
 from flows.storage.bucket import Bucket, OnBytes, WrongBytes
-from flows.storage.fetch import file_digest
+from flows.storage.digests import file_digest
 
 HEAD, OBJECTS = "head.json", "objects"
 LEASE_SECONDS = 60.0  # without a heartbeat, by the store's clock; then another worker takes over

@@ -51,6 +51,7 @@ def add_parsers(commands: Any) -> None:
     parser.add_argument(
         "stage", metavar="STAGE", help="prepare, features, teacher, base, student, sample, edit or evaluate"
     )
+    parser.add_argument("--inputs", action="store_true", help="only bring and read what it takes from elsewhere")
     _add_profile_option(parser)
     parser.set_defaults(command=stage, in_place=True)
 
@@ -73,9 +74,9 @@ def stage(args: Namespace) -> None:
     """Run one stage in this workspace."""
     _ask_for_profile(args)
     log_to_terminal(args.stage)
-    from flows.stage_runner.run import start_stage
+    from flows.stage_runner.run import bring_inputs, start_stage
 
-    start_stage(args.stage, workspace_root())
+    (bring_inputs if args.inputs else start_stage)(args.stage, workspace_root())
 
 
 def run(args: Namespace) -> None:

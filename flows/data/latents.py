@@ -14,7 +14,7 @@ from flows.data.new_array import new_array
 from flows.errors import UserError
 from flows.monitor import Monitor
 from flows.storage.fetch import is_local, local_path
-from flows.storage.locate import locate
+from flows.storage.locate import checksum, locate
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +62,11 @@ class Encoding(Params):
         if self.mean is not None and len(self.mean) != shape[0]:
             raise ValueError(f"data.latents.mean has {len(self.mean)} values; the latents have {shape[0]} channels")
         return shape
+
+    def bring(self) -> None:
+        """Read a local folder for its checksum, which is then on record."""
+        if is_local(self.autoencoder) and (folder := local_path(self.autoencoder)).is_dir():
+            checksum(folder)
 
     def find(self, into: Path, monitor: Monitor) -> "Encoder":
         """Return the autoencoder, not loaded yet. Raises UserError if it or the package it needs cannot be had."""

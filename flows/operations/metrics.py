@@ -1,7 +1,8 @@
 """Metrics for Prometheus: of the queue, stages, trainings, GPUs, leases and disks.
 
 Each request asks Prefect, MLflow, the bucket of training states and this machine anew. Histograms and counters begin
-with the process; Prometheus expects that.
+with the process; Prometheus expects that. To it a counter that first appears with 1 is no increase, so counters begin
+at 0 where their labels are known: of the workspace's recipes, and of each run that is seen while it runs.
 """
 
 import logging
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from flows.errors import UserError
+from flows.recipes.recipe import recipe_names
 from flows.storage.s3 import public_text
 from flows.tracking.gpu_usage import ENERGY, GPU_HOURS
 from flows.tracking.person import USER
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 OVERLAP = timedelta(minutes=2)  # between two readings: a record may arrive later than its time
 HEARTBEAT = "prefect.flow-run.heartbeat"
 PAGE, EVENTS = 200, 50  # flow runs or events a request, the most that Prefect answers
+ENDS = ("finished", "failed", "killed")  # of a run of MLflow
 KNOWN_SUCCESSES = 1000  # newest finished runs that are searched for recipes at the start
 SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 24 * 3600, 72 * 3600)  # buckets
 
@@ -53,6 +56,8 @@ class Metrics:
         self._heartbeats: dict[str, datetime] = {}
         self._make_metrics()
         if tracker:
+            for recipe in recipe_names(root):
+                self._show_ends(recipe)
             finished = f"{PIPELINES} and attributes.status = 'FINISHED'"
             order = ["attributes.end_time DESC"]
             newest = tracker.client.search_runs(
@@ -92,6 +97,10 @@ class Metrics:
         self.gpu_power = gauge("gpu_power_watts", "Power.", "gpu")
         self.disk_free = gauge("disk_free_bytes", "Free space.", "place")
         self.disk = gauge("disk_bytes", "Size of the file system.", "place")
+
+    def _show_ends(self, recipe: str) -> None:
+        for status in ENDS:
+            self.runs.labels(recipe, status)  # a label set exists, with 0, from when it is first named
 
     def text(self) -> bytes:
         """Read all sources and return the metrics in Prometheus's format; a silent source has `cm_source_up` 0."""
@@ -144,12 +153,13 @@ class Metrics:
             return filters.FlowRunFilter(state=wanted, **more)
 
         due = in_state(StateType.SCHEDULED, expected_start_time=filters.FlowRunFilterExpectedStartTime(before_=now))
-        started = filters.FlowRunFilter(start_time=filters.FlowRunFilterStartTime(after_=self._since - OVERLAP))
+        # Without is_null_ runs that wait are among them, with the time at which they should have begun.
+        begun_since = filters.FlowRunFilterStartTime(after_=self._since - OVERLAP, is_null_=False)
         named, recent = EventNameFilter(name=[HEARTBEAT, SLOT_TAKEN]), EventOccurredFilter(since=self._since - OVERLAP)
         with get_client(sync_client=True) as client:
             waiting = client.read_flow_runs(flow_run_filter=due, limit=PAGE)
             running = client.read_flow_runs(flow_run_filter=in_state(StateType.RUNNING), limit=PAGE)
-            begun = client.read_flow_runs(flow_run_filter=started, limit=PAGE)
+            begun = client.read_flow_runs(flow_run_filter=filters.FlowRunFilter(start_time=begun_since), limit=PAGE)
             limit = client.read_global_concurrency_limit_by_name(GPU)
             events = list(_events(client, EventFilter(event=named, occurred=recent)))
         self.waiting.set(len(waiting))
@@ -181,6 +191,10 @@ class Metrics:
             if "stage" in run.data.tags and "images_per_s" in run.data.metrics:
                 speed = self.speed.labels(run.data.tags["stage"], recipe_of(run), run.info.run_id[:8])
                 speed.set(run.data.metrics["images_per_s"])
+            if run.data.tags.get("stage") == "pipeline":
+                self._show_ends(recipe_of(run))
+                for counter in (self.gpu_hours, self.energy):
+                    counter.labels(*_used_by(run))
         ended = f"attributes.end_time >= {(self._since - OVERLAP).timestamp() * 1000:.0f}"
         for run in all_pages(search, experiments, ended):
             if "stage" in run.data.tags and self._is_new(run.info.run_id, now):  # anybody may log here
@@ -194,10 +208,9 @@ class Metrics:
             self.stage_seconds.labels(stage, recipe, status).observe(seconds)
             return
         self.runs.labels(recipe, status).inc()
-        used = (recipe, run.data.tags.get(USER, ""))
         for counter, key in ((self.gpu_hours, GPU_HOURS), (self.energy, ENERGY)):
             if key in run.data.metrics:
-                counter.labels(*used).inc(run.data.metrics[key])
+                counter.labels(*_used_by(run)).inc(run.data.metrics[key])
         if status == "finished":
             self._note_success(run)
 
@@ -225,6 +238,10 @@ def _events(client: "SyncPrefectClient", wanted: "EventFilter") -> "Iterator[Eve
 def recipe_of(run: "Run") -> str:
     """Return the recipe's name without what was changed of it: each label of Prometheus must have few values."""
     return next(iter(run.data.tags.get("recipe", "").split()), "")
+
+
+def _used_by(run: "Run") -> tuple[str, str]:
+    return recipe_of(run), run.data.tags.get(USER, "")
 
 
 def places(root: Path) -> Mapping[str, Path]:

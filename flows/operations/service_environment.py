@@ -107,7 +107,7 @@ def server_variables(root: Path, services: Services, database: str | None) -> di
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": prefect_database,
         # In memory, Prefect's default, a restart would lose the slots' holders and never free the slots.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
-        **_retention(Settings.read().keep_runs),
+        **retention_variables(),
         "MLFLOW_BACKEND_STORE_URI": mlflow_database,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # 2 GB for LLM jobs
         **(_public_variables(root, services.public) if services.public else {}),
@@ -124,8 +124,12 @@ def _public_variables(root: Path, public: str) -> dict[str, str]:
     }
 
 
-def _retention(days: int | None) -> dict[str, str]:
-    """Return what makes Prefect's server delete ended flow runs, their logs and artifacts; MLflow keeps its runs."""
+def retention_variables() -> dict[str, str]:
+    """Return what makes Prefect's server delete flow runs that ended CM_KEEP_RUNS days ago; empty if it is unset.
+
+    Their logs and artifacts go with them; MLflow keeps its runs. Raises UserError if the variable is no number of days.
+    """
+    days = Settings.read().keep_runs
     if days is None:
         return {}
     service, seconds = "PREFECT_SERVER_SERVICES_DB_VACUUM", days * 24 * 3600

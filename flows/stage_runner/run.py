@@ -73,6 +73,25 @@ def start_stage(name: str, root: Path) -> None:
     launch_stage(name, count, sys.executable, "-m", "flows.stage_runner.worker", name)
 
 
+def bring_inputs(name: str, root: Path) -> None:
+    """Bring what a stage takes from outside the workspace, and read it for its hashes: dvc.yaml's `before`.
+
+    Raises UserError as the stage does.
+    """
+    stage, recipe, _ = _read_stage(name, root)
+    _fetch_data(stage, recipe, root)
+    if "data" in stage.params:
+        recipe.data.bring(Monitor())
+
+
+def _fetch_data(stage: Stage, recipe: Recipe, root: Path) -> dict[str, str]:
+    """Provide the data that a stage reads if DVC versions them; return {path: version}."""
+    source = recipe.data.source
+    if "data" in stage.params and isinstance(source, FileSource):
+        return fetch_versioned(root, source.path, source.version)
+    return {}
+
+
 def run_stage(name: str, root: Path) -> None:
     """Run one stage in this process, alone or as rank 0; raises as `start_stage` does."""
     stage, recipe, function = _read_stage(name, root)
@@ -81,9 +100,7 @@ def run_stage(name: str, root: Path) -> None:
     # Under DVC only: it would record the hashes that it expects. Inputs brought by hand may be anything.
     if "DVC_STAGE" in os.environ and (damaged := damaged_inputs(root, inputs, md5)):
         raise UserError(f"{', '.join(damaged)}: not the bytes that DVC stored; remove it and start again")
-    source = recipe.data.source
-    if "data" in stage.params and isinstance(source, FileSource):  # fetch data that DVC versions
-        inputs |= fetch_versioned(root, source.path, source.version)
+    inputs |= _fetch_data(stage, recipe, root)
     out_dir, parameters = root / "out" / name, inspect.signature(function).parameters
     with _signals(function) as signals, ExitStack() as stack:
         run = stack.enter_context(_tracked_run(stage, root, recipe, inputs))

@@ -31,7 +31,8 @@ from flows.data.dataset import Dataset, load_dataset
 from flows.data.feature_files import read_statistics, write_feature_files
 from flows.errors import UserError
 from flows.monitor import Monitor
-from flows.storage.fetch import download_dir, fetch, file_digest
+from flows.storage.digests import file_digest
+from flows.storage.fetch import download_dir, fetch
 
 LOG_EVERY = 10  # steps
 

@@ -81,6 +81,12 @@ class Data(Params):
         shape = self.image_shape()
         return self.latents.shape_of(shape) if shape and self.latents else shape
 
+    def bring(self, monitor: Monitor) -> None:
+        """Download and read for their hashes, before a GPU is held, the inputs that have checksums."""
+        self.source.bring(monitor)
+        if self.latents:
+            self.latents.bring()
+
 
 def prepare(data: Data, out_dir: Path, monitor: Monitor) -> None:
     """Write both splits, preview.png, latents if asked for, and last dataset.json, which marks the data set complete.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.errors import UserError
-from flows.storage.fetch import file_digest
+from flows.storage.digests import file_digest
 from flows.storage.s3 import list_objects, s3_address, s3_client, s3_errors, sends_checksums
 
 PART = 8 * 2**20  # bytes; larger files are transferred in such parts, in parallel

@@ -1,6 +1,5 @@
 """Download files: local paths, file://, http(s):// and s3://, verified and written atomically."""
 
-import hashlib
 import http.client
 import os
 import urllib.error
@@ -16,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 from flows.errors import UserError
 from flows.monitor import Monitor
 from flows.storage.allowed import opener, refuse_foreign
+from flows.storage.digests import recorded_digest
 from flows.storage.s3 import S3_WORKERS, TIMEOUT, list_objects, public_uri, s3_address, s3_client, s3_errors
 
 CHUNK = 1 << 20  # bytes between progress reports
@@ -35,7 +35,7 @@ def fetch(
         return _verified(uri, _existing_file(uri), checksums)
     refuse_foreign(uri)
     path = into / _file_name(uri)
-    if checksums and path.is_file() and all(file_digest(path, name) == sum for name, sum in checksums.items()):
+    if checksums and path.is_file() and all(known_digest(path, name) == sum for name, sum in checksums.items()):
         return path
     with _temporary_file(into) as partial:
         _download(uri, partial, monitor or Monitor())
@@ -78,8 +78,17 @@ def fetch_prefix(uri: str, into: Path, *, monitor: Monitor | None = None) -> Pat
 
 def download_dir(checksum: str) -> Path:
     """Return the folder of the user's cache that keeps the download with this checksum between runs."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "consistency-pipeline" / checksum[:16].lower()
+    return _kept() / checksum[:16].lower()
+
+
+def known_digest(path: Path, name: str = "sha256") -> str:
+    """Return the checksum of a file, in hexadecimal, from the user's record if the file is unchanged."""
+    return recorded_digest(_kept() / "hashes.db", path, name)
+
+
+def _kept() -> Path:
+    """Return this project's folder of the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "consistency-pipeline"
 
 
 def is_local(uri: str) -> bool:
@@ -141,15 +150,9 @@ def _temporary_file(folder: Path) -> Iterator[Path]:
 
 def _verified(uri: str, path: Path, checksums: dict[str, str]) -> Path:
     for name, expected in checksums.items():
-        if (found := file_digest(path, name)) != expected:
+        if (found := known_digest(path, name)) != expected:
             raise UserError(f"{public_uri(uri)}: {name} is {found}, expected {expected}")
     return path
-
-
-def file_digest(path: Path, name: str = "sha256") -> str:
-    """Return the checksum of a file, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, name).hexdigest()
 
 
 def _download(uri: str, path: Path, monitor: Monitor) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from flows.errors import UserError
 from flows.monitor import Monitor
 from flows.storage.allowed import refuse_foreign
-from flows.storage.fetch import fetch, fetch_prefix, file_digest, is_local, local_path
+from flows.storage.fetch import fetch, fetch_prefix, is_local, known_digest, local_path
 from flows.storage.s3 import public_uri
 
 
@@ -33,7 +33,7 @@ def locate(uri: str, into: Path, sha256: str | None, monitor: Monitor) -> tuple[
 def checksum(path: Path) -> str:
     """Return the SHA-256 of a file; of a folder, that of its files' names and sums."""
     if path.is_file():
-        return file_digest(path)
+        return known_digest(path)
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    sums = "".join(f"{file_digest(file)}  {file.relative_to(path).as_posix()}\n" for file in files)
+    sums = "".join(f"{known_digest(file)}  {file.relative_to(path).as_posix()}\n" for file in files)
     return hashlib.sha256(sums.encode()).hexdigest()

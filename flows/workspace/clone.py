@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -233,8 +234,12 @@ class Workspace:
         return set_damaged_aside(self.root, outs, self._md5)
 
     def _bring_inputs(self, stage: str) -> None:
-        """Check out a stage's input artifacts and read their bytes, whose hashes are then on record for it."""
+        """Bring a stage's inputs and read their bytes, whose hashes are then on record for it."""
         stages = read_stages(self.root)
+        if before := stages[stage].before:
+            code, lines = self._run(shlex.split(before), {}, lambda: None, logged=False)
+            if code:
+                raise RunEnding(stage) if self.ending else _failure(stage, lines, code)
         if not (earlier := [one.name for one in upstream(stages[stage], stages)]):
             return
         self._dvc(stage, "pull", *earlier)
@@ -357,9 +362,11 @@ class _Progress:
             self._on_progress(json.loads(text))
 
 
-def _failure(stage: str, lines: list[str]) -> Exception:
-    """Return the error that the end of DVC's output describes."""
+def _failure(stage: str, lines: list[str], code: int | None = None) -> Exception:
+    """Return the error that the end of DVC's output describes, or that of `cm` with its exit code."""
     words = [line for line in lines if line.strip()]
+    if words and code == USER_ERROR:
+        return UserError(words[-1].removeprefix("cm: "))
     if words and words[-1].endswith(f", exited with {USER_ERROR}"):
         return UserError(words[-2].removeprefix("cm: "))
     if full := [line for line in words if any(says in line for says in DISK_FULL)]:

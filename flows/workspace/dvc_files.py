@@ -18,7 +18,8 @@ OBJECTS, DAMAGED = "files/md5", "damaged"  # folders in a cache
 STAGES_FILE, LOCK_FILE, PARAMS_FILE = "dvc.yaml", "dvc.lock", "params/active.yaml"
 DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
 FileHash = Callable[[Path], str]
-# What a stage may need, as `meta: {needs: ...}` in dvc.yaml; with `gpu_for: KEY`, the GPU if the recipe has KEY.
+# What a stage may need, as `meta: {needs: ...}` in dvc.yaml; with `gpu_for: KEY`, the GPU if the recipe has KEY, with
+# `cpu_for: KEY`, no GPU if it has that one.
 GPU, CPU = "gpu", "cpu"
 
 
@@ -60,6 +61,8 @@ class Stage:
     """Outputs, metrics and plots."""
     needs: str = GPU
     """The processor that it keeps busy, by default the GPU."""
+    before: str = ""
+    """A command that brings and reads its inputs from outside the workspace, run before a GPU is waited for."""
 
 
 def read_stages(root: Path) -> dict[str, Stage]:
@@ -92,15 +95,22 @@ def _stage(name: str, entry: Mapping[str, Any], params: Mapping[str, Any]) -> St
     outs = [path for kind in ("outs", "metrics", "plots") for path in _names(entry.get(kind, ()))]
     sections = [section for file in entry.get("params", ()) for section in file[PARAMS_FILE]]
     deps = tuple(_names(entry.get("deps", ())))
-    return Stage(name, entry["cmd"], deps, tuple(sections), tuple(outs), _needs(entry.get("meta", {}), params))
+    meta = entry.get("meta", {})
+    return Stage(name, entry["cmd"], deps, tuple(sections), tuple(outs), _needs(meta, params), meta.get("before", ""))
 
 
 def _needs(meta: Mapping[str, str], params: Mapping[str, Any]) -> str:
-    """Return the processor of a stage; the GPU where the recipe has the value that its `gpu_for` names."""
-    value: Any = params if "gpu_for" in meta else None
-    for part in meta.get("gpu_for", "").split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return meta.get("needs", Stage.needs) if value is None else GPU
+    """Return the processor of a stage, by the values of the recipe that its `cpu_for` and `gpu_for` name."""
+
+    def has(key: str) -> bool:
+        value: Any = params if key in meta else None
+        for part in meta.get(key, "").split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value is not None
+
+    if has("cpu_for"):
+        return CPU
+    return GPU if has("gpu_for") else meta.get("needs", Stage.needs)
 
 
 def _names(entries: Iterable[str | Mapping[str, Any]]) -> Iterator[str]:

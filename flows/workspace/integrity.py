@@ -6,39 +6,21 @@ again.
 """
 
 import logging
-import sqlite3
 from collections.abc import Mapping
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from flows.workspace.dvc_files import FileHash, Stage, all_locked_outs, dvc_md5, file_md5, read_lock
+from flows.storage.digests import recorded_digest
+from flows.workspace.dvc_files import FileHash, Stage, all_locked_outs, dvc_md5, read_lock
 from flows.workspace.locations import cache_of
 
 logger = logging.getLogger(__name__)
 RECORD = Path(".cm/hashes.db")
-TABLE = "hashes (device, inode, size, modified, md5, PRIMARY KEY (device, inode))"
-KNOWN = "SELECT md5 FROM hashes WHERE device = ? AND inode = ? AND size = ? AND modified = ?"
 
 
 def recorded_md5(shared: Path) -> FileHash:
     """Return a function that gives a file's MD5, from the record in the shared root if the file is unchanged."""
-    record = shared / RECORD
-    record.parent.mkdir(exist_ok=True)
-    return partial(_recorded_md5, record)
-
-
-def _recorded_md5(record: Path, path: Path) -> str:
-    status = path.stat()
-    facts = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-    with closing(sqlite3.connect(record, timeout=60)) as database:
-        database.execute(f"CREATE TABLE IF NOT EXISTS {TABLE}")
-        if known := database.execute(KNOWN, facts).fetchone():
-            return known[0]
-        md5 = file_md5(path)
-        with database:
-            database.execute("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?)", (*facts, md5))
-    return md5
+    return partial(recorded_digest, shared / RECORD, name="md5")
 
 
 def set_damaged_aside(root: Path, outs: Mapping[str, str], md5: FileHash) -> bool:

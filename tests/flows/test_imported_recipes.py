@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from cm_core.metrics.torchvision_shim import ensure_torchvision
-from flows.storage.fetch import file_digest
+from flows.storage.digests import file_digest
 from foreign_checkpoints import adm_pickle, make_unet, to_openai
 from live import cm, make_live_workspace
 from miniature import REPOSITORY

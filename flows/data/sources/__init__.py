@@ -15,6 +15,8 @@ from PIL import Image
 from pydantic import Field
 
 from cm_core.params import Params
+from flows.monitor import Monitor
+from flows.storage.fetch import download_dir, fetch
 from flows.storage.s3 import public_uri
 
 MAX_CLASSES = 100_000  # a larger label is an identifier or an error, not a class
@@ -54,6 +56,9 @@ class Source(Params):
         """Return the name for reports."""
         return self.kind
 
+    def bring(self, monitor: Monitor) -> None:
+        """Download what is kept between runs, and read what has a checksum, whose hash is then on record."""
+
 
 class FileSource(Source):
     """The fields of sources that read the user's files."""
@@ -72,6 +77,11 @@ class FileSource(Source):
     def dataset_name(self) -> str:
         """Return the name for reports."""
         return self.name or PurePosixPath(public_uri(self.path)).name.partition(".")[0]
+
+    def bring(self, monitor: Monitor) -> None:
+        """As of every source: the file at `path`, if its checksum is given."""
+        if self.sha256:
+            fetch(self.path, download_dir(self.sha256), sha256=self.sha256, monitor=monitor)
 
     def origin(self) -> str:
         """Return the source's entry for dataset.json."""

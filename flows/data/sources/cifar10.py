@@ -35,9 +35,16 @@ class Cifar10(Source):
         """Return the source's entry for dataset.json."""
         return ", ".join(public_uri(url) for url in self.urls)
 
+    def bring(self, monitor: Monitor) -> None:
+        """As of every source: the archive."""
+        self._archive(monitor)
+
+    def _archive(self, monitor: Monitor) -> Path:
+        return fetch_first(self.urls, download_dir(self.md5), md5=self.md5, monitor=monitor)
+
     def read(self, scratch: Path, monitor: Monitor) -> Contents:
         """Fetch, verify and decode the archive; the download is kept for later runs."""
-        archive = fetch_first(self.urls, download_dir(self.md5), md5=self.md5, monitor=monitor)
+        archive = self._archive(monitor)
         files = {PurePosixPath(name).name: read for name, read in archive_files(archive, scratch).items()}
         train = sorted(name for name in files if name.startswith("data_batch_"))
         if not train or not {"test_batch", "batches.meta"} <= files.keys():

@@ -10,7 +10,7 @@ from flows.checkpoints.s3_store import LeaseLost, Training
 from flows.errors import UserError
 from flows.storage import bucket
 from flows.storage.bucket import Bucket
-from flows.storage.fetch import file_digest
+from flows.storage.digests import file_digest
 from processes import wait_until
 from s3_states import NAME, URI, Worker, head, needed, objects, save, steps, take_over
 

@@ -7,7 +7,7 @@ import pytest
 
 from cm_core.model import load_model
 from command import run
-from flows.storage.fetch import file_digest
+from flows.storage.digests import file_digest
 from flows.storage.locate import checksum
 from miniature import save_untrained
 from servers import http_server, make_certificate, s3_server

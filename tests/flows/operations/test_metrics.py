@@ -6,6 +6,7 @@ import socket
 from urllib.parse import urlsplit
 
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from flows.errors import UserError
@@ -56,7 +57,10 @@ def test_runs_of_mlflow_are_counted_once(root):
         with StageRun(root, "teacher", parent.run_id, lambda: {"recipe": "two"}) as stage:
             stage.metrics({"images_per_s": 250.0}, 1)
             wait_until(lambda: speeds(values(observer.text())))
-            assert speeds(values(observer.text())) == {("teacher", "two"): 250.0}
+            during = values(observer.text())
+            assert speeds(during) == {("teacher", "two"): 250.0}
+            known = (("cm_gpu_hours_total", "two", "ada"), ("cm_runs_total", "two", "failed"))
+            assert [during.get(key) for key in known] == [0, 0]
         tracker.log_numbers(stage._run_id, {GPU_HOURS: 2.0, ENERGY: 1.5})
         raise KeyError
     for _ in range(2):
@@ -69,6 +73,32 @@ def test_runs_of_mlflow_are_counted_once(root):
     assert after["cm_gpu_utilization_ratio", "0"] == 0.5 and after["cm_gpu_memory_bytes", "0"] == 80 << 30
     assert ("cm_gpu_power_watts", "0") not in after, "the card does not measure it"
     assert after["cm_disk_free_bytes", "cache"] > 0
+
+
+def test_the_first_failure_of_a_recipe_is_an_increase(root):
+    """Prometheus sees an increase only of what was there before: what rules count of recipes begins at 0."""
+    recipes = root / "params" / "recipes"
+    recipes.mkdir()
+    for name in ("one", "two"):
+        (recipes / f"{name}.yaml").touch()
+    tracker = Tracker(root)
+    observer = Metrics(root, prefect=False, tracker=tracker)
+    rules = (REPOSITORY / "infra" / "monitoring" / "rules.yml").read_text()
+    counted = re.findall(r'increase\((\w+)\{status="(\w+)"\}', rules)
+    assert counted == [("cm_runs_total", "failed")] and rules.count("increase(") == len(counted)
+    before = values(observer.text())
+    assert [before[name, recipe, status] for name, status in counted for recipe in ("one", "two")] == [0, 0]
+    with pytest.raises(KeyError), PipelineRun(tracker, "one", {"recipe": "one"}, {}):
+        raise KeyError
+    assert values(observer.text())["cm_runs_total", "one", "failed"] == 1
+
+
+def test_a_rule_notices_that_nobody_answers_prometheus():
+    """Of metrics that are gone no other rule fires."""
+    monitoring = REPOSITORY / "infra" / "monitoring"
+    (job,) = yaml.safe_load((monitoring / "prometheus.yml").read_text())["scrape_configs"]
+    (group,) = yaml.safe_load((monitoring / "rules.yml").read_text())["groups"]
+    assert f'up{{job="{job["job_name"]}"}} == 0' in [rule["expr"] for rule in group["rules"]]
 
 
 def test_a_source_that_does_not_answer_is_named_and_the_others_are_read(root, caplog):

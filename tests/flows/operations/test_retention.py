@@ -18,6 +18,7 @@ from servers import free_port, needs_postgres, postgres, process, wait_for_page
 pytestmark = pytest.mark.slow
 DAYS = {"old": 3, "new": 1, "alive": 3}  # since a run has ended, or for "alive" has begun
 PAST = {"sqlite": "datetime('now', '-{} days') || '.000000'", "postgresql": "now() - interval '{} days'"}
+UP, CONTAINER = ("prefect", "server", "start"), ("flows.operations.prefect_server",)
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=needs_postgres)])
@@ -35,14 +36,18 @@ def nothing():
     """A flow of which runs are made, and none is run."""
 
 
-def test_ended_runs_go_when_their_time_is_over(database, tmp_path, monkeypatch):
-    monkeypatch.setenv("CM_KEEP_RUNS", "2")
+@pytest.mark.parametrize("command", [UP, CONTAINER], ids=["up", "container"])
+def test_ended_runs_go_when_their_time_is_over(database, command, tmp_path, monkeypatch):
+    """As the server of `cm up` gets Prefect's settings, and as one in a container makes them of its environment."""
+    if command == UP:
+        monkeypatch.setenv("CM_KEEP_RUNS", "2")
     at = Services(f"http://127.0.0.1:{free_port()}", "http://127.0.0.1:5000")
     variables = server_variables(tmp_path, at, database) | {
         "PREFECT_HOME": str(tmp_path / ".cm" / "prefect"),
         "PREFECT_SERVER_SERVICES_DB_VACUUM_LOOP_SECONDS": "1",  # by default it looks each hour
+        "CM_KEEP_RUNS": "2",
     }
-    with process([sys.executable, "-m", "prefect", "server", "start"], tmp_path, variables) as log:
+    with process([sys.executable, "-m", *command], tmp_path, variables) as log:
         wait_for_page(f"{at.prefect_api}/health", log)
         with (
             temporary_settings({PREFECT_API_URL: at.prefect_api, PREFECT_API_AUTH_STRING: login(tmp_path)}),

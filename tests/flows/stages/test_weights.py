@@ -13,7 +13,7 @@ from cm_core.formats.read import read_checkpoint
 from cm_core.model import load_model
 from flows.errors import UserError
 from flows.recipes.recipe import load_recipe
-from flows.storage.fetch import file_digest
+from flows.storage.digests import file_digest
 from servers import http_server, make_certificate, s3_server
 from small_stages import ROOT, TRAIN, run_small
 

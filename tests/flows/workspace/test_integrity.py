@@ -1,22 +1,26 @@
 """Bytes that changed after DVC stored them: found before a stage reads them, named, replaced by the right ones."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 
 from command import run as run_command
 from flows.errors import UserError
-from flows.recipes.recipe import Recipe
+from flows.recipes.recipe import Recipe, load_recipe, write_active
 from flows.workspace import clone, dvc_files, integrity
 from flows.workspace.data_versions import add_versioned, fetch_versioned
-from flows.workspace.dvc_files import Cache, dvc_md5, locked_outs
+from flows.workspace.dvc_files import Cache, dvc_md5, locked_outs, read_stages
 from flows.workspace.integrity import recorded_md5, set_damaged_aside
+from image_sources import colours
 from live import cm, environment, make_live_workspace
-from miniature import commit, git, make_workspace
+from miniature import REPOSITORY, commit, git, make_workspace
+from small_autoencoder import save_autoencoder
 
 WEIGHTS = 'if name == "teacher":\n    (out / "ema.safetensors").write_bytes(bytes(range(256)) * 64)\n'
 
@@ -117,7 +121,7 @@ def test_a_flow_computes_nothing_from_damaged_weights(root, monkeypatch):
 def test_the_record_reads_a_file_again_only_if_it_changed(root, monkeypatch):
     read, path, md5 = [], root / "file", recorded_md5(root)
     monkeypatch.setattr(
-        "flows.workspace.integrity.file_md5", lambda path: read.append(path) or dvc_files.file_md5(path)
+        "flows.storage.digests.file_digest", lambda path, name: read.append(path) or dvc_files.file_md5(path)
     )
     path.write_bytes(bytes(16384))
     (root / "link").hardlink_to(path)
@@ -180,6 +184,47 @@ def test_no_input_is_read_for_its_hash_while_a_slot_is_held(real, monkeypatch):
         dvc_files.update_lock(run.root, {"prepare": dvc_files.read_lock(real)["prepare"]})
         assert not run.reproduce("features", slot=slot).cached
     write(prepared, 0, right, unnoticed=True)
+
+
+@pytest.mark.slow
+def test_no_data_and_no_autoencoder_is_read_for_its_hash_while_a_slot_is_held(real, tmp_path, monkeypatch):
+    """As above, for `prepare` with latents: what it reads is no other stage's."""
+    pytest.importorskip("diffusers")
+    for name in ("CM_HOME", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root, autoencoder = tmp_path / "workspace", save_autoencoder(tmp_path / "vae", channels=3)
+    git(tmp_path, "clone", "--quiet", "--local", str(real), str(root))
+    (root / "data").mkdir(exist_ok=True)
+    np.save(root / "data" / "array.npy", colours(400, size=(8, 8)))
+    source = {"kind": "array", "path": "data/array.npy"}
+    source["version"] = add_versioned(root, source["path"], "colours", {})
+    git(root, "add", "--all")
+    commit(root)
+    overrides = [f"data.source={json.dumps(source)}", f"data.latents.autoencoder={autoencoder}"]
+    loaded = load_recipe("tiny", overrides, root=root, base=root)
+
+    @contextmanager
+    def slot():
+        alter(run.root / source["path"], unnoticed=True)
+        weights = autoencoder / "diffusion_pytorch_model.safetensors"
+        write(weights, weights.stat().st_size - 4, bytes(4), unnoticed=True)
+        yield {}
+
+    with clone.clone(root, "run") as run:
+        write_active(loaded, run.root)
+        assert read_stages(run.root)["prepare"].needs == "gpu" and loaded.data.latents.sha256
+        assert not run.reproduce("prepare", slot=slot).cached
+
+
+@pytest.mark.parametrize("role", ["teacher", "base", "student"])
+def test_weights_that_are_imported_are_read_without_a_slot(role, tmp_path):
+    """Whole checkpoints are hashed and read; nothing is computed."""
+    shutil.copyfile(REPOSITORY / "dvc.yaml", tmp_path / "dvc.yaml")
+    overrides = ["base={method: {kind: ect}}"] if role == "base" else []
+    for more, needs in (([], "gpu"), ([f"{role}.weights=/there", f"{role}.sha256={'a' * 64}"], "cpu")):
+        write_active(load_recipe("digits-cd", [*overrides, *more], root=REPOSITORY), tmp_path)
+        assert read_stages(tmp_path)[role].needs == needs
 
 
 @pytest.mark.slow
