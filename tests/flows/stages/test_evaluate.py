@@ -318,7 +318,7 @@ def test_the_protocol_says_what_decides_the_numbers(evaluated, artifacts):
     assert protocol["rows"]["nfe_1"]["kid_subset_size"] == 15
     assert protocol["rows"]["teacher_nfe_35"]["sampler"] == {"kind": "some"}
     assert protocol["weights"].startswith("of the last training step")
-    assert re.fullmatch(r"\d+\.\d+.*", protocol["torch_fidelity"])
+    assert re.fullmatch(r"\d+\.\d+.*", protocol["torch_fidelity"]) and protocol["torch"] == torch.__version__
 
 
 def test_plots_for_dvc_and_for_people(evaluated):
