@@ -380,7 +380,9 @@ def test_images_in_sets_have_the_mean_minimum_and_spread_over_the_sets(artifacts
     assert recorder.seen["nfe_1/fid-min"] == found["fid-min"]
     page = (tmp_path / "whole" / "report.html").read_text()
     row = page[page.index('data-row="nfe_1"') :].partition("</tr>")[0]
-    assert "lowest FID" in page and "3 × 20" in row and f"{four_digits(found['fid'])}<small> ±" in row
+    assert "lowest FID" in page and "spread of FID" in page and "3 × 20" in row
+    mean, low, spread = (four_digits(found[key]) for key in ("fid", "fid-min", "fid-spread"))
+    assert re.search(rf"{mean}<small> ±.*>{low}<.*>{spread}<", row, re.DOTALL)
 
 
 def test_rows_of_another_number_of_images_are_no_points_of_the_same_curve(tmp_path, monkeypatch):
