@@ -24,7 +24,8 @@ from pathlib import Path
 import pytest
 
 METHODS = ("methods/test_losses.py", "methods/test_public_losses.py", "methods/test_methods.py")
-TESTS = {f"cm_core/methods/{name}.py": METHODS for name in "base cd cm_inf ct ect edm ict meanflow pd scm".split()} | {
+TESTS = {f"cm_core/methods/{name}.py": METHODS for name in "base cd cm_inf ct ect edm ict pd scm".split()}
+TESTS |= {f"cm_core/methods/{m}.py": (*METHODS, f"methods/test_{m}.py") for m in "cmt dmd meanflow tcm".split()} | {
     "cm_core/curricula.py": ("test_curricula.py",),
     "cm_core/distances.py": ("test_distances.py",),
     "cm_core/guidance.py": ("test_sampling.py", "methods/test_guidance_weights.py"),

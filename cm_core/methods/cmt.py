@@ -2,6 +2,8 @@
 
 Its model is a start for another method's training (the recipe's section `base`). Of the data it uses nothing but the
 shape of the images and their labels: trajectories start from noise, and are walked in the step that learns from them.
+Differs from the authors' code: its trajectories start from an image with noise of sigma_max, and its DPM-Solver++ has
+order 3, lower in the first two and the last two steps.
 """
 
 from typing import ClassVar, Literal

@@ -24,20 +24,18 @@ class NetworkFacts:
 
     layer: str  # compared by FID, KID, precision and recall
     logits_layer: str | None  # class scores for the Inception score; None: no such layer
+    resize: str  # of images before the network, in words
     needs_rgb: bool = True
 
 
-NETWORKS = {
-    "classifier": NetworkFacts("features", "logits", needs_rgb=False),
-    "inception-v3-compat": NetworkFacts("2048", "logits_unbiased"),
-    "vgg16": NetworkFacts("fc2_relu", None),
-    "dinov2_vits14": NetworkFacts("features", None),
-    "dinov2_vitb14": NetworkFacts("features", None),
-    "dinov2_vitl14": NetworkFacts("features", None),
-}
-
-
 DINO_SIDE = 224  # pixels, of published FD-DINOv2
+DINO = NetworkFacts("features", None, f"bicubic, Pillow's, to {DINO_SIDE} pixels")
+NETWORKS = {
+    "classifier": NetworkFacts("features", "logits", "none", needs_rgb=False),
+    "inception-v3-compat": NetworkFacts("2048", "logits_unbiased", "bilinear, TensorFlow 1's, to 299 pixels"),
+    "vgg16": NetworkFacts("fc2_relu", None, "bilinear, TensorFlow 1's, to 224 pixels"),
+    **{f"dinov2_vit{size}14": DINO for size in "sbl"},
+}
 
 
 @functools.cache

@@ -28,6 +28,7 @@ class Dataset:
     heldout_images: np.ndarray
     heldout_labels: np.ndarray
     sha256: dict[str, str]  # of the pixels, by split: "train", "heldout"
+    resize: str = "none"  # how images got their shape, as data.resize
     latents: "Latents | None" = None  # None: networks see the pixels
     moments: dict[str, np.ndarray] = field(default_factory=dict)  # latents by split, float32 [N, 2, C, h, w]
 
@@ -66,6 +67,7 @@ def load_dataset(prepare_dir: Path) -> Dataset:
         num_classes=facts["num_classes"],
         class_names=tuple(facts["class_names"]),
         sha256=facts["sha256"],
+        resize=facts.get("resize", "none"),
         latents=latents,
         moments=moments,
         **arrays,

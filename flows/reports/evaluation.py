@@ -163,17 +163,27 @@ def _cell(key: str, found: Mapping[str, float]) -> str:
     return with_deviation(found[key] * scale, found.get(f"{key}_std", 0.0) * scale)
 
 
+def _words(rule: Mapping[str, Any]) -> str:
+    return ", ".join(f"{value}" if key == "kind" else f"{key} {value}" for key, value in rule.items())
+
+
 def _readable(protocol: Mapping[str, Any]) -> dict[str, str]:
     """Flatten the protocol for the page, without the rows' counts, which the table has."""
-    network, reference = protocol["network"], protocol["reference"]
+    network, reference, data, noise = (protocol[key] for key in ("network", "reference", "data", "noise"))
     settings = {key: value for key, value in protocol["settings"].items() if key not in ("batch_size", "beside_fid")}
     rows = protocol["rows"].items()
+    classes = f"{data['classes']} classes" + ("" if data["conditional"] else ", not told to the model")
+    size = " × ".join(map(str, data["image_shape"][1:])) + ("" if data["resize"] == "none" else f" by {data['resize']}")
     return {
+        "Training images": f"{data['images']:,} of {data['name']}, {size}, {classes}; SHA-256 {data['sha256']}",
+        "Noise range": ", ".join(f"{key} {value}" for key, value in noise.items()),
         "Reference": f"{reference['images']}, the same for every row; SHA-256 {reference['sha256']}",
-        "Feature network": f"{network['name']}, {network['feature_dim']} features; SHA-256 {network['sha256']}",
+        "Feature network": f"{network['name']}, {network['feature_dim']} features of layer {network['layer']}, "
+        f"resize {network['resize']}; SHA-256 {network['sha256']}",
         "Weights": protocol["weights"],
+        "Averages": "; ".join(f"{name}: {_words(row['ema_rule'])}" for name, row in rows if row.get("ema_rule")),
         "Samples": "; ".join(f"{key} {value}" for key, value in protocol["samples"].items()),
-        "Computed by": f"torch-fidelity {protocol['torch_fidelity']}",
+        "Computed by": f"torch-fidelity {protocol['torch_fidelity']}, torch {protocol['torch']}",
         "Settings": ", ".join(f"{key} {value}" for key, value in settings.items()),
         "Parts of IS": ", ".join(f"{name} {row['isc_splits']}" for name, row in rows),
         "Subsets of KID": ", ".join(f"{name} {row['kid_subset_size']}" for name, row in rows),

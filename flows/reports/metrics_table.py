@@ -9,6 +9,7 @@ Rows = dict[str, dict[str, float]]  # images -> metric -> value
 SHOWN = {
     "fid": "FID ↓",
     "fid-min": "lowest FID ↓",
+    "fid-spread": "spread of FID",
     "kid": "KID × 1000 ↓",
     "is": "IS ↑",
     "precision": "precision ↑",

@@ -21,9 +21,11 @@ from cm_core.metrics.evaluation import (
     frechet_distance,
     random_rows,
 )
-from cm_core.metrics.features import ImageFeatures, build_extractor, extract_features
+from cm_core.metrics.features import NETWORKS, ImageFeatures, build_extractor, extract_features
 from cm_core.metrics.neighbours import nearest
 from cm_core.metrics.uncertainty import deviations
+from cm_core.model import SPEC_FILE
+from cm_core.training.ema import PowerEma
 from flows.data.dataset import Dataset, load_dataset
 from flows.data.feature_files import FeatureFiles, load_feature_files
 from flows.errors import UserError
@@ -31,6 +33,7 @@ from flows.monitor import Monitor
 from flows.reports.evaluation import write_report
 from flows.reports.metrics_table import CURVES, short_keys
 from flows.reports.rows import MODELS, Artifacts, Neighbours, Row, of_student
+from flows.stages.models import EMAS_FILE
 
 SETS = "sets"  # in the student's artifact (flows/stages/training.py)
 NEIGHBOURS, QUERIES = 3, 1_000  # nearest training images of an image; images of which they are looked for, at most
@@ -73,7 +76,13 @@ def evaluate(
     extractor = build_extractor(files.extractor, files.weights, device)
     rows = _measure(rows, dataset, files, extractor, evaluate, device, monitor)
     over_training = _measure_over_training(student_dir / SETS, files, extractor, evaluate, device)
-    protocol = _protocol(rows, dataset, files, samples, evaluate)
+    spec = _read_index(student_dir / SPEC_FILE, "no model here; the stage student writes it")
+    protocol = {
+        "data": _data(dataset, spec),
+        "noise": spec["noise"],
+        **_protocol(rows, files, samples, evaluate, {"student": _emas(student_dir), "teacher": _emas(teacher_dir)}),
+        "heldout": {"sha256": dataset.sha256["heldout"]},
+    }
     models = {"Student": student_dir, "Base": base_dir, "Teacher": teacher_dir}
     artifacts = Artifacts(dataset, files, samples, sample_dir, models, edit_dir, edits, over_training)
     plots, by_row = out_dir / "plots", out_dir / "rows"
@@ -226,30 +235,62 @@ def _by_metric(rows: Sequence[Row], short_name: str) -> dict[str, dict[str, floa
     return {f"{key}_{short_name}": {row.name: row.metrics[key] for row in rows if key in row.metrics} for key in keys}
 
 
+def _data(dataset: Dataset, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts of the training images."""
+    return {
+        "name": dataset.name,
+        "sha256": dataset.sha256["train"],
+        "images": len(dataset.train_images),
+        "image_shape": list(dataset.image_shape),
+        "resize": dataset.resize,
+        "classes": dataset.num_classes,
+        "conditional": bool(spec.get("num_classes")),
+    }
+
+
+def _emas(model_dir: Path) -> list[dict[str, Any]]:
+    """Return the rules of a model's averages; none of a model that was not trained here."""
+    path = model_dir / EMAS_FILE
+    return json.loads(path.read_text()) if path.exists() else []
+
+
 def _protocol(
     rows: Sequence[Row],
-    dataset: Dataset,
     files: FeatureFiles,
     samples: Mapping[str, Any],
     evaluate: Evaluate,
+    emas: Mapping[str, Sequence[dict[str, Any]]],
 ) -> dict[str, Any]:
-    """Return all settings and inputs that decide the numbers."""
+    """Return the settings and inputs that decide the numbers, those of the data excepted."""
     samplers = {entry["name"]: entry.get("sampler") for entry in samples["rows"]}
+    facts, dim = NETWORKS[files.extractor], len(files.reference.statistics.mu)
+    network = {"name": files.extractor, "sha256": files.sha256, "feature_dim": dim}
     return {
         "reference": {**files.described, "features_kept": _kept(files)},
-        "network": {"name": files.extractor, "sha256": files.sha256, "feature_dim": len(files.reference.statistics.mu)},
+        "network": {**network, "layer": facts.layer, "resize": facts.resize},
         "samples": {key: samples[key] for key in SAMPLE_FACTS if key in samples},
-        "heldout": {"sha256": dataset.sha256["heldout"]},
         "torch_fidelity": version("torch-fidelity"),
+        "torch": torch.__version__,
         "settings": evaluate.model_dump(mode="json"),
         "subset_seed": SUBSET_SEED,
         "weights": "of the last training step, none chosen by its metrics",
-        "rows": {row.name: _row_protocol(row, evaluate, files, samplers.get(row.name)) for row in rows},
+        "rows": {
+            row.name: _row_protocol(row, evaluate, files, samplers.get(row.name)) | {"ema_rule": _rule(row, emas)}
+            for row in rows
+        },
     }
 
 
 def _kept(files: FeatureFiles) -> int:
     return 0 if files.reference.features is None else len(files.reference.features)
+
+
+def _rule(row: Row, emas: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any] | None:
+    """Return the rule of a row's average; None of images and weights without one, or where it is not known."""
+    if row.width is not None:
+        return PowerEma(width=row.width).model_dump(mode="json")
+    rules = emas.get(row.model, ())
+    return rules[row.ema] if row.ema < len(rules) else None
 
 
 def _row_protocol(row: Row, evaluate: Evaluate, files: FeatureFiles, sampler: dict[str, Any] | None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from flows.errors import UserError
 from flows.monitor import Monitor
 
 ABSENT_FILE = "none.json"  # marks the folder of a teacher or base that the recipe has not
+EMAS_FILE = "emas.json"  # the rules of a training's averages, in their order
 ORIGIN_FILE = "origin.json"  # the source of a model: of its initial weights, or the checkpoint it was read from
 GRID_IMAGES = 64  # images per training grid
 

@@ -34,7 +34,7 @@ from flows.data.dataset import Dataset
 from flows.errors import UserError
 from flows.monitor import PROFILE_VARIABLE, Monitor
 from flows.reports.figures import save_grid
-from flows.stages.models import class_counts, ema_suffix, to_device
+from flows.stages.models import EMAS_FILE, class_counts, ema_suffix, to_device
 
 DrawImages = Callable[[Precond, int], np.ndarray]  # EMA model, training steps so far -> uint8 [N, H, W, C]
 DrawSets = Callable[[Precond, int], dict[str, np.ndarray]]  # the same -> {row: images}
@@ -252,6 +252,9 @@ def _resume(state: TrainState, state_dir: Path, monitor: Monitor) -> None:
 
 
 def _write_artifact(state: TrainState, spec: ModelSpec, out_dir: Path) -> None:
+    if ranks.is_main():
+        rules = [rule.model_dump(mode="json") for rule in state.train.emas]
+        (out_dir / EMAS_FILE).write_text(json.dumps(rules, indent=2) + "\n")
     for index in reversed(range(len(state.emas))):  # the first EMA is the model's own weights file
         weights = state.averaged(index)
         if ranks.is_main():

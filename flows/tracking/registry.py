@@ -250,7 +250,9 @@ def protocol_digest(protocol: Mapping[str, Any]) -> str:
     """Return a digest of the parts of protocol.json that make two students' metrics comparable."""
     settings = {key: value for key, value in protocol["settings"].items() if key != "batch_size"}
     images = sorted({row["num_images"] for row in protocol["rows"].values() if row["model"] == "student"})
-    alike = {key: protocol[key] for key in ("reference", "network", "samples", "torch_fidelity")}
+    alike = {key: protocol[key] for key in ("reference", "samples", "torch_fidelity")}
+    network = {key: value for key, value in protocol["network"].items() if key not in ("layer", "resize")}
+    alike["network"] = network  # its name decides the other two, which earlier versions' digests lack
     text = json.dumps({**alike, "settings": settings, "num_images": images}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -13,7 +13,7 @@ from flows.stages.prepare import Data, prepare
 
 
 def make_artifacts(root):
-    prepare(Data(max_images=60), root / "prepare", Monitor())
+    prepare(Data(max_images=60, resolution=8, resize="center-crop"), root / "prepare", Monitor())
     features(0, ClassifierFeatures(num_steps=10, batch_size=20), root / "prepare", root / "features", Monitor())
     digits = np.load(root / "prepare" / "train_images.npy")
     write_samples(root / "sample", digits, {"nfe_2": 10, "nfe_1": 40, "untrained": 200, "teacher_nfe_35": 5})
@@ -69,8 +69,10 @@ def write_training(folder, digits, steps):
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     for step in range(10, steps + 1, 10):
         save_grid(digits[:4], folder / "grids" / f"step_{step:06d}.png")
-    noise = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}
+    noise = {"sigma_min": 0.002, "sigma_max": 70.0, "rho": 6.0, "sigma_data": 0.5}
     (folder / "model.json").write_text(json.dumps({"network": {"kind": "song_unet"}, "noise": noise}))
+    rules = [{"kind": "constant", "decay": 0.99 + steps / 10_000}, {"kind": "half_life", "half_life_images": steps}]
+    (folder / "emas.json").write_text(json.dumps(rules))
 
 
 def run_evaluate(artifacts, out_dir, monitor=None, repeats=1, **folders):

@@ -8,11 +8,12 @@ import torch
 from cm_core.parallel import gradients, graphs, ranks
 from cm_core.training.passes import compose_passes
 from several import run_in_several
-from tiny_training import METHODS, SpoiledAt, Training
+from tiny_training import METHODS, OVERFLOWING, SKIPPED, SpoiledAt, Training
 
 pytestmark = pytest.mark.slow
 ROUNDING = 1e-4 if torch.cuda.is_available() else 1e-5  # GPUs add in any order: two runs of one process differ too
 STEPS = {"num_steps": 12, "batch_size": 8, "log_every": 1, "save_every": 2, "grid_every": 4}
+SAVING = {"accumulate": 2, "checkpoint_activations": True}
 SHARED = ("cd-ema", "pd", "scm", "dmd")  # between them they have a target, a teacher, a weighting and a critic
 
 
@@ -36,6 +37,8 @@ def train(folder):
             held = training.tensors() | training.state._window_tensors()
             torch.save((training.state.step, held), folder / f"shared-{name}-{rank}.pt")
         torch.save(train_spoiled(), folder / f"spoiled-{rank}.pt")
+        for way, (method, changes) in WAYS.items():
+            torch.save(train_composed(method, **changes), folder / f"{way}-{rank}.pt")
         for name, method in METHODS.items():
             for dropout in (0.0, 0.2):
                 training = Training(method, dropout=dropout)
@@ -44,9 +47,19 @@ def train(folder):
                 torch.save((metrics, training.tensors()), folder / f"{name}-{dropout}-{rank}.pt")
 
 
+WAYS = {
+    "fp16": (OVERFLOWING, {"precision": "fp16"}),
+    **{f"saving-{name}": (METHODS[name], SAVING | {"shaken": True}) for name in SHARED},
+}
+
+
 def train_spoiled():
     """Return the metrics and the state of a training that skips the steps 1 and 3, where one row's loss is nan."""
-    training = Training(SpoiledAt(s1=10, steps=(1, 3)), on_nonfinite="skip")
+    return train_composed(SpoiledAt(s1=10, steps=(1, 3)), on_nonfinite="skip")
+
+
+def train_composed(method, **changes):
+    training = Training(method, **changes)
     training.models = compose_passes(training.models, training.method, training.train, graphs=False)
     return list(training.steps()), training.tensors()
 
@@ -86,6 +99,27 @@ def test_all_skip_the_steps_at_which_one_has_a_loss_that_is_not_finite(trained):
     assert metrics == others and all(torch.equal(first[key], second[key]) for key in first)
     for key, tensor in alone.items():
         torch.testing.assert_close(first[key], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_loss_scaling_and_savings_of_memory_give_the_plain_steps_of_one(trained, way):
+    """Parts of a batch, recomputed blocks, two ranks and dropout together; and fp16, whose scale every rank shares."""
+    method, changes = WAYS[way]
+    (metrics, first), (others, second) = trained[f"{way}-0"], trained[f"{way}-1"]
+    assert metrics == others and all(torch.equal(first[key], second[key]) for key in first)
+    alone = Training(method, **{key: value for key, value in changes.items() if key not in SAVING})
+    rounding, atol = (1e-2, 1e-3) if "precision" in changes else (1e-3, 1e-5)
+    for found, wanted in zip(metrics, alone.steps(), strict=True):
+        assert found == pytest.approx(wanted, rel=rounding)
+    for key, tensor in alone.tensors().items():
+        torch.testing.assert_close(first[key], tensor, rtol=rounding, atol=atol)
+
+
+def test_every_rank_skips_the_steps_at_which_the_gradient_of_one_overflows(trained):
+    for rank in (0, 1):
+        metrics, tensors = trained[f"fp16-{rank}"]
+        assert [entry["skipped_steps"] for entry in metrics] == SKIPPED
+        assert tensors["loss_scale/scale"] == 2.0**14 and tensors["loss_scale/good_steps"] == 2
 
 
 @pytest.mark.parametrize("name", SHARED)

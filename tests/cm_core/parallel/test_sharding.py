@@ -15,7 +15,7 @@ from flows.errors import UserError
 from flows.stages.training import place
 from several import run_in_several
 from small_stages import small_recipe
-from tiny_training import CPU, METHODS, Training
+from tiny_training import CPU, METHODS, OVERFLOWING, SKIPPED, Training
 
 DIVIDED = {name: method for name, method in METHODS.items() if why_not_sharded(method, Train()) is None}
 WAYS = {
@@ -23,17 +23,20 @@ WAYS = {
     "checkpointed": ("cd-ema", {"checkpoint_activations": True}),
     "in-parts": ("ict", {"accumulate": 2}),
     "clipped-adam": ("edm", {"clip_norm": 0.05, "optimizer": Optimizer(kind="adam", learning_rate=1e-3)}),
+    "both": ("cd-ema", {"accumulate": 2, "checkpoint_activations": True, "shaken": True}),
     "bf16": ("cd", {"precision": "bf16"}),
+    "fp16": ("overflowing", {"precision": "fp16"}),
 }
 RESUMED = ("cd-ema", "pd")  # between them they have a target and a teacher
-ROUNDING = {"bf16": {"rtol": 1e-2, "atol": 1e-3}}  # sums over other rows are rounded to eight bits
+ROUNDING = dict.fromkeys(("bf16", "fp16"), {"rtol": 1e-2, "atol": 1e-3})  # sums over other rows are rounded
 THREE = {"batch_size": 6}  # rows that three processes can divide
 EVERY = {"log_every": 3, "save_every": 3, "grid_every": 3}
 
 
 def prepared(name, changes, **options):
     """Return a training as the stages prepare it, whole or sharded as `sharded_weights` says."""
-    training = Training(METHODS[name], dropout=0.2, place=partial(place, device=CPU), **changes, **options)
+    method = (METHODS | {"overflowing": OVERFLOWING})[name]
+    training = Training(method, dropout=0.2, place=partial(place, device=CPU), **changes, **options)
     graphs = not sharding.is_wanted()
     training.models = compose_passes(training.models, training.method, training.train, graphs=graphs)
     return training
@@ -95,7 +98,9 @@ def assert_same(metrics, tensors, training, *, rtol=1e-3, atol=1e-5):
 def test_two_that_divide_the_weights_take_the_steps_of_one(folder, way):
     (metrics, tensors, _), (others, *_) = (torch.load(folder / f"{way}-{rank}.pt") for rank in (0, 1))
     assert metrics == others
-    assert_same(metrics, tensors, prepared(*WAYS[way]), **ROUNDING.get(way, {}))
+    name, changes = WAYS[way]
+    plain = {key: value for key, value in changes.items() if key not in ("accumulate", "checkpoint_activations")}
+    assert_same(metrics, tensors, prepared(name, plain), **ROUNDING.get(way, {}))
 
 
 @pytest.mark.slow
@@ -105,7 +110,16 @@ def test_each_holds_half_of_the_weights_moments_and_averages(folder, way):
     assert [there, kept] == others and first + second == there
     assert max(first, second) < 0.51 * there
     buffers = {"net.embed.frequencies"} | ({"net.embed.phases"} if way == "edm2" else set())
-    assert {name.rpartition("/")[2] for name in kept} == {"step", *buffers}
+    scale = {"scale", "good_steps", "skipped"} if way == "fp16" else set()
+    assert {name.rpartition("/")[2] for name in kept} == {"step", *buffers, *scale}
+
+
+@pytest.mark.slow
+def test_both_skip_the_steps_at_which_the_gradient_of_one_overflows(folder):
+    for rank in (0, 1):
+        metrics, tensors, _ = torch.load(folder / f"fp16-{rank}.pt")
+        assert [entry["skipped_steps"] for entry in metrics] == SKIPPED
+        assert tensors["loss_scale/scale"] == 2.0**14 and tensors["loss_scale/good_steps"] == 2
 
 
 @pytest.mark.slow

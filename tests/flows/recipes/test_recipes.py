@@ -1,6 +1,5 @@
 """Recipes: every page constructs, every field is described, bad values are refused in one clear line."""
 
-import re
 from pathlib import Path
 from types import UnionType
 from typing import Union, get_args, get_origin
@@ -217,36 +216,6 @@ def test_distribution_matching_is_measured_by_precision_and_recall_too(name):
 def test_paper_recipes_train_on_and_compare_with_all_images(name):
     """The digits and CIFAR-10 have a split of their own or are demonstrations."""
     assert load_recipe(name, root=ROOT).data.heldout_fraction == 0
-
-
-OURS = re.compile("digits|folder|cifar10-quick|cifar10-speedrun")
-PAPERS = [name for name in recipe_names(ROOT) if not OURS.match(name)]
-
-
-@pytest.mark.parametrize("name", PAPERS)
-def test_a_paper_recipe_compares_itself_with_the_paper(name):
-    """The column of what is done here is what the recipe does, so that it cannot grow old."""
-    lines = (ROOT / "params" / "recipes" / f"{name}.yaml").read_text().splitlines()
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("# |")]
-    assert table[0] == ["student", "paper", "here"]
-    here = {row: cell for row, _, cell in table[1:]}
-    recipe = load_recipe(name, root=ROOT)
-    student = recipe.student
-    if student.is_imported:
-        assert here["weights"] == student.weights.rpartition("/")[2]
-        assert here["precision"] == f"samples {recipe.sample.precision}"
-        return
-    for before, section in recipe.students().items():
-        start, train = "base " if before == "base" else "", section.train
-        assert here[f"{start}batch"] == f"{train.batch_size:,}" and here[f"{start}steps"] == f"{train.num_steps:,}"
-        kind, rate = here[f"{start}learning rate"].replace(",", "").split()[:2]
-        assert kind.lower() == train.optimizer.kind and float(rate) == train.optimizer.learning_rate
-        assert ("inverse root" in here[f"{start}learning rate"]) == (train.schedule == "inverse_sqrt")
-        assert ("linear" in here[f"{start}learning rate"]) == (train.schedule == "linear")
-    dropout = recipe.network.dropout if student.dropout is None else student.dropout
-    assert float(here["dropout"].split()[0]) == dropout
-    assert (" at 16 pixels and below" in here["dropout"]) == (student.dropout_resolution == 16)
-    assert here["precision"] == f"training {train.precision}, samples {recipe.sample.precision}"
 
 
 def test_a_bad_page_is_named_with_its_key(root):

@@ -318,7 +318,7 @@ def test_the_protocol_says_what_decides_the_numbers(evaluated, artifacts):
     assert protocol["rows"]["nfe_1"]["kid_subset_size"] == 15
     assert protocol["rows"]["teacher_nfe_35"]["sampler"] == {"kind": "some"}
     assert protocol["weights"].startswith("of the last training step")
-    assert re.fullmatch(r"\d+\.\d+.*", protocol["torch_fidelity"])
+    assert re.fullmatch(r"\d+\.\d+.*", protocol["torch_fidelity"]) and protocol["torch"] == torch.__version__
 
 
 def test_plots_for_dvc_and_for_people(evaluated):
@@ -380,7 +380,9 @@ def test_images_in_sets_have_the_mean_minimum_and_spread_over_the_sets(artifacts
     assert recorder.seen["nfe_1/fid-min"] == found["fid-min"]
     page = (tmp_path / "whole" / "report.html").read_text()
     row = page[page.index('data-row="nfe_1"') :].partition("</tr>")[0]
-    assert "lowest FID" in page and "3 × 20" in row and f"{four_digits(found['fid'])}<small> ±" in row
+    assert "lowest FID" in page and "spread of FID" in page and "3 × 20" in row
+    mean, low, spread = (four_digits(found[key]) for key in ("fid", "fid-min", "fid-spread"))
+    assert re.search(rf"{mean}<small> ±.*>{low}<.*>{spread}<", row, re.DOTALL)
 
 
 def test_rows_of_another_number_of_images_are_no_points_of_the_same_curve(tmp_path, monkeypatch):

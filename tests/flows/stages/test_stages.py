@@ -36,7 +36,8 @@ def made(tmp_path_factory):
     return folder
 
 
-def test_teacher_and_student_write_models_curves_and_grids(made):
+def test_teacher_and_student_write_models_curves_grids_and_the_rules_of_their_averages(made):
+    recipe = small_recipe("digits-cd")
     for stage, form in (("teacher", "denoiser"), ("student", "skip")):
         spec, model = load_model(made / stage)
         assert spec.form == form and spec.image_shape == (1, 8, 8)
@@ -46,6 +47,8 @@ def test_teacher_and_student_write_models_curves_and_grids(made):
             "step_000002.png",
             "step_000004.png",
         ]
+        rules = [rule.model_dump(mode="json") for rule in getattr(recipe, stage).train.emas]
+        assert json.loads((made / stage / "emas.json").read_text()) == rules
 
 
 def test_a_stopped_training_resumes_and_writes_the_same_bytes(made, tmp_path):

@@ -66,6 +66,7 @@ def test_names_and_protocols():
         "rows": {"nfe_1": {"model": "student", "num_images": 9}, "teacher": {"model": "teacher", "num_images": 4}},
     }
     same = json.loads(json.dumps(protocol))
+    same["network"] |= {"layer": "2048", "resize": "none"}  # by the network's name, and absent from earlier versions
     same["settings"]["batch_size"], same["rows"]["teacher"]["num_images"] = 100, 7
     assert protocol_digest(same) == protocol_digest(protocol)
     for section, key, value in (
