@@ -78,6 +78,7 @@ class Recipe(Params):
                 f"evaluate.beside_fid={list(self.evaluate.beside_fid)}: kid and precision_recall need {NEEDED_FEATURES}"
                 " (features.reference); set evaluate.beside_fid to [is] or []"
             )
+        self._measures_recall()
         check_latents(self)
         if (shape := self.data.input_shape()) is not None:
             self._fits(shape)
@@ -103,6 +104,16 @@ class Recipe(Params):
     def students(self) -> dict[str, Student]:
         """Return the sections that train as a student does, {name: section}."""
         return {"student": self.student} if self.base is None else {"base": self.base, "student": self.student}
+
+    def _measures_recall(self) -> None:
+        """Refuse FID alone where a method tends to draw few kinds of images, unless there are statistics alone."""
+        if self.student.method.kind != "dmd" or getattr(self.features, "reference", None):
+            return
+        if "precision_recall" not in self.evaluate.beside_fid:
+            raise ValueError(
+                f"evaluate.beside_fid={list(self.evaluate.beside_fid)}: student.method.kind=dmd may draw few kinds of "
+                "images, which FID hides; add precision_recall"
+            )
 
     def _divides_into_sets(self) -> None:
         """Refuse rows of images that are not a whole number of sets."""

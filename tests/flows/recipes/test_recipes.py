@@ -207,9 +207,12 @@ def test_an_adversarial_loss_needs_a_unet(root):
     assert load_recipe("tiny", [*overrides, "student.method.gan_weight=0"], root=root)
 
 
-@pytest.mark.parametrize("name", [name for name in recipe_names(ROOT) if "dmd" in name])
-def test_distribution_matching_is_measured_by_precision_and_recall_too(name):
-    assert "precision_recall" in load_recipe(name, root=ROOT).evaluate.beside_fid
+def test_distribution_matching_is_measured_by_precision_and_recall_too():
+    with pytest.raises(UserError, match=r"beside_fid=\['is'\].*kind=dmd.*which FID hides; add precision_recall"):
+        load_recipe("digits-dmd", ["evaluate.beside_fid=[is]"], root=ROOT)
+    assert load_recipe("digits-cd", ["evaluate.beside_fid=[is]"], root=ROOT)
+    statistics = ["features={kind: inception-v3-compat, reference: mu_sigma.npz}", "evaluate.beside_fid=[is]"]
+    assert load_recipe("cifar10-dmd2", statistics, root=ROOT)  # of them nothing but FID and IS can be had
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names(ROOT) if name.startswith(("imagenet", "lsun"))])
