@@ -6,7 +6,8 @@ safetensors and JSON: loading runs no code.
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,23 @@ STATE, LOG = "step-", "log"  # in one folder: states step-<step>, and the log
 HIDDEN = ".partial-"  # prefix of names that readers ignore
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path` to write a file under, which then takes its place; an error leaves nothing."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors to `path` atomically: a temporary file beside it, flushed, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-    _flush(temporary)
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        _flush(temporary)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -136,6 +136,7 @@ def build_seeded(spec: ModelSpec, seed: int, *, autocast: torch.dtype | None = N
 
 def save_model(folder: Path, spec: ModelSpec, weights: dict[str, torch.Tensor]) -> None:
     """Write the weights (and buffers), then model.json, whose presence marks the folder complete."""
+    (folder / SPEC_FILE).unlink(missing_ok=True)
     save_tensors(folder / WEIGHTS_FILE, weights)
     (folder / SPEC_FILE).write_text(spec.model_dump_json(indent=2) + "\n")
 

@@ -1,5 +1,6 @@
 """A consistency model with its sampler as one graph, for servers without this package: torch.export and ONNX."""
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cm_core.checkpoint import whole_file
 from cm_core.model import ModelSpec
 from cm_core.networks.modes import plain_layers
 from cm_core.precond import Precond
@@ -49,7 +51,10 @@ class SamplerGraph(nn.Module):
 
 def write_program(graph: SamplerGraph, path: Path) -> None:
     """Write a torch.export program, any number of images; `torch.export.load(path).module()` draws."""
-    torch.export.save(_program(graph), path)
+    written = io.BytesIO()  # PyTorch's own writer ends the process where the disk is full
+    torch.export.save(_program(graph), written)
+    with whole_file(path) as partial:
+        partial.write_bytes(written.getbuffer())
 
 
 def write_onnx(graph: SamplerGraph, path: Path) -> int:

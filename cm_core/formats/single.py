@@ -1,25 +1,21 @@
 """A model of this package as one safetensors file, its spec among the metadata."""
 
-import os
 from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cm_core.checkpoint import whole_file
 from cm_core.formats.base import Checkpoint, adopt
 from cm_core.model import SPEC_FILE, ModelSpec
 
 
 def write_single(path: Path, spec: ModelSpec, weights: dict[str, Tensor]) -> None:
     """Write weights and spec, atomically."""
-    partial = path.with_name(path.name + ".partial")
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
-        partial,
-        metadata={SPEC_FILE: spec.model_dump_json()},
-    )
-    os.replace(partial, path)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    with whole_file(path) as partial:
+        save_file(tensors, partial, metadata={SPEC_FILE: spec.model_dump_json()})
 
 
 def read_single(path: Path, format: str, licence: str) -> Checkpoint | None:

@@ -274,11 +274,12 @@ def write_diffusers(folder: Path, spec: ModelSpec, weights: Mapping[str, Tensor]
         "unet": ["diffusers", config["_class_name"]],
         "scheduler": ["diffusers", scheduler["_class_name"]],
     }
-    texts = {"model_index.json": index, f"unet/{CONFIG}": config, f"scheduler/{SCHEDULER}": scheduler}
+    save_tensors(folder / "unet" / WEIGHTS[0], to_diffusers(spec, weights))
+    # The index last: with it the folder is a pipeline.
+    texts = {f"unet/{CONFIG}": config, f"scheduler/{SCHEDULER}": scheduler, "model_index.json": index}
     for name, content in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    save_tensors(folder / "unet" / WEIGHTS[0], to_diffusers(spec, weights))
 
 
 def draws_with(spec: ModelSpec) -> str:

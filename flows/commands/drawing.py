@@ -68,10 +68,16 @@ def add_guidance_option(parser: ArgumentParser) -> None:
 
 
 def save_images(images: "np.ndarray", folder: Path) -> None:
-    """Write images [N, H, W, C] as one PNG each, named by their number."""
+    """Write images [N, H, W, C] as one PNG each, named by their number; all or, if one cannot be written, none."""
     folder.mkdir(parents=True, exist_ok=True)
-    for index, image in enumerate(images):
-        to_image(image).save(folder / f"{index:06d}.png")
+    paths = [folder / f"{index:06d}.png" for index in range(len(images))]
+    try:
+        for path, image in zip(paths, images, strict=True):
+            to_image(image).save(path)
+    except OSError:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def to_image(pixels: "np.ndarray") -> "Image":

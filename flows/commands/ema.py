@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.drawing import MODEL, locate
-from flows.commands.output import add_json_option, print_json
+from flows.commands.output import add_json_option, cannot_write, print_json
 from flows.errors import UserError
 
 
@@ -40,13 +40,11 @@ def ema(args: Namespace) -> None:
     except (FileNotFoundError, ValueError) as problem:  # no model, or a damaged one
         raise UserError(f"{problem}; a model is a folder such as out/student, or models:/... of MLflow") from problem
     facts = {"snapshots_of": args.model, "width": args.width, "profile_error": round(error, 6)}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    with cannot_write(out):
+        out.mkdir(exist_ok=True)
         copy_decoder(spec, folder, out)
-        save_model(out, spec, model.state_dict())
         (out / ORIGIN_FILE).write_text(json.dumps(facts, indent=2) + "\n")
-    except OSError as problem:
-        raise UserError(f"--out {out}: cannot be written ({problem.strerror})") from problem
+        save_model(out, spec, model.state_dict())  # last: it makes the folder a model
     if args.json:
         print_json({"folder": str(out), **facts})
         return

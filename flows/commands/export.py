@@ -14,6 +14,7 @@ from flows.commands.drawing import (
     usual_mid_sigmas,
 )
 from flows.commands.hub import export_to_hub
+from flows.commands.output import cannot_write
 from flows.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,14 +74,12 @@ def export(args: Namespace) -> None:
         args.mid_sigmas = usual_mid_sigmas(spec, args.steps - 1, args.model)
     out = args.out or Path(f"out/exported{suffix}")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        told = write(spec, model, out, [spec.noise.sigma_max, *args.mid_sigmas])
+        with cannot_write(out):
+            told = write(spec, model, out, [spec.noise.sigma_max, *args.mid_sigmas])
     except ValueError as error:
         raise UserError(f"--to {args.to}: {args.model}: {error}") from error
     except ImportError as error:
         raise UserError(f"--to {args.to} needs the package {error.name}: pip install {error.name}") from error
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
     print(f"{out}: {told}")
 
 
@@ -107,11 +106,13 @@ def _to_program(spec: "ModelSpec", model: "Precond", out: Path, sigmas: list[flo
 
 
 def _to_onnx(spec: "ModelSpec", model: "Precond", out: Path, sigmas: list[float]) -> str:
+    from cm_core.checkpoint import whole_file
     from cm_core.formats.graphs import SamplerGraph, write_onnx
 
-    difference = write_onnx(SamplerGraph(spec, model, sigmas), out)
-    if difference > DIFFERENCE:
-        raise UserError(f"{out}: onnxruntime's images differ by {difference} grey levels; do not use this file")
+    with whole_file(out) as partial:
+        difference = write_onnx(SamplerGraph(spec, model, sigmas), partial)
+        if difference > DIFFERENCE:
+            raise UserError(f"{out}: not written; onnxruntime's images differ by {difference} grey levels")
     return f"checked with onnxruntime, {difference} grey levels apart; {_shapes(spec, sigmas)}"
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.commands.drawing import LOGGED, Context, add_sampling_options, draw, load, locate, refuse_latents
+from flows.commands.output import cannot_write
 from flows.commands.runs import tracker_of
 from flows.errors import UserError
 from flows.workspace.locations import workspace_root
@@ -32,14 +33,12 @@ def export_to_hub(args: Namespace) -> None:
     refuse_latents(spec, args.model, "--to hub")
     card, logged = _find_card(args.model)
     card = card.model_copy(update={"licence": args.licence or card.licence})
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    with cannot_write(out):
+        out.mkdir(exist_ok=True)
         write_single(out / WEIGHTS_FILE, spec, model.state_dict())
         diffusers = _write_diffusers(out, spec, model)
         (out / "README.md").write_text(render_hub(card, repository=args.push or "OWNER/NAME", diffusers=diffusers))
         _write_what_it_shows(out, logged, args.model)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
     print(f"{out}: README.md, {WEIGHTS_FILE}{'' if diffusers is None else ' and the files of diffusers'}")
     if logged is None:
         print("  its card has no metrics: MLflow knows no measurement of these weights")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from flows.commands.drawing import LOGGED, locate
-from flows.commands.output import add_json_option, positive, print_json
+from flows.commands.output import add_json_option, cannot_write, positive, print_json
 from flows.errors import UserError
 from flows.stage_runner.progress import Bar
 from flows.storage.s3 import public_uri
@@ -60,14 +60,12 @@ def import_(args: Namespace) -> None:
             found = read_checkpoint(path, Hints(args.form, args.resolution, args.channels_per_head))
         except UnreadableCheckpoint as error:
             raise UserError(f"{public_uri(args.source)}: {str(error).partition(': ')[2]}") from error
-        try:
-            out.mkdir(parents=True, exist_ok=True)
+        facts = {"weights": public_uri(args.source), **weights.origin(sha256, found)}
+        with cannot_write(out):
+            out.mkdir(exist_ok=True)
             copy_decoder(found.spec, path if path.is_dir() else path.parent, out)
-            save_model(out, found.spec, found.weights)
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
-    facts = {"weights": public_uri(args.source), **weights.origin(sha256, found)}
-    (out / ORIGIN_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+            (out / ORIGIN_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+            save_model(out, found.spec, found.weights)  # last: it makes the folder a model
     parameters = count_parameters(found.spec)
     if args.json:
         told = {"folder": str(out), "parameters": parameters, **facts, "attention": found.attention}

@@ -5,11 +5,13 @@ import logging
 import signal
 import sys
 from argparse import ArgumentParser, ArgumentTypeError
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import flows
-from flows.errors import printable
+from flows.errors import DISK_FULL, UserError, is_disk_full, printable
 from flows.json_log import JsonFormatter, json_wanted
 
 METRICS = ("fid", "is", "precision", "recall", "kid")
@@ -101,6 +103,19 @@ def log_to_terminal(stage: str | None = None) -> None:
         logger.addHandler(_Terminal())
         context = {"stage": stage}
         logger.handlers[-1].setFormatter(JsonFormatter(lambda: context) if json_wanted() else None)
+
+
+@contextmanager
+def cannot_write(out: Path) -> Iterator[None]:
+    """Make the folder of `--out`, and one line of what keeps it from being written, whichever library says so."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_disk_full(error):
+            raise
+        reason = DISK_FULL[0] if is_disk_full(error) else getattr(error, "strerror", None) or error
+        raise UserError(f"--out {out}: cannot be written ({reason})") from error
 
 
 def prepare_for_cancelling() -> None:

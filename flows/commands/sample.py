@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.commands.drawing import MODEL, Context, add_sampling_options, draw, is_model, save_images
-from flows.commands.output import add_json_option, print_json, print_metrics
+from flows.commands.output import add_json_option, cannot_write, print_json, print_metrics
 from flows.errors import UserError
 from flows.stage_runner.progress import Bar
 from flows.workspace.locations import workspace_root
@@ -46,12 +46,13 @@ def add_parsers(commands: Any) -> None:
 def sample(args: Namespace) -> None:
     """Write images and a grid of the first ones."""
     images, _, how, _ = draw(args.model or str(workspace_root() / "out" / "student"), args, Context())
-    if args.out.suffix == ".png" and not args.out.is_dir():
-        write_grid(images, args.out)
-        written = f"{min(len(images), GRID_IMAGES)} of {len(images)} images, {how}"
-    else:
-        grid = write_images(images, args.out)
-        written = f"{len(images)} images, {how}; {grid} shows the first {min(len(images), GRID_IMAGES)}"
+    with cannot_write(args.out):
+        if args.out.suffix == ".png" and not args.out.is_dir():
+            write_grid(images, args.out)
+            written = f"{min(len(images), GRID_IMAGES)} of {len(images)} images, {how}"
+        else:
+            grid = write_images(images, args.out)
+            written = f"{len(images)} images, {how}; {grid} shows the first {min(len(images), GRID_IMAGES)}"
     print(f"{args.out}: {written}")
 
 
@@ -59,9 +60,11 @@ def write_images(images: "np.ndarray", out: Path) -> Path:
     """Write one array, or one PNG per image; return the path of the grid beside them."""
     import numpy as np
 
+    from cm_core.checkpoint import whole_file
+
     if out.suffix == ".npy":
-        out.parent.mkdir(parents=True, exist_ok=True)
-        np.save(out, images)
+        with whole_file(out) as partial, partial.open("wb") as file:
+            np.save(file, images)
     else:
         save_images(images, out)
     grid = out.parent / f"{out.name.removesuffix('.npy')}.png"
@@ -71,10 +74,12 @@ def write_images(images: "np.ndarray", out: Path) -> Path:
 
 def write_grid(images: "np.ndarray", path: Path) -> None:
     """Write the first images as one picture."""
+    from cm_core.checkpoint import whole_file
     from flows.reports.figures import save_grid
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_grid(images[:GRID_IMAGES], path)
+    with whole_file(path) as partial:
+        save_grid(images[:GRID_IMAGES], partial)
 
 
 def evaluate(args: Namespace) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cm_core.checkpoint import list_states, load_state, save_state
+from disks import fill
 from flows.data.dataset import load_dataset
 from flows.data.new_array import new_array
 from flows.errors import UserError, is_disk_full
@@ -30,38 +31,6 @@ from s3_states import URI, Worker, save, steps
 from servers import http_server, s3_server
 
 MB = 2**20
-
-
-class Disk:
-    """A file system of a few megabytes."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        folder.mkdir()
-
-    def mount(self, *options):
-        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(self.folder)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    def grow(self):
-        """Give it more space, as someone does who reads the line."""
-        assert self.mount("remount", "size=64m").returncode == 0
-
-
-@pytest.fixture
-def disk(tmp_path):
-    disk = Disk(tmp_path / "disk")
-    if (done := disk.mount("size=4m")).returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk.folder)], check=True)
-
-
-def fill(folder):
-    """Take all that is left of a file system."""
-    with (folder / "ballast").open("wb") as file:
-        free = os.statvfs(folder)
-        os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize)
 
 
 def test_the_command_says_it_in_one_line(disk):
