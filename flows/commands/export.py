@@ -107,6 +107,7 @@ def _to_program(spec: "ModelSpec", model: "Precond", out: Path, sigmas: list[flo
 
 
 def _to_onnx(spec: "ModelSpec", model: "Precond", out: Path, sigmas: list[float]) -> str:
+    from cm_core.checkpoint import whole_file
     from cm_core.formats.graphs import SamplerGraph, write_onnx
 
     with whole_file(out) as partial:

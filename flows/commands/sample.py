@@ -61,6 +61,8 @@ def write_images(images: "np.ndarray", out: Path) -> Path:
     """Write one array, or one PNG per image; return the path of the grid beside them."""
     import numpy as np
 
+    from cm_core.checkpoint import whole_file
+
     if out.suffix == ".npy":
         with whole_file(out) as partial, partial.open("wb") as file:
             np.save(file, images)
@@ -73,6 +75,7 @@ def write_images(images: "np.ndarray", out: Path) -> Path:
 
 def write_grid(images: "np.ndarray", path: Path) -> None:
     """Write the first images as one picture."""
+    from cm_core.checkpoint import whole_file
     from flows.reports.figures import save_grid
 
     path.parent.mkdir(parents=True, exist_ok=True)
