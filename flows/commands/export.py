@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cm_core.checkpoint import whole_file
 from flows.commands.drawing import (
     MODEL,
     add_guidance_option,

@@ -5,7 +5,6 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cm_core.checkpoint import whole_file
 from flows.commands.drawing import MODEL, Context, add_sampling_options, draw, is_model, save_images
 from flows.commands.output import add_json_option, cannot_write, print_json, print_metrics
 from flows.errors import UserError
