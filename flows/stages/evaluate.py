@@ -24,8 +24,6 @@ from cm_core.metrics.evaluation import (
 from cm_core.metrics.features import NETWORKS, ImageFeatures, build_extractor, extract_features
 from cm_core.metrics.neighbours import nearest
 from cm_core.metrics.uncertainty import deviations
-from cm_core.model import SPEC_FILE
-from cm_core.training.ema import PowerEma
 from flows.data.dataset import Dataset, load_dataset
 from flows.data.feature_files import FeatureFiles, load_feature_files
 from flows.errors import UserError
@@ -33,9 +31,10 @@ from flows.monitor import Monitor
 from flows.reports.evaluation import write_report
 from flows.reports.metrics_table import CURVES, short_keys
 from flows.reports.rows import MODELS, Artifacts, Neighbours, Row, of_student
-from flows.stages.models import EMAS_FILE
 
 SETS = "sets"  # in the student's artifact (flows/stages/training.py)
+# In a model's artifact. Not imported: with cm_core.model this stage would depend on all networks.
+SPEC_FILE, EMAS_FILE = "model.json", "emas.json"
 NEIGHBOURS, QUERIES = 3, 1_000  # nearest training images of an image; images of which they are looked for, at most
 SAMPLE_FACTS = ("seed", "rounding", "precision", "labels", "guidance")
 ROW_FACTS = ("name", "model", "ema", "nfe", "sigmas")
@@ -288,7 +287,7 @@ def _kept(files: FeatureFiles) -> int:
 def _rule(row: Row, emas: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any] | None:
     """Return the rule of a row's average; None of images and weights without one, or where it is not known."""
     if row.width is not None:
-        return PowerEma(width=row.width).model_dump(mode="json")
+        return {"kind": "power", "width": row.width}
     rules = emas.get(row.model, ())
     return rules[row.ema] if row.ema < len(rules) else None
 

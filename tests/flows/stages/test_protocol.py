@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from cm_core.metrics.features import NETWORKS, register_extractors
+from cm_core.model import SPEC_FILE
 from evaluation_artifacts import make_artifacts, run_evaluate
 from flows.data.dataset import load_dataset
 from flows.reports.rows import Row
+from flows.stages import evaluate, models
 from flows.stages.evaluate import _data, _rule
 
 STUDENT, TEACHER = {"kind": "constant", "decay": 0.993}, {"kind": "constant", "decay": 0.994}
@@ -27,6 +29,10 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def protocol(folder):
     return json.loads((folder / "out" / "protocol.json").read_text())
+
+
+def test_the_files_of_a_model_have_the_names_that_trainings_give_them():
+    assert (evaluate.SPEC_FILE, evaluate.EMAS_FILE) == (SPEC_FILE, models.EMAS_FILE)
 
 
 def test_data(folder, protocol):
