@@ -3,19 +3,16 @@
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from cm_core.checkpoint import whole_file
+from cm_core.checkpoint import save_tensors
 from cm_core.formats.base import Checkpoint, adopt
 from cm_core.model import SPEC_FILE, ModelSpec
 
 
 def write_single(path: Path, spec: ModelSpec, weights: dict[str, Tensor]) -> None:
     """Write weights and spec, atomically."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    with whole_file(path) as partial:
-        save_file(tensors, partial, metadata={SPEC_FILE: spec.model_dump_json()})
+    save_tensors(path, weights, metadata={SPEC_FILE: spec.model_dump_json()})
 
 
 def read_single(path: Path, format: str, licence: str) -> Checkpoint | None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 INITIAL, GROWTH, BACKOFF = 2.0**16, 2.0, 0.5
 GROWTH_INTERVAL = 500  # consecutive good steps before the scale grows
-LEAST = 2.0**-24  # after 40 overflows and no growth; 1 is no limit: a weight of 1 / (t - r) has gradients of a million
+LEAST = 2.0**-24  # after 40 overflows and no growth; 1 is no limit: a weight of 1 / (t - r) goes below it
 
 
 class LossScale:

@@ -151,8 +151,8 @@ class Bucket:
         if stored.hexdigest() != file_digest(path):
             raise WrongBytes(f"{self.uri}/{key}: the store holds other bytes than were sent")
 
-    def download(self, key: str, path: Path, sha256: str, on_bytes: OnBytes = lambda count: None) -> None:
-        """Download an object; the file appears once it is complete and its SHA-256 is right. Raises WrongBytes."""
+    def download(self, key: str, path: Path, sha256: str | None, on_bytes: OnBytes = lambda count: None) -> None:
+        """Download an object; the file appears once complete and, if given, its SHA-256 is right. Raises WrongBytes."""
         partial = path.with_name(path.name + ".part")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -161,7 +161,7 @@ class Bucket:
         finally:
             partial.unlink(missing_ok=True)
 
-    def _fetch(self, key: str, path: Path, sha256: str, on_bytes: OnBytes, tries: int = TRIES) -> None:
+    def _fetch(self, key: str, path: Path, sha256: str | None, on_bytes: OnBytes, tries: int = TRIES) -> None:
         from botocore.exceptions import ClientError
 
         try:
@@ -173,7 +173,7 @@ class Bucket:
                     if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
                         raise WrongBytes(f"{self.uri}/{key}: no such object") from error
                     raise
-            if (found := file_digest(path)) != sha256:
+            if sha256 is not None and (found := file_digest(path)) != sha256:
                 raise WrongBytes(f"{self.uri}/{key}: sha256 is {found}, expected {sha256}")
         except WrongBytes:
             if tries == 1:

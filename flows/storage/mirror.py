@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from flows.errors import USER_ERROR, UserError
-from flows.storage.bucket import Bucket, Entry
+from flows.storage.bucket import Bucket, Entry, WrongBytes
 from flows.storage.folder import Folder
-from flows.storage.s3 import S3_WORKERS, s3_address, s3_client, s3_errors
+from flows.storage.s3 import S3_WORKERS
 
 
 def mirror(source: str, target: str) -> int:
@@ -32,7 +32,13 @@ def mirror(source: str, target: str) -> int:
     new = [entry.key for entry in entries if not _has(known.get(entry.key), entry)]
 
     def copy(key: str) -> None:
-        _download(bucket, key, folder) if down else bucket.upload(folder / key, key)
+        path = folder / key
+        if down and not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{bucket.uri}/{key}: the key points outside {folder}")
+        try:
+            bucket.download(key, path, None) if down else bucket.upload(path, key)
+        except WrongBytes as error:
+            raise UserError(str(error)) from error
 
     with ThreadPoolExecutor(S3_WORKERS) as pool:
         return len(list(pool.map(copy, new)))
@@ -42,21 +48,6 @@ def _has(there: Entry | None, entry: Entry) -> bool:
     if there is None or there.size != entry.size:
         return False
     return int(there.modified.timestamp()) >= int(entry.modified.timestamp())  # S3 knows whole seconds
-
-
-def _download(bucket: Bucket, key: str, folder: Path) -> None:
-    path = folder / key
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{bucket.uri}/{key}: the key points outside {folder}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        with s3_errors(f"{bucket.uri}/{key}"):
-            name, prefix = s3_address(bucket.uri)
-            s3_client().download_file(name, f"{prefix}/{key}" if prefix else key, str(partial))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def main(arguments: list[str]) -> int:

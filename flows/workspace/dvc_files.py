@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.errors import UserError
+from flows.storage.digests import file_digest
 
 NONFINITE_POLICY = ("on_nonfinite", "max_nonfinite")  # fields of the section train
 OBJECTS, DAMAGED = "files/md5", "damaged"  # folders in a cache
@@ -213,8 +214,7 @@ def _digest(value: Any) -> str:
 
 def file_md5(path: Path) -> str:
     """Return the MD5 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    return file_digest(path, "md5")
 
 
 def dvc_md5(path: Path, md5: FileHash = file_md5) -> str:
