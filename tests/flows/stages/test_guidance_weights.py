@@ -70,7 +70,7 @@ def test_it_starts_from_the_teacher_and_moves_its_new_layer(made):
 
 @pytest.mark.parametrize("method", ["cd", "{kind: pd, start_steps: 2}", "{kind: dmd, student_every: 2}"])
 def test_a_stopped_training_resumes_and_writes_the_same_bytes(made, tmp_path, method):
-    recipe = recipe_of(f"student.method={method}", *WEIGHTS)
+    recipe = recipe_of(f"student.method={method}", *WEIGHTS, "evaluate.beside_fid=[precision_recall]")
     places = {name: made / name.removesuffix("_dir") for name in ("prepare_dir", "teacher_dir")}
     assert_student_resumes_to_the_same_bytes(recipe, tmp_path, **places)
 
