@@ -28,7 +28,7 @@ from flows.workspace.clone import is_live
 from flows.workspace.dvc_files import DAMAGED, LOCK_FILE, locked_outs, version
 from flows.workspace.git import git
 from flows.workspace.locations import cache_of, remote_address, shared_root
-from flows.workspace.remote_users import unseen_users
+from flows.workspace.store_users import unseen_users
 
 OBJECTS, RUNS, QUARANTINE = "files/md5/", "runs/", ".cm/quarantine/"
 QUARANTINED = timedelta(days=30)  # for which an object of a remote can be brought back

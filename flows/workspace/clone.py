@@ -40,7 +40,7 @@ from flows.workspace.git import clone_repository, commit_edits, revision, uncomm
 from flows.workspace.integrity import damaged_inputs, read_inputs, recorded_md5, set_damaged_aside
 from flows.workspace.locations import cache_of, shared_remote, shared_root
 from flows.workspace.process import Process
-from flows.workspace.remote_users import register_user
+from flows.workspace.store_users import register_user
 
 logger = logging.getLogger(__name__)
 CLONE, EDITS_FILE, LIVE_FILE, DONE_FILE = "workspace", "edits.patch", "live", "done"

@@ -16,7 +16,7 @@ from flows.storage.folder import open_store
 from flows.tracking.tracker import Tracker
 from flows.workspace import clone, locations
 from flows.workspace.dvc_files import dvc_md5, load_yaml, locked_outs, update_lock
-from flows.workspace.remote_users import USERS
+from flows.workspace.store_users import USERS
 from miniature import REPOSITORY, commit, git, make_workspace, two_machines
 from servers import point_aws_at, shared_s3
 
