@@ -110,6 +110,7 @@ class Settings:
     from_server: str | None = _variable(None, str, "Set: the recipe in force came from a server.", internal=True)
     lifeline: str | None = _variable(None, str, "Set: a stage ends when its standard input closes.", internal=True)
     parent_run_id: str | None = _variable(None, str, "MLflow run that a stage's run belongs to.", internal=True)
+    records: str | None = _variable(None, str, "Where the MLflow of `cm up` keeps its records.", internal=True)
     run_tags: dict[str, str] | None = _variable(None, _tags, "JSON object of tags for that run.", internal=True)
 
     @classmethod

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from flows.commands.output import positive
 from flows.errors import UserError
 from flows.monitor import Monitor
+from flows.operations.services import use_records
 from flows.stage_runner.progress import Bar
 from flows.workspace.locations import shared_root, workspace_root
 
@@ -112,7 +113,8 @@ def locate(model: str) -> Path:
     from flows.tracking.tracker import fetch_student
 
     try:
-        return fetch_student(model, shared_root(workspace_root()))
+        use_records(shared := shared_root(workspace_root()))
+        return fetch_student(model, shared)
     except MlflowException as error:
         raise UserError(f"{model}: {' '.join(str(error).split())}") from error
 

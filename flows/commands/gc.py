@@ -5,6 +5,7 @@ from datetime import timedelta
 from typing import Any
 
 from flows.commands.output import add_json_option, print_json, print_table
+from flows.operations.services import use_records
 from flows.workspace.locations import workspace_root
 
 SHOWN = 20  # lines per kind
@@ -29,10 +30,12 @@ def gc(args: Namespace) -> None:
     """Print the garbage; with --apply remove it."""
     from flows.operations.garbage import QUARANTINED, bring_back, find_garbage
 
+    root = workspace_root()
     if args.undo:
-        print(f"{bring_back(workspace_root())} objects brought back")
+        print(f"{bring_back(root)} objects brought back")
         return
-    found = list(find_garbage(workspace_root(), older_than=timedelta(days=args.older_than), with_remote=args.remote))
+    use_records(root)
+    found = list(find_garbage(root, older_than=timedelta(days=args.older_than), with_remote=args.remote))
     for one in found if args.apply else ():
         one.remove()
     if args.json:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.commands.output import add_json_option, number, positive, print_json, print_table
 from flows.errors import UserError
+from flows.operations.services import use_records
 from flows.reports.metrics_table import STUDENT, network_of, renamed
 from flows.storage.s3 import public_uri
 from flows.tracking.gpu_usage import ENERGY, GPU_HOURS, NOT_MEASURED
@@ -66,6 +67,7 @@ def runs(args: Namespace) -> None:
 
 def select(shared: Path, args: Namespace) -> "Sequence[Run]":
     """Return the runs to list; the newest of a workspace's own database without MLflow, which is slow to import."""
+    use_records(shared)
     if not (args.where or args.sort) and (file := database_file(shared)):
         return newest_pipelines(file, experiment_name(), args.max)
     query = filter_of(args.where)
@@ -127,6 +129,7 @@ def compare(args: Namespace) -> None:
 
 def tracker_of(root: Path) -> "Tracker | None":
     """Return the MLflow connection; None before the first tracked run."""
+    use_records(shared_root(root))
     if os.environ.get("MLFLOW_TRACKING_URI") or (shared_root(root) / "mlflow.db").exists():
         from flows.tracking.tracker import Tracker
 

@@ -8,7 +8,6 @@ never assume that an object is unused.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,13 +21,13 @@ from flows.errors import UserError
 from flows.storage.bucket import Bucket, Entry
 from flows.storage.folder import Folder, Store, open_store
 from flows.tracking.database import check_database
-from flows.tracking.sqlite_reads import data_versions, database_file
+from flows.tracking.sqlite_reads import data_versions
 from flows.tracking.tracker import Tracker
 from flows.workspace.clone import is_live
 from flows.workspace.dvc_files import DAMAGED, LOCK_FILE, locked_outs, version
 from flows.workspace.git import git
 from flows.workspace.locations import cache_of, remote_address, shared_root
-from flows.workspace.store_users import unseen_users
+from flows.workspace.store_users import own_records, records, unseen_users
 
 OBJECTS, RUNS, QUARANTINE = "files/md5/", "runs/", ".cm/quarantine/"
 QUARANTINED = timedelta(days=30)  # for which an object of a remote can be brought back
@@ -48,23 +47,20 @@ class Garbage:
 def find_garbage(root: Path, *, older_than: timedelta, with_remote: bool) -> Iterator[Garbage]:
     """Yield all objects older than `older_than` to which neither git, DVC, MLflow nor a live run refers.
 
-    Raises UserError if one of them, or a store, cannot be reached, or, with the remote, where others use it whose
-    references cannot be seen from here.
+    Raises UserError if one of them, or a store, cannot be reached, or where others use cache or remote whose references
+    cannot be seen from here.
     """
     before = datetime.now(UTC) - older_than
     cache, remote = Folder(cache_of(root).folder), _remote(root)
+    _refuse_unseen(str(cache.root), cache, root)
+    if with_remote and remote:
+        _refuse_unseen(str(remote_address(root)), remote, root)
     needed = close_under_listings(referenced(root, cache), [cache, remote] if remote else [cache])
     yield from unneeded_objects("cache", cache, needed, before)
     for entry in cache.entries(f"{DAMAGED}/"):
         if entry.modified < before:
             yield Garbage("damaged", entry.key, entry.size, partial(cache.remove, [entry.key]))
     if with_remote and remote:
-        if others := unseen_users(remote, shared_root(root)):
-            raise UserError(
-                f"{remote_address(root)} is used by others, whose references cannot be seen from here: "
-                f"{'; '.join(others)}; nothing is removed. Run it with their MLflow and repository, or remove the file "
-                "named if they use the remote no more"
-            )
         yield from unneeded_objects("remote", remote, needed, before)
         yield from _quarantined(remote, needed)
         yield from _torn_uploads(remote, before)
@@ -183,12 +179,21 @@ def _git(root: Path, *arguments: str) -> str:
     return git(root, *arguments).decode()
 
 
+def _refuse_unseen(place: str, store: Store, root: Path) -> None:
+    if others := unseen_users(store, shared_root(root)):
+        raise UserError(
+            f"{place} is used by others, whose references cannot be seen from here: {'; '.join(others)}; nothing is "
+            "removed. Run it with their MLflow and repository, or remove the file named if they use the place no more"
+        )
+
+
 def _tracked_versions(root: Path) -> set[str]:
-    """Return the data versions on MLflow's runs and models, registered ones included."""
-    if file := database_file(shared_root(root)):
+    """Return the data versions on runs and models, registered ones included, of the workspace's MLflow and another."""
+    shared, found = shared_root(root), set[str]()
+    if (file := shared / "mlflow.db").exists():
         check_database(f"sqlite:///{file}")  # of another MLflow's tables, only half may be found
-        return data_versions(file)
-    return Tracker(shared_root(root)).data_versions() if os.environ.get("MLFLOW_TRACKING_URI") else set()
+        found |= data_versions(file)
+    return found if records(shared) == own_records(shared) else found | Tracker(shared).data_versions()
 
 
 def _remote(root: Path) -> Store | None:

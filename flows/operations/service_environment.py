@@ -14,6 +14,7 @@ from flows.operations.deploy import HEARTBEAT_SECONDS
 from flows.settings import Settings, variable
 
 HOST = "127.0.0.1"
+OF_MLFLOW = ("MLFLOW_TRACKING_URI", variable("mlflow_url"), variable("records"))  # of one server, together
 MLFLOW_SCHEMA = "mlflow"  # a PostgreSQL schema: both servers have a table alembic_version
 
 
@@ -29,6 +30,8 @@ class Services:
     """Address of the metrics for Prometheus; empty where none are served."""
     public: str | None = None
     """Address at which a reverse proxy shows both, Prefect below /prefect and MLflow below /mlflow."""
+    records: str | None = None
+    """Address of the database that keeps MLflow's records, without its password; None: mlflow.db in the workspace."""
 
     @property
     def prefect_pages(self) -> str:
@@ -78,6 +81,7 @@ def client_variables(root: Path, services: Services) -> dict[str, str]:
         "PREFECT_UI_URL": services.prefect_pages,
         "MLFLOW_TRACKING_URI": services.mlflow,
         variable("mlflow_url"): services.mlflow_pages,
+        variable("records"): services.records or str(root / "mlflow.db"),
         "DO_NOT_TRACK": "true",  # Prefect, MLflow
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DVC_NO_ANALYTICS": "1",

@@ -14,7 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,6 +25,7 @@ from flows.errors import UserError
 from flows.operations.deploy import deploy, in_folder
 from flows.operations.service_environment import (
     HOST,
+    OF_MLFLOW,
     Services,
     client_variables,
     database_urls,
@@ -33,6 +34,7 @@ from flows.operations.service_environment import (
 )
 from flows.operations.stop_flag import StopFlag, stop_signal
 from flows.settings import variable
+from flows.storage.s3 import public_uri
 from flows.tracking.database import check_database, make_database
 from flows.tracking.person import USER, person
 from flows.workspace.dvc_files import GPU
@@ -118,7 +120,7 @@ def up(
     with _hold(root), stop_signal() as stop, ExitStack() as stack:
         kept = [stack.enter_context(_reserve(port, option)) for option, port in ports.items()]
         prefect, mlflow, metrics = (f"http://{HOST}:{one.getsockname()[1]}" for one in kept)
-        services = Services(prefect, mlflow, f"{metrics}/metrics", public)
+        services = Services(prefect, mlflow, f"{metrics}/metrics", public, public_uri(database) if database else None)
         if database:
             prepare_database(database)
         mlflow_database = database_urls(root, database)[1]
@@ -286,14 +288,32 @@ def running(root: Path) -> Services | None:
     if not is_running(root) or not _note_file(root).exists():
         return None
     note = read_note(root)
-    return Services(note["prefect"], note["mlflow"], note["metrics"], note["public"])
+    return Services(**{one.name: note[one.name] for one in fields(Services)})
 
 
 def use_running(root: Path) -> None:
     """Point this process at the workspace's services, if they run and the environment names no other server."""
     services = running(root)
     if services and "PREFECT_API_URL" not in os.environ and all(answering(services).values()):
-        for name, value in client_variables(root, services).items():
+        _set_default(client_variables(root, services))
+
+
+def use_records(root: Path) -> None:
+    """Point MLflow's client at the workspace's services, if they keep its records outside the workspace.
+
+    What lies in the workspace is read faster without a server.
+    """
+    services = running(root)
+    if services and services.records:
+        variables = client_variables(root, services)
+        _set_default({name: variables[name] for name in OF_MLFLOW})
+
+
+def _set_default(variables: Mapping[str, str]) -> None:
+    """Set what the environment lacks; where it names another MLflow, nothing of ours is true of that."""
+    own_mlflow = "MLFLOW_TRACKING_URI" not in os.environ
+    for name, value in variables.items():
+        if own_mlflow or name not in OF_MLFLOW:
             os.environ.setdefault(name, value)
 
 

@@ -51,6 +51,7 @@ from flows.workspace.dvc_files import GPU, Stage, dvc_md5, files_in, read_stages
 from flows.workspace.git import describe_code
 from flows.workspace.integrity import damaged_inputs, read_inputs, recorded_md5
 from flows.workspace.locations import cache_of, shared_root
+from flows.workspace.store_users import register_at_cache
 
 PREPARED, FACTS_FILE = "out/prepare", "dataset.json"
 TRAINS = ("features", "teacher", "base", "student")
@@ -209,8 +210,8 @@ def _tracked_run(stage: Stage, root: Path, recipe: Recipe, inputs: Mapping[str, 
     settings = Settings.read()
 
     def tags() -> dict[str, str]:
-        shared = settings.run_tags or {**describe_code(root), **person(root), "recipe": active_name(root)}
-        described = {**shared, "mlflow.note.content": describe_run(shared)}
+        common = settings.run_tags or {**describe_code(root), **person(root), "recipe": active_name(root)}
+        described = {**common, "mlflow.note.content": describe_run(common)}
         return {**described, "dvc.deps": " ".join(inputs.values())} if inputs else described
 
     def log_inputs(tracker: Tracker, run_id: str) -> None:
@@ -219,8 +220,10 @@ def _tracked_run(stage: Stage, root: Path, recipe: Recipe, inputs: Mapping[str, 
             context = "training" if stage.name in TRAINS else "evaluation"
             tracker.log_dataset(run_id, root / PREPARED / FACTS_FILE, inputs[PREPARED], context)
 
-    watch, usage = stage.name in TRAINS, GpuUsage.of_stage(stage.needs == GPU)
-    with StageRun(shared_root(root), stage.name, settings.parent_run_id, tags, watch, usage) as run:
+    watch, usage, shared = stage.name in TRAINS, GpuUsage.of_stage(stage.needs == GPU), shared_root(root)
+    if not settings.parent_run_id:
+        register_at_cache(shared)  # what a pipeline run does for its stages
+    with StageRun(shared, stage.name, settings.parent_run_id, tags, watch, usage) as run:
         run.submit(log_inputs)
         yield run
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from flows.atomic import named_lock, try_lock
 from flows.errors import DISK_FULL, USER_ERROR, RunEnding, StageFailed, UserError, printable
+from flows.storage.folder import open_store
 from flows.storage.s3 import public_text
 from flows.workspace.dvc_files import (
     DVC,
@@ -40,7 +41,7 @@ from flows.workspace.git import clone_repository, commit_edits, revision, uncomm
 from flows.workspace.integrity import damaged_inputs, read_inputs, recorded_md5, set_damaged_aside
 from flows.workspace.locations import cache_of, shared_remote, shared_root
 from flows.workspace.process import Process
-from flows.workspace.store_users import register_user
+from flows.workspace.store_users import register_at_cache, register_user
 
 logger = logging.getLogger(__name__)
 CLONE, EDITS_FILE, LIVE_FILE, DONE_FILE = "workspace", "edits.patch", "live", "done"
@@ -161,9 +162,11 @@ class Workspace:
         self.ending, self._starting = False, threading.Lock()  # ending: nothing more may start
 
     def __enter__(self) -> "Workspace":
-        if url := shared_remote(self.shared_root):
+        register_at_cache(self.shared_root)
+        url = shared_remote(self.shared_root)
+        if url and (remote := open_store(url)):
             try:
-                register_user(url, self.shared_root)
+                register_user(remote, self.shared_root)
             except UserError as error:
                 logger.warning("`cm gc --remote` of others will not know of this run: %s", error)
         return self

@@ -1,6 +1,6 @@
-"""Who uses a DVC remote: each workspace with a run says there where the references to its objects are kept.
+"""Who uses a DVC remote or a shared cache: each workspace with a run says there where references to its objects are.
 
-Without it `cm gc --remote` would take what another team's MLflow or repository needs for unused.
+Without it `cm gc` would take what another MLflow or repository needs for unused.
 """
 
 import hashlib
@@ -8,35 +8,71 @@ import json
 import os
 import socket
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from flows.storage.folder import Store, open_store
+from flows.environment import LOOPBACK
+from flows.errors import UserError
+from flows.settings import Settings
+from flows.storage.folder import Folder, Store
 from flows.storage.s3 import public_uri
 from flows.workspace.git import git
+from flows.workspace.locations import cache_of
 
 USERS = ".cm/users/"
 
 
-def register_user(address: str, root: Path) -> None:
-    """Record in a remote that the workspace `root` uses it. Raises UserError if the store fails."""
-    store, text = open_store(address), json.dumps(_references(root))
-    if store:
+def own_records(root: Path) -> str:
+    """Return the name of a workspace's own MLflow database, which its `cm gc` always reads."""
+    return f"{socket.gethostname()}:{root}/mlflow.db"
+
+
+def records(root: Path) -> str:
+    """Return where MLflow keeps what this process logs, without credentials; what is local is named with its machine.
+
+    An address of the loopback is another server on each machine. `cm up`, whose address it is, says what is behind it.
+    """
+    place = Settings.read().records or os.environ.get("MLFLOW_TRACKING_URI")
+    if not place:
+        return own_records(root)
+    host = urlsplit(place).hostname
+    local = host is None or host in LOOPBACK
+    return f"{socket.gethostname()}:{public_uri(place)}" if local else public_uri(place)
+
+
+def register_user(store: Store, root: Path) -> None:
+    """Record in a store that the workspace `root` uses it. Raises UserError if the store fails."""
+    text = json.dumps({"mlflow": records(root), "git": _repository(root)})
+    try:
         store.put(f"{USERS}{hashlib.sha256(text.encode()).hexdigest()[:16]}.json", text.encode())
+    except OSError as error:
+        raise UserError(error) from error
+
+
+def register_at_cache(root: Path) -> None:
+    """Record the same in a workspace's cache, unless only the workspace's own records can refer to its objects.
+
+    Raises UserError if the cache cannot be written.
+    """
+    folder = cache_of(root).folder
+    if records(root) != own_records(root) or not folder.is_relative_to(root):
+        register_user(Folder(folder), root)
 
 
 def unseen_users(store: Store, root: Path) -> list[str]:
-    """Describe the users of a remote whose references cannot be seen from the workspace `root`."""
-    here = _references(root)
+    """Describe the users of a store whose references cannot be seen from the workspace `root`."""
     users = [(entry, json.loads(store.contents(entry.key) or b"{}")) for entry in store.entries(USERS)]
+    if not users:
+        return []
+    seen, repository = {own_records(root), records(root)}, _repository(root)
     return [
         f"{user.get('mlflow')} with {user.get('git')}, last on {entry.modified:%Y-%m-%d} ({entry.key})"
         for entry, user in users
-        if user != here
+        if user.get("mlflow") not in seen or user.get("git") != repository
     ]
 
 
-def _references(root: Path) -> dict[str, str]:
-    """Return MLflow's address and the repository's, without credentials; what is local is named with its machine."""
-    here, mlflow = f"{socket.gethostname()}:{root}", os.environ.get("MLFLOW_TRACKING_URI")
-    remotes = git(root, "remote").decode().split()
-    origin = git(root, "remote", "get-url", "origin").decode().strip() if "origin" in remotes else here
-    return {"mlflow": public_uri(mlflow) if mlflow else f"{here}/mlflow.db", "git": public_uri(origin)}
+def _repository(root: Path) -> str:
+    """Return the address of the repository, without credentials; one without a remote is named with its machine."""
+    if "origin" in git(root, "remote").decode().split():
+        return public_uri(git(root, "remote", "get-url", "origin").decode().strip())
+    return f"{socket.gethostname()}:{root}"
