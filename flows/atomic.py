@@ -17,11 +17,14 @@ from typing import IO
 def replace_text(path: Path, text: str) -> None:
     """Write `text` to a hidden file beside `path`, then put it in its place.
 
-    At any moment the file holds the old text or the new.
+    At any moment the file holds the old text or the new. Raises OSError, and leaves nothing else behind.
     """
     partial = path.with_name(f".partial-{path.name}-{os.getpid()}")
-    partial.write_text(text)
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def try_lock(file: IO) -> bool:

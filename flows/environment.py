@@ -29,7 +29,7 @@ OURS_OF_GIT = re.compile(
     r"|PROXY_\w+|ASKPASS|TERMINAL_PROMPT|EXEC_PATH|TRACE\w*)"
 )
 THREADS = "OMP_NUM_THREADS"
-SCRATCH = 2**20  # bytes that must fit into the folder of temporary files
+SCRATCH = 2**20  # bytes that must fit into a folder that is to be written
 
 
 def adopt() -> None:
@@ -134,11 +134,16 @@ def is_utf8() -> bool:
     return sys.getfilesystemencoding() == "utf-8" and locale.getpreferredencoding(False).lower() in ("utf-8", "utf8")
 
 
+def take_space(folder: str | Path | None) -> None:
+    """Write SCRATCH bytes into a folder, by default that of temporary files, and remove them. Raises OSError."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(SCRATCH))
+        file.flush()
+
+
 def _check_temporary_files() -> str:
     try:
-        with tempfile.TemporaryFile() as file:
-            file.write(bytes(SCRATCH))
-            file.flush()
+        take_space(None)
     except OSError as error:
         place = f"TMPDIR={os.environ['TMPDIR']}" if os.environ.get("TMPDIR") else tempfile.tempdir or "temporary files"
         raise UserError(f"{place}: {error.strerror}; set TMPDIR to a folder with room") from None

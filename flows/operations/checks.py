@@ -3,7 +3,6 @@
 import io
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -46,7 +45,7 @@ def _check_prefect_home() -> None:
     if home := os.environ.get("PREFECT_HOME"):
         try:
             Path(home).expanduser().mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=Path(home).expanduser()).close()
+            environment.take_space(Path(home).expanduser())
         except OSError as error:
             raise UserError(f"PREFECT_HOME={home}: cannot be written ({error.strerror})") from None
 

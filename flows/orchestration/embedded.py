@@ -35,6 +35,7 @@ from prefect.settings import (
 
 import flows
 from flows.atomic import reserve_port
+from flows.environment import take_space
 from flows.errors import UserError
 from flows.json_log import JsonFormatter, json_wanted
 
@@ -58,7 +59,11 @@ def embedded_prefect(root: Path) -> Iterator[None]:
         yield
         return
     home = Path(PREFECT_HOME.value()) if os.environ.get("PREFECT_HOME") else root / ".cm" / "prefect"
-    home.mkdir(parents=True, exist_ok=True)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        take_space(home)
+    except OSError as error:
+        raise UserError(f"{home}: {error.strerror}; Prefect keeps the history of runs there") from error
     settings: dict[Any, Any] = {
         PREFECT_HOME: home,
         PREFECT_SERVER_DATABASE_CONNECTION_URL: f"sqlite+aiosqlite:///{home / 'prefect.db'}",  # not another server's

@@ -4,12 +4,14 @@ import base64
 from pathlib import Path
 from typing import Any
 
+from flows.atomic import replace_text
+
 STYLE = "templates/style.css"  # of every page
 
 
 def write_page(path: Path, template: str, **contents: Any) -> None:
     """Render a template with its contents into a page that needs no other file and no network."""
-    path.write_text(render(template, **contents) + "\n", encoding="utf-8")
+    replace_text(path, render(template, **contents) + "\n")
 
 
 def render(template: str, **contents: Any) -> str:

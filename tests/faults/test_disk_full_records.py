@@ -4,11 +4,15 @@ Of hashes, of MLflow's runs, of results that a team shares, of Prefect's runs.
 """
 
 import sqlite3
+from pathlib import Path
+from shutil import rmtree
 
 import pytest
 
 from disks import fill
-from flows.errors import is_disk_full
+from flows.atomic import replace_text
+from flows.errors import UserError, is_disk_full
+from flows.orchestration.embedded import embedded_prefect
 from flows.storage import digests
 from flows.storage.digests import file_digest, recorded_digest
 from flows.tracking.pipeline_run import PipelineRun
@@ -17,6 +21,7 @@ from flows.tracking.tracker import Tracker
 from flows.workspace import clone
 from flows.workspace.dvc_files import Cache, file_md5, locked_outs
 from miniature import commit, make_workspace
+from small_stages import files, run_small, small_recipe
 
 RESULT = 'if name == "teacher":\n    (out / "ema.safetensors").write_bytes(os.urandom(6 << 20))\n'
 
@@ -45,6 +50,48 @@ def test_without_space_for_the_record_files_are_read_each_time(disk, tmp_path, c
 def sound(database):
     (answer,) = sqlite3.connect(database).execute("pragma integrity_check").fetchone()
     return answer == "ok"
+
+
+def test_a_text_is_replaced_whole_or_not_at_all(disk):
+    path = disk.folder / "page.html"
+    replace_text(path, "old")
+    fill(disk.folder)
+    with pytest.raises(OSError, match="No space left on device"):
+        replace_text(path, "new" * 2**20)
+    assert path.read_text() == "old" and {file.name for file in disk.folder.iterdir()} == {"page.html", "ballast"}
+    disk.grow()
+    replace_text(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_an_evaluation_is_written_whole_or_fails(disk, tmp_path):
+    recipe = small_recipe("digits-cd", "features.num_steps=10", "data.max_images=300")
+    for stage in ("prepare", "features", "teacher", "student", "sample", "edit", "evaluate"):
+        run_small(stage, recipe, tmp_path)
+    whole, out = files(tmp_path / "evaluate"), disk.folder / "evaluate"
+    page = len(whole[Path("report.html")])
+    for leave in (0, page // 2, sum(map(len, whole.values())) - page // 2):
+        fill(disk.folder, leave)
+        with pytest.raises(Exception) as refused:
+            run_small("evaluate", recipe, tmp_path, out_dir=out)
+        assert is_disk_full(refused.value), refused.value
+        assert not (out / "report.html").exists()
+        rmtree(out)
+    disk.grow()
+    run_small("evaluate", recipe, tmp_path, out_dir=out)
+    assert files(out) == whole
+
+
+def test_a_run_without_space_for_prefects_history_is_refused(disk, tmp_path, monkeypatch):
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.delenv("PREFECT_HOME", raising=False)
+    (tmp_path / ".cm").symlink_to(disk.folder)
+    fill(disk.folder)
+    with (
+        pytest.raises(UserError, match=r"\.cm/prefect: No space left on device; Prefect keeps"),
+        embedded_prefect(tmp_path),
+    ):
+        pass
 
 
 @pytest.mark.slow
