@@ -68,11 +68,14 @@ triton: .venv/triton ## Get Triton (1 GB) for the tests alone: they then interpr
 .venv/triton: $(INSTALLED)
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP_INSTALL) --no-deps --target $@ $(TRITON)
 
+# Processes that run tests, a file at a time; each has its share of the cores (tests/conftest.py).
+PYTEST = $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+
 test: $(INSTALLED) ## Run the fast tests
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 test-all: $(INSTALLED) ## Run the slow tests too: kills, servers, S3 (CI does)
-	@$(BIN)/python -m pytest --run-slow
+	@$(PYTEST) --run-slow
 
 soak: $(INSTALLED) ## Run the tests of many minutes: whole flows, killed workers, a browser
 	@$(BIN)/python -m pytest --run-soak -m soak

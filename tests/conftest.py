@@ -1,6 +1,11 @@
 """Shared fixtures. `--run-slow` adds the tests that start servers or take a minute, `--run-soak` those of many."""
 
+import os
+
 import pytest
+
+if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # PyTorch would take all cores in each of them
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(processes))))
 
 
 def pytest_addoption(parser):
