@@ -15,7 +15,7 @@ from prefect import runtime
 from prefect.client.orchestration import get_client
 from prefect.context import get_run_context
 from prefect.events.worker import EventsWorker
-from prefect.exceptions import MissingContextError
+from prefect.exceptions import MissingContextError, PrefectHTTPStatusError
 from prefect.logging.handlers import APILogHandler, APILogWorker, PrefectConsoleHandler
 from prefect.settings import (
     PREFECT_API_AUTH_STRING,
@@ -59,11 +59,7 @@ def embedded_prefect(root: Path) -> Iterator[None]:
         yield
         return
     home = Path(PREFECT_HOME.value()) if os.environ.get("PREFECT_HOME") else root / ".cm" / "prefect"
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        take_space(home)
-    except OSError as error:
-        raise UserError(f"{home}: {error.strerror}; Prefect keeps the history of runs there") from error
+    _check_space(home)
     settings: dict[Any, Any] = {
         PREFECT_HOME: home,
         PREFECT_SERVER_DATABASE_CONNECTION_URL: f"sqlite+aiosqlite:///{home / 'prefect.db'}",  # not another server's
@@ -80,7 +76,20 @@ def embedded_prefect(root: Path) -> Iterator[None]:
     }
     with temporary_settings(settings):
         _start_server()
-        yield
+        try:
+            yield
+        except PrefectHTTPStatusError:
+            _check_space(home)  # the server's answer does not say why it failed
+            raise
+
+
+def _check_space(home: Path) -> None:
+    """Raise UserError unless a history can be written into this folder."""
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        take_space(home)
+    except OSError as error:
+        raise UserError(f"{home}: {error.strerror}; Prefect keeps the history of runs there") from error
 
 
 def log_to_prefect() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from shutil import rmtree
 
 import pytest
+from prefect.client.orchestration import get_client
 
 from disks import fill
 from flows.atomic import replace_text
@@ -83,8 +84,8 @@ def test_an_evaluation_is_written_whole_or_fails(disk, tmp_path):
 
 
 def test_a_run_without_space_for_prefects_history_is_refused(disk, tmp_path, monkeypatch):
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    monkeypatch.delenv("PREFECT_HOME", raising=False)
+    for name in ("PREFECT_API_URL", "PREFECT_HOME"):
+        monkeypatch.delenv(name, raising=False)
     (tmp_path / ".cm").symlink_to(disk.folder)
     fill(disk.folder)
     with (
@@ -92,6 +93,20 @@ def test_a_run_without_space_for_prefects_history_is_refused(disk, tmp_path, mon
         embedded_prefect(tmp_path),
     ):
         pass
+
+
+@pytest.mark.slow
+def test_a_run_that_meets_no_space_for_prefects_history_names_it(disk, tmp_path, monkeypatch):
+    for name in ("PREFECT_API_URL", "PREFECT_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / ".cm").symlink_to(disk.folder)
+    disk.grow()
+    refused = pytest.raises(UserError, match=r"\.cm/prefect: No space left on device; Prefect keeps")
+    with refused, embedded_prefect(tmp_path), get_client(sync_client=True) as client:
+        fill(disk.folder)
+        for number in range(1000):
+            client.create_flow_from_name(f"flow {number}")
+    assert sound(disk.folder / "prefect" / "prefect.db")
 
 
 @pytest.mark.slow
