@@ -8,6 +8,18 @@ if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # PyTorch would ta
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(processes))))
 
 
+@pytest.fixture(autouse=True)
+def environment():
+    """Take back what the code under test has changed in the environment, as a command may: other tests follow."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    for name, value in before.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
+
+
 def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="also run tests marked slow")
     parser.addoption("--run-soak", action="store_true", help="also run tests marked soak")

@@ -31,7 +31,7 @@ def records(root: Path) -> str:
 
     An address of the loopback is another server on each machine. `cm up`, whose address it is, says what is behind it.
     """
-    place = Settings.read().records or os.environ.get("MLFLOW_TRACKING_URI")
+    place = Settings.read().records or os.environ.get("MLFLOW_TRACKING_URI", "").removeprefix("sqlite:///")
     if not place:
         return own_records(root)
     host = urlsplit(place).hostname
@@ -41,7 +41,11 @@ def records(root: Path) -> str:
 
 def register_user(store: Store, root: Path) -> None:
     """Record in a store that the workspace `root` uses it. Raises UserError if the store fails."""
-    text = json.dumps({"mlflow": records(root), "git": _repository(root)})
+    _write(store, {"mlflow": records(root), "git": _repository(root)})
+
+
+def _write(store: Store, references: dict[str, str]) -> None:
+    text = json.dumps(references)
     try:
         store.put(f"{USERS}{hashlib.sha256(text.encode()).hexdigest()[:16]}.json", text.encode())
     except OSError as error:
@@ -51,11 +55,13 @@ def register_user(store: Store, root: Path) -> None:
 def register_at_cache(root: Path) -> None:
     """Record the same in a workspace's cache, unless only the workspace's own records can refer to its objects.
 
-    Raises UserError if the cache cannot be written.
+    To a cache within the workspace no other repository refers. Raises UserError if the cache cannot be written.
     """
     folder = cache_of(root).folder
-    if records(root) != own_records(root) or not folder.is_relative_to(root):
+    if not folder.is_relative_to(root):
         register_user(Folder(folder), root)
+    elif (mlflow := records(root)) != own_records(root):
+        _write(Folder(folder), {"mlflow": mlflow})
 
 
 def unseen_users(store: Store, root: Path) -> list[str]:
@@ -65,9 +71,9 @@ def unseen_users(store: Store, root: Path) -> list[str]:
         return []
     seen, repository = {own_records(root), records(root)}, _repository(root)
     return [
-        f"{user.get('mlflow')} with {user.get('git')}, last on {entry.modified:%Y-%m-%d} ({entry.key})"
+        f"{' with '.join(user.values())}, last on {entry.modified:%Y-%m-%d} ({entry.key})"
         for entry, user in users
-        if user.get("mlflow") not in seen or user.get("git") != repository
+        if user.get("mlflow") not in seen or user.get("git", repository) != repository
     ]
 
 

@@ -17,7 +17,7 @@ from flows.tracking.tracker import Tracker
 from flows.workspace import clone
 from flows.workspace.dvc_files import locked_outs, version
 from flows.workspace.store_users import USERS, own_records, records
-from miniature import make_workspace, two_machines
+from miniature import git, make_workspace, two_machines
 from servers import mlflow_server
 
 HERE = socket.gethostname()
@@ -36,7 +36,7 @@ def own_shell(monkeypatch):
         ({"MLFLOW_TRACKING_URI": "https://me:secret@mlflow.example/team?token=secret"}, "https://mlflow.example/team"),
         ({"MLFLOW_TRACKING_URI": "http://127.0.0.1:5000"}, f"{HERE}:http://127.0.0.1:5000"),
         ({"MLFLOW_TRACKING_URI": "http://localhost:5000"}, f"{HERE}:http://localhost:5000"),
-        ({"MLFLOW_TRACKING_URI": "sqlite:////elsewhere/mlflow.db"}, f"{HERE}:sqlite:////elsewhere/mlflow.db"),
+        ({"MLFLOW_TRACKING_URI": "sqlite:////work/mlflow.db"}, f"{HERE}:/work/mlflow.db"),
         ({"MLFLOW_TRACKING_URI": "http://127.0.0.1:5000", "CM_RECORDS": "/work/mlflow.db"}, f"{HERE}:/work/mlflow.db"),
         (
             {"MLFLOW_TRACKING_URI": "http://127.0.0.1:5000", "CM_RECORDS": "postgresql://db.example/cm"},
@@ -81,6 +81,8 @@ def test_a_cache_loses_nothing_that_another_mlflow_needs(tmp_path, monkeypatch):
             tracker.set_tags(parent.run_id, {"dvc.out": version(outs)})
         needed = {object_key(md5) for md5 in outs.values()}
         assert users(cache) == {f"{HERE}:{address}"} and not needed & collected(root)
+        git(root, "remote", "add", "origin", "https://git.example/moved")
+        assert not needed & collected(root), "whatever its repository is called"
         monkeypatch.delenv("MLFLOW_TRACKING_URI")
         with pytest.raises(UserError, match="whose references cannot be seen from here.*nothing is removed") as refused:
             collected(root)
@@ -120,12 +122,9 @@ def test_commands_read_the_records_of_cm_up_where_it_keeps_them(tmp_path, monkey
             assert services.running(root) == at
             (found,) = json.loads(cm(capsys, "runs", "--json")[1])
             assert found["title"] == "of the team" and records(root) == "postgresql://db.example/cm"
-        for name in ("MLFLOW_TRACKING_URI", "CM_RECORDS", "CM_MLFLOW_URL"):
-            monkeypatch.delenv(name)
 
 
 def test_the_records_of_cm_up_are_not_taken_for_those_of_a_server_that_the_shell_names(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example")
     services._set_default(client_variables(tmp_path, Services("http://127.0.0.1:1", "http://127.0.0.1:2")))
-    monkeypatch.delenv("PREFECT_API_URL")
     assert records(tmp_path) == "https://mlflow.example"
