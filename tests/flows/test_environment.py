@@ -115,7 +115,7 @@ def test_what_nobody_can_work_with_is_refused(settled, name, value, said):
 
 def test_a_full_folder_of_temporary_files_is_named(settled, monkeypatch):
     settled(TMPDIR="/tmp")
-    monkeypatch.setattr(environment.tempfile, "TemporaryFile", lambda: open("/dev/full", "wb"))
+    monkeypatch.setattr(environment.tempfile, "TemporaryFile", lambda dir: open("/dev/full", "wb"))
     with pytest.raises(UserError, match=r"^TMPDIR=/tmp: No space left on device; set TMPDIR"):
         environment.check_environment()
 
