@@ -69,15 +69,15 @@ triton: .venv/triton ## Get Triton (1 GB) for the tests alone: they then interpr
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP_INSTALL) --no-deps --target $@ $(TRITON)
 
 # Processes that run tests, a file at a time; each has its share of the cores (tests/conftest.py).
-PYTEST = $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test: $(INSTALLED) ## Run the fast tests
 	@$(PYTEST)
 
 # On a slow machine a test of several processes may miss a time limit that is a promise to users while another one runs.
 test-all: $(INSTALLED) ## Run the slow tests too: kills, servers, S3 (CI does); what fails must pass alone
-	@$(PYTEST) --run-slow || { echo "make test-all: once more, one after another, what failed"; \
-		$(BIN)/python -m pytest --run-slow --last-failed --last-failed-no-failures none; }
+	@$(PYTEST) --run-slow || { test $$? = 1 && echo "make test-all: once more, one after another, what failed" && \
+		$(BIN)/python -m pytest --run-slow --last-failed --last-failed-no-failures none; } # 1: tests failed, nothing else
 
 soak: $(INSTALLED) ## Run the tests of many minutes: whole flows, killed workers, a browser
 	@$(BIN)/python -m pytest --run-soak -m soak

@@ -134,7 +134,7 @@ def is_utf8() -> bool:
     return sys.getfilesystemencoding() == "utf-8" and locale.getpreferredencoding(False).lower() in ("utf-8", "utf8")
 
 
-def take_space(folder: str | Path | None) -> None:
+def take_space(folder: Path | None = None) -> None:
     """Write SCRATCH bytes into a folder, by default that of temporary files, and remove them. Raises OSError."""
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(bytes(SCRATCH))
@@ -143,7 +143,7 @@ def take_space(folder: str | Path | None) -> None:
 
 def _check_temporary_files() -> str:
     try:
-        take_space(None)
+        take_space()
     except OSError as error:
         place = f"TMPDIR={os.environ['TMPDIR']}" if os.environ.get("TMPDIR") else tempfile.tempdir or "temporary files"
         raise UserError(f"{place}: {error.strerror}; set TMPDIR to a folder with room") from None

@@ -29,7 +29,7 @@ RESULT = 'if name == "teacher":\n    (out / "ema.safetensors").write_bytes(os.ur
 
 @pytest.fixture(autouse=True)
 def own_records(monkeypatch):
-    for name in ("CM_HOME", "MLFLOW_TRACKING_URI"):
+    for name in ("CM_HOME", "MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_HOME"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -83,9 +83,7 @@ def test_an_evaluation_is_written_whole_or_fails(disk, tmp_path):
     assert files(out) == whole
 
 
-def test_a_run_without_space_for_prefects_history_is_refused(disk, tmp_path, monkeypatch):
-    for name in ("PREFECT_API_URL", "PREFECT_HOME"):
-        monkeypatch.delenv(name, raising=False)
+def test_a_run_without_space_for_prefects_history_is_refused(disk, tmp_path):
     (tmp_path / ".cm").symlink_to(disk.folder)
     fill(disk.folder)
     with (
@@ -96,9 +94,7 @@ def test_a_run_without_space_for_prefects_history_is_refused(disk, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_a_run_that_meets_no_space_for_prefects_history_names_it(disk, tmp_path, monkeypatch):
-    for name in ("PREFECT_API_URL", "PREFECT_HOME"):
-        monkeypatch.delenv(name, raising=False)
+def test_a_run_that_meets_no_space_for_prefects_history_names_it(disk, tmp_path):
     (tmp_path / ".cm").symlink_to(disk.folder)
     disk.grow()
     refused = pytest.raises(UserError, match=r"\.cm/prefect: No space left on device; Prefect keeps")
